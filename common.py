@@ -1,0 +1,405 @@
+"""What the stages share and nothing else: settings, processes, randomness, schedule, optimizer groups, run folder.
+
+No loop, no model, no task name stands here."""
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+class InputError(ValueError):
+    """Something the user gave (file, entry, setting) is wrong; its text is the one line that the user sees."""
+
+
+def run(main):
+    """Call `main()`; an InputError ends the process with its one line and exit code 2, a bug traces."""
+    try:
+        main()
+    except InputError as error:
+        # an error raised in a DataLoader worker arrives wrapped in that worker's traceback: its last line is ours
+        print("error:", str(error).strip().splitlines()[-1].removeprefix("common.InputError: "), file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings
+
+
+def setting(default, meaning):
+    """A dataclass field with its meaning, which `--help` prints."""
+    factory = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
+    return dataclasses.field(**factory, metadata={"meaning": meaning})
+
+
+@dataclass
+class TrainConfig:
+    """Settings of every training stage. A stage's own class adds what only that stage has."""
+
+    data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, Fashion200k/, ...")
+    out_dir: str = setting("", "run folder; empty: runs/<name of the config file>")
+    vocab: str = setting("", "WordPiece vocab.txt; empty: first of DATA_ROOT/vocab.txt, BERT/vocab.txt, the hub's file")
+    image_size: int = setting(224, "pixels a side, a multiple of 32")
+    batch_size: int = setting(256, "products per update, all processes together")
+    grad_accum: int = setting(
+        1, "micro-batches per update; contrastive candidates are one micro-batch of all processes"
+    )
+    max_steps: int = setting(120_000, "updates")
+    lr: float = setting(1e-5, "base learning rate")
+    lr_factor: float = setting(20.0, "image encoder, projection and heads learn this much faster")
+    weight_decay: float = setting(1e-4, "AdamW weight decay")
+    warmup: int = setting(15_000, "updates until the full learning rate; 0: none")
+    milestones: tuple = setting((45_000, 90_000), "updates at which the learning rate falls to a tenth")
+    dtype: str = setting("float32", "float32, bfloat16 (autocast) or float16 (autocast and GradScaler)")
+    compile: bool = setting(False, "torch.compile the model")
+    device: str = setting("auto", "auto, cpu or cuda")
+    eval_batch_size: int = setting(64, "images or texts a process embeds at a time in validation")
+    workers: int = setting(4, "data loader workers per process; 0: load in the training process")
+    seed: int = setting(0, "every draw follows from it")
+    deterministic: bool = setting(False, "only deterministic kernels; on CPU they always are")
+    log_interval: int = setting(50, "updates between log lines")
+    eval_interval: int = setting(2_000, "updates between validations and checkpoints; 0: only at the end")
+    resume: str = setting("", "auto (newest whole checkpoint of the run folder, else start) or a checkpoint")
+    wandb: str = setting("", "Weights & Biases project; empty: off")
+    skip_broken_images: bool = setting(
+        False, "replace a product whose image cannot be read by the next one, and count it"
+    )
+
+
+@dataclass
+class ModelTrainConfig(TrainConfig):
+    """Settings of the stages that train FashionViL itself."""
+
+    size: str = setting("base", "Transformer size, a row of model.SIZES")
+    resnet: str = setting("resnet50", "resnet18, resnet34 or resnet50")
+    width: int = setting(64, "channels of the ResNet's first stage")
+    dropout: float = setting(0.1, "dropout of the Transformer")
+    init: str = setting("pretrained", "pretrained (ImageNet ResNet + BERT), random, or a checkpoint")
+    bert: str = setting("", "BERT folder or hub name, also sets the Transformer's size; empty: bert-base-uncased")
+    resnet_file: str = setting("", "torchvision's ResNet weights; empty: fetched")
+
+
+def _convert(value, kind, where):
+    """`value` as the field type `kind`, or an InputError that says where, what was found and what was expected."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is tuple and isinstance(value, list):
+        value = tuple(value)
+    if type(value) is not kind:
+        raise InputError(f"{where}: found {value!r}, expected {kind.__name__}")
+    return value
+
+
+def _parse(text, kind, where):
+    """Command-line text as the field type: True/False, 1e-5, 45000,90000 or itc:0.5,mlm:0.5."""
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is tuple:
+            return tuple(ast.literal_eval(part) for part in text.split(",") if part)
+        if kind is dict:
+            pairs = [part.partition(":") for part in text.split(",") if part]
+            return {name: float(value) if colon else 1.0 for name, colon, value in pairs}
+        return kind(text)
+    except (ValueError, KeyError, SyntaxError):
+        raise InputError(f"{where}: found {text!r}, expected {kind.__name__}") from None
+
+
+def _nearest(name, names):
+    close = difflib.get_close_matches(name, names, 1, 0)
+    return f"unknown setting {name!r}; the nearest is {close[0]!r} (--help lists all)"
+
+
+def read_config_file(path, names):
+    """{name: value} of a file of plain assignments, `name = literal  # comment`; nothing in it is executed.
+
+    Raises InputError naming file and line where a name is not in `names` or a value is not a literal."""
+    try:
+        tree = ast.parse(Path(path).read_text())
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"config file {path}: cannot be read: {error}") from None
+    values = {}
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        try:
+            (target,) = node.targets
+            values[target.id] = ast.literal_eval(node.value)
+        except (AttributeError, ValueError):
+            raise InputError(f"{path}:{node.lineno}: expected `name = literal`") from None
+        if target.id not in names:
+            raise InputError(f"{path}:{node.lineno}: {_nearest(target.id, names)}")
+    return values
+
+
+def load_config(cls, argv=None, description="", files=None):
+    """A `cls` from an optional config file and `--key=value` / `--key value`, which win over the file.
+
+    `files(given)` may name the config file from what was given (a task's own file) where none stands on the line.
+    Raises InputError on an unknown key (naming the nearest), a wrong type or an unreadable file; `--help` exits."""
+    kinds = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+
+    def stop(message):
+        raise InputError(message)
+
+    parser.error = stop
+    parser.add_argument("config", nargs="?", help="file of plain assignments, such as configs/mini.py")
+    for name, f in fields.items():
+        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+        parser.add_argument(
+            f"--{name}",
+            metavar=kinds[name].__name__.upper(),
+            default=argparse.SUPPRESS,
+            help=f"{f.metadata['meaning']} [{default!r}]".replace("%", "%%"),
+            **({"nargs": "?", "const": "True"} if kinds[name] is bool else {}),
+        )
+    given, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        raise InputError(_nearest(word.lstrip("-").partition("=")[0], fields))
+    given = vars(given)
+    path = given.pop("config")
+    given = {name: _parse(text, kinds[name], f"--{name}") for name, text in given.items()}
+    path = path or (files(given) if files else None)
+    from_file = read_config_file(path, fields) if path else {}
+    from_file = {name: _convert(value, kinds[name], f"{path}: {name}") for name, value in from_file.items()}
+    config = cls(**{**from_file, **given})
+    if "out_dir" in fields and not config.out_dir:
+        config.out_dir = f"runs/{Path(path).stem if path else cls.__name__.removesuffix('Config').lower()}"
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes
+
+
+@dataclass
+class Processes:
+    """Who we are among the processes of torchrun (one process without it) and the device that is ours."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+
+def start_processes(device="auto"):
+    """Join torchrun's group where there is one: NCCL on GPUs, gloo on CPUs. One process needs no group."""
+    local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device: found {device!r}, expected auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: found cuda, but torch sees no GPU; use --device=cpu")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    return Processes(int(os.environ.get("RANK", 0)), world_size, device)
+
+
+def in_group():
+    """Whether collectives have anyone to talk to: the one check that all of them sit behind."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """Concatenate over processes; the gradient of a row is the sum of what all processes' losses say about it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather_with_gradient(x):
+    """(B, ...) of this process -> (world_size * B, ...) of all, rank after rank, differentiable; equal B everywhere."""
+    return _GatherWithGradient.apply(x) if in_group() else x
+
+
+def all_mean(x):
+    """Mean over processes of a float tensor, no gradient; returns a new tensor of the same shape."""
+    if not in_group():
+        return x
+    x = x.detach().clone()
+    dist.all_reduce(x)
+    return x / dist.get_world_size()
+
+
+def gather_rows(x):
+    """Rows of all processes, (B_r, ...) with any B_r each -> (sum of B_r, ...), no gradient, for evaluation."""
+    if not in_group():
+        return x
+    counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    longest = max(int(n) for n in counts)
+    padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+
+
+def barrier():
+    if in_group():
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# randomness, precision
+
+
+def seed_step(seed, step, rank):
+    """Seed dropout of one update from (seed, step, rank): any update can be run again without those before it."""
+    state = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+    torch.manual_seed(state)
+
+
+def autocast(device, dtype):
+    """The autocast context of a config's dtype name; float32 is none."""
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"dtype: found {dtype!r}, expected float32, bfloat16 or float16")
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# learning rate and optimizer
+
+
+def lr_multiplier(n, warmup, milestones, warmup_factor=0.25):
+    """Factor on every rate with `n` updates done: linear from .25 up to `warmup`, a tenth at each milestone."""
+    if n < warmup:
+        return warmup_factor * (1 - n / warmup) + n / warmup
+    return 0.1 ** sum(n >= m for m in milestones)
+
+
+def is_fast(name):
+    """Image encoder, projection and heads learn `lr_factor` times faster; the heads have no part in BERT."""
+    return name.startswith(("image_encoder.", "heads.", "bert.embeddings.projection."))
+
+
+def has_decay(name):
+    """All but biases and LayerNorms decay; the image encoder's BatchNorms do decay, as in the original's optimizer."""
+    return name.startswith("image_encoder.") or not (name.endswith(".bias") or "LayerNorm" in name)
+
+
+def parameter_groups(model, config):
+    """AdamW groups, every trainable parameter in exactly one: fast or base rate, with or without decay."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        lr = config.lr * (config.lr_factor if is_fast(name) else 1.0)
+        decay = config.weight_decay if has_decay(name) else 0.0
+        group = groups.setdefault((lr, decay), {"params": [], "base_lr": lr, "lr": lr, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def make_optimizer(model, config):
+    """torch's fused AdamW over `parameter_groups`, betas (.9, .999), eps 1e-8."""
+    return torch.optim.AdamW(parameter_groups(model, config), eps=1e-8, fused=True)
+
+
+def set_lr(optimizer, n, config):
+    """Set every group's rate for the update that follows `n` finished ones; returns the multiplier."""
+    factor = lr_multiplier(n, config.warmup, config.milestones)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return factor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# run folder
+
+
+def describe_run(config):
+    """What must be known to run this again: command, settings, git commit, versions."""
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {
+        "command": shlex.join([sys.executable, *sys.argv]),
+        "config": dataclasses.asdict(config),
+        "git_commit": git.stdout.strip() or None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write_json(path, value):
+    """Write aside, then rename: a reader never sees half a file."""
+    aside = Path(f"{path}.tmp")
+    aside.write_text(json.dumps(value, indent=1) + "\n")
+    aside.replace(path)
+
+
+def start_wandb(config):
+    """A Weights & Biases run where the setting `wandb` names a project, else None; InputError if not installed."""
+    if not config.wandb:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise InputError(f"wandb: set to {config.wandb!r}, but the package is missing; pip install wandb") from None
+    return wandb.init(project=config.wandb, config=dataclasses.asdict(config), dir=config.out_dir)
+
+
+def append_log(path, row):
+    """One JSON line; not-a-number and infinity are not JSON, so they are written as null."""
+    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def cut_log(path, step):
+    """Drop the lines past `step`, and a last line cut short, so that a resumed run writes each step once."""
+    if not Path(path).exists():
+        return
+    kept = []
+    for line in Path(path).read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    aside = Path(f"{path}.tmp")
+    aside.write_text("".join(line + "\n" for line in kept))
+    aside.replace(path)
+
+
+def peak_memory_gb(device):
+    """Peak memory so far in GB: the GPU's allocator where there is one, else this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource  # not on Windows, which has no torchrun on GPUs to speak of either
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

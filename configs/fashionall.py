@@ -1,0 +1,28 @@
+"""The paper's pre-training (FashionViL 4.1; recipe 4): 4 GPUs, 120,000 updates of 256 products."""
+
+data_root = "data/datasets"
+tokenizer = "data/vqvae_ema_pp_224_7x7_encoder_fashionall.pth"  # the released encoder, or one of vqvae.py
+
+# model: ImageNet ResNet-50 and bert-base-uncased
+size = "base"
+resnet = "resnet50"
+image_size = 224
+init = "pretrained"
+n_attributes = 2232
+
+# objectives: one a step
+objectives = {"itm": 0.15, "pac": 0.15, "itc": 0.20, "mvc": 0.20, "mlm": 0.15, "mpfc": 0.15}
+
+# optimizer: image encoder, projection and heads learn 20 x faster
+batch_size = 256
+max_steps = 120_000
+lr = 1e-5
+lr_factor = 20.0
+weight_decay = 1e-4
+warmup = 15_000
+milestones = (45_000, 90_000)
+dtype = "float32"
+
+eval_interval = 2_000
+log_interval = 100
+workers = 4

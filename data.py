@@ -1,0 +1,656 @@
+"""Data: photos and texts of the five fashion data sets, WordPiece, masks, and the order of training batches.
+
+`python data.py --data_root=DIR` checks a data root and prints every fault in one pass.
+
+Pictures leave the loader as uint8 and are normalised on the device (`to_device`). Every draw of a sample follows from
+(seed, epoch, index), every batch from (seed, step): neither the number of processes nor a restart changes them."""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+from common import InputError, load_config, run, setting
+
+try:
+    from torchvision.transforms import v2
+except RuntimeError:
+    # PyPI's torchvision for Linux is built for CUDA. On a CPU-only torch its compiled operators cannot load, and the
+    # import stops where it describes two of them. The transforms need no operator, so naming those two is enough.
+    _names = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in ("nms", "qnms"):
+        _names.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from torchvision.transforms import v2
+
+MEAN = (0.46777044, 0.44531429, 0.40661017)  # of the fashion photos, not ImageNet's; the image tokenizer's too
+STD = (0.12221994, 0.12145835, 0.14380469)
+MAX_TOKENS = 75  # [CLS] and [SEP] included
+FASHIONIQ_MAX_TOKENS = 50
+STRIDE = 32  # pixels of an image per patch, along each side
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the data sets, as rows of a table
+
+# annotation file and image folder per split, and the fields whose texts are joined with "."
+SETS = {
+    "FashionGen": {
+        "splits": {"train": ("train_info.json", "train"), "val": ("val_info.json", "val")},
+        "text": ("title", "description"),
+    },
+    "BigFACAD": {
+        "splits": {"train": ("train_info.json", "images"), "val": ("val_info.json", "images")},
+        "text": ("color", "title", "description"),
+    },
+    "Fashion200k": {
+        "splits": {"train": ("train_info.json", "images"), "val": ("test_info.json", "images")},
+        "text": ("title",),
+    },
+    "PolyvoreOutfits": {
+        "splits": {"train": ("train_info.json", "images")},
+        "text": ("title", "description"),
+    },
+}
+RECOGNITION_LABELS = {"fashiongen_category": "category", "fashiongen_subcategory": "subcategory"}
+FASHIONIQ_CLASSES = ("dress", "shirt", "toptee")
+# Polyvore Outfits' fine category ids in the order in which the released OCIR checkpoint numbers them
+POLYVORE_CATEGORIES = tuple(
+    int(n)
+    for n in """
+3 4 5 6 7 8 9 10 11 15 17 18 19 21 23 24 25 26 27 28 29 30 31 35 36 37 38 39 40 41 42 43 46 47 48 49 50 51 52 53
+55 56 57 58 59 61 62 64 65 68 69 1606 1607 1605 104 105 106 107 231 236 237 238 239 240 241 243 244 248 249 250
+251 252 253 254 255 256 257 258 259 260 261 262 263 264 265 266 267 268 269 270 272 273 275 277 278 279 280 281
+282 284 286 287 288 289 290 291 292 293 294 295 296 297 298 299 300 301 302 303 304 305 306 307 309 310 315 318
+332 341 342 343 4452 4454 4455 4456 4457 4458 4459 4460 4461 4462 4463 4464 4465 4466 4467 4468 4470 4472 4473
+4495 4496 4517 4518
+""".split()
+)
+
+
+@dataclass
+class Product:
+    """One product; `name` is for messages ("FashionGen 1234"), the labels are None where its data set has none."""
+
+    name: str
+    images: list
+    text: str
+    attributes: list
+    category: int = None
+    subcategory: int = None
+
+
+def read_json(path, kind):
+    """The parsed JSON file, of type `kind` (list or dict). Raises InputError on a missing, cut or other file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); fetch the file again") from None
+    if type(value) is not kind or not value:
+        found = f"{'a filled' if value else 'an empty'} {type(value).__name__}"
+        raise InputError(f"{path}: found {found}, expected a filled {kind.__name__}")
+    return value
+
+
+def inside(folder, name):
+    """folder / name as a string; raises ValueError where `name` leads out of the folder (a link inside may lead on)."""
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        raise ValueError(f"image path {name!r} leaves the folder {folder}")
+    return os.path.join(folder, name)
+
+
+def parse_product(item, source, folder):
+    """One annotation entry -> Product; raises ValueError that says key, what was found and what was expected."""
+
+    def get(key, kinds):
+        value = item.get(key)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            expected = kinds.__name__ if isinstance(kinds, type) else "int or str"
+            raise ValueError(f"key {key!r}: found {value!r:.60}, expected {expected}")
+        return value
+
+    if not isinstance(item, dict):
+        raise ValueError(f"found {item!r:.60}, expected an object")
+    name = f"{source} {get('id', (int, str))}"
+    images = [get("images", str)] if source == "PolyvoreOutfits" else get("images", list)
+    if not images or not all(isinstance(i, str) and i for i in images):
+        raise ValueError(f"key 'images': found {images!r:.60}, expected file names")
+    attributes = get("attributes_id", list)
+    if not all(type(a) is int and a >= 0 for a in attributes):
+        raise ValueError(f"key 'attributes_id': found {attributes!r:.60}, expected ids from 0")
+    for key in ("category_id", "subcategory_id"):
+        if item.get(key) is not None and (type(item[key]) is not int or item[key] < 0):
+            raise ValueError(f"key {key!r}: found {item[key]!r:.60}, expected an id from 0")
+    text = ".".join(get(key, str) for key in SETS[source]["text"])
+    paths = [inside(folder, i) for i in images]
+    return Product(name, paths, text, attributes, item.get("category_id"), item.get("subcategory_id"))
+
+
+def scan_products(root, source, split):
+    """(products, faults) of one annotation file: every entry that can be used, and a line for every one that cannot."""
+    file, images = SETS[source]["splits"][split]
+    path, folder = Path(root, source, file), os.path.join(root, source, images)
+    products, faults, seen = [], [], set()
+    for i, item in enumerate(read_json(path, list)):
+        try:
+            product = parse_product(item, source, folder)
+            if product.name in seen:
+                raise ValueError("this id stood before; ids must be unique")
+            seen.add(product.name)
+            products.append(product)
+        except ValueError as error:
+            name = item.get("id", "without id") if isinstance(item, dict) else "without id"
+            faults.append(f"{path}: entry {i} (id {name}): {error}")
+    return products, faults
+
+
+def load_products(root, source, split):
+    """The products of one set and split. Raises InputError with the first fault (`python data.py` lists all)."""
+    products, faults = scan_products(root, source, split)
+    if faults:
+        raise InputError(f"{faults[0]}; {len(faults)} such in the file, python data.py --data_root={root} lists them")
+    return products
+
+
+def load_pretraining(root, sets=tuple(SETS)):
+    """The training products of the sets, one list: the union over which training draws uniformly (recipe 3)."""
+    unknown = [name for name in sets if name not in SETS]
+    if unknown:
+        raise InputError(f"sets: found {unknown[0]!r}, expected some of {', '.join(SETS)}")
+    return [product for name in sets for product in load_products(root, name, "train")]
+
+
+def count_labels(products, key, limit=0):
+    """Number of labels: the largest id of the products + 1, or `limit` where that is given.
+
+    key: "attributes", "category" or "subcategory". Raises InputError where an id is out of range or missing."""
+    largest = -1
+    for product in products:
+        value = getattr(product, key)
+        if value is None:
+            raise InputError(f"{product.name}: no {key}_id, which this task needs")
+        top = max(value, default=-1) if key == "attributes" else value
+        if limit and top >= limit:
+            raise InputError(f"{product.name}: {key} id {top}, expected below {limit}; check the label file or n_{key}")
+        largest = max(largest, top)
+    return limit or largest + 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# images
+
+
+def open_image(path):
+    """An image file as RGB with its EXIF rotation applied; the first frame of an animation, 16 bits cut to 8.
+
+    Raises InputError naming the file where it is missing, broken, cut short or of absurd size (Pillow's bomb limit)."""
+    try:
+        with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I"):  # 16-bit grey: convert would clip, not scale
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"{path}: image cannot be read ({error}); replace the file or set --skip_broken_images"
+        ) from None
+
+
+def image_transform(kind, size, train):
+    """PIL image -> uint8 (3, size, size), as recipe 3's table.
+
+    kind "crop" (pre-training, FashionGen): resize to 256/224 of `size`, random or centre crop; "scale" (FashionIQ,
+    OCIR): random resized crop in training, plain resize else. Training flips half of the images."""
+    large = round(size * 256 / 224)
+    if kind == "crop":
+        steps = [v2.Resize((large, large)), v2.RandomCrop(size) if train else v2.CenterCrop(size)]
+    elif train:
+        steps = [v2.RandomResizedCrop(size, scale=(0.8, 1.0), ratio=(0.75, 1.3))]
+    else:
+        steps = [v2.Resize((size, size))]
+    return v2.Compose([*steps, *([v2.RandomHorizontalFlip()] if train else []), v2.PILToTensor()])
+
+
+def normalize(images):
+    """uint8 (B, 3, H, W) on any device -> float32, with the data's mean and std."""
+    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) * 255 for x in (MEAN, STD))
+    return (images.float() - mean) / std
+
+
+def to_device(batch, device):
+    """A new dict of the batch on the device, its images normalised."""
+    batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    return {key: normalize(v) if v.dtype == torch.uint8 and v.ndim == 4 else v for key, v in batch.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text
+
+
+def find_vocab(config, bert=""):
+    """Path of vocab.txt: the setting `vocab`, else DATA_ROOT/vocab.txt, DATA_ROOT/../bert-base-uncased/vocab.txt, the
+    folder `bert`, or the hub's bert-base-uncased. Raises InputError that says where to put the file."""
+    if config.vocab:
+        return config.vocab
+    places = [Path(config.data_root, "vocab.txt"), Path(config.data_root, "..", "bert-base-uncased", "vocab.txt")]
+    for place in [Path(bert, "vocab.txt"), *places] if bert else places:
+        if place.exists():
+            return str(place)
+    from huggingface_hub import hf_hub_download  # comes with tokenizers
+
+    try:
+        return hf_hub_download(bert or "bert-base-uncased", "vocab.txt")
+    except Exception as error:  # any of the hub's many ways to be out of reach
+        where = f"put bert-base-uncased's vocab.txt at {places[0]} or set --vocab=FILE"
+        raise InputError(f"vocab: no file found and none could be fetched ({type(error).__name__}); {where}") from None
+
+
+def load_wordpiece(path):
+    """BERT's uncased WordPiece over a vocab.txt, as a tokenizers.Tokenizer. Raises InputError on a bad file."""
+    try:
+        words = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"vocab {path}: cannot be read ({error})") from None
+    return wordpiece({word: i for i, word in enumerate(words)}, path)
+
+
+def wordpiece(vocab, where="vocab"):
+    """A WordPiece tokenizer from {token: id}; raises InputError where one of BERT's special tokens is missing."""
+    for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"):
+        if token not in vocab:
+            raise InputError(f"{where}: token {token} is missing; expected a BERT vocab.txt, one token a line")
+    return tokenizers.BertWordPieceTokenizer(vocab, lowercase=True)
+
+
+def encode(tokenizer, text, max_tokens=MAX_TOKENS):
+    """Text -> (ids, words): [CLS] ... [SEP], at most max_tokens; words[i] = token i's word number, None for specials.
+
+    A text of any length, empty or of unknown characters is fine: it is cut, or is only [CLS] [SEP], or holds [UNK]."""
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    keep = max_tokens - 2
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    return [cls, *encoding.ids[:keep], sep], [None, *encoding.word_ids[:keep], None]
+
+
+def pad(rows, value=0, dtype=torch.long):
+    """Lists of unequal length -> (B, longest) tensor."""
+    out = torch.full((len(rows), max(map(len, rows))), value, dtype=dtype)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.as_tensor(row, dtype=dtype)
+    return out
+
+
+def pad_texts(rows):
+    """Lists of ids -> {"input_ids", "attention_mask"} (B, longest) int64, mask 0 = padding."""
+    return {"input_ids": pad(rows), "attention_mask": pad([[1] * len(row) for row in rows])}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# masks
+
+
+def mask_words(ids, words, tokenizer, rng, share=0.15):
+    """Whole-word masking (recipe 2, MLM) -> (masked ids, labels), lists as long as ids; labels -100 where unasked.
+
+    A word is chosen with p = share; of the chosen 80 % become [MASK], 10 % random tokens (each piece anew), 10 % stay.
+    A text in which no word was chosen gets one at random, so that every text asks; one without words asks its [SEP]."""
+    n_words = 1 + max((w for w in words if w is not None), default=-1)
+    chosen = rng.random(n_words) < share
+    if n_words and not chosen.any():
+        chosen[rng.integers(n_words)] = True
+    fate = rng.random(n_words)
+    masked, labels = list(ids), [-100] * len(ids)
+    for i, word in enumerate(words):
+        if word is None or not chosen[word]:
+            continue
+        labels[i] = ids[i]
+        if fate[word] < 0.8:
+            masked[i] = tokenizer.token_to_id("[MASK]")
+        elif fate[word] < 0.9:
+            masked[i] = int(rng.integers(tokenizer.get_vocab_size()))
+    if not n_words:
+        labels[-1], masked[-1] = ids[-1], tokenizer.token_to_id("[MASK]")
+    return masked, labels
+
+
+def mask_patches(side, rng):
+    """BEiT's block-wise mask (recipe 2, MPFC) on a side x side grid -> bool (side * side,), True = masked."""
+    wanted = max(1, round(8 * side * side / 49))
+    smallest = max(1, wanted // 2)
+    mask = np.zeros((side, side), bool)
+    while wanted > 0:
+        for _ in range(10):
+            area = smallest + (wanted - smallest) * rng.random()  # uniform, also where `wanted` is the smaller
+            aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if h >= side or w >= side:
+                continue
+            top, left = rng.integers(side - h + 1), rng.integers(side - w + 1)
+            block = mask[top : top + h, left : left + w]
+            new = block.size - int(block.sum())
+            if 0 < new <= wanted:
+                block[:] = True
+                wanted -= new
+                break
+        else:
+            break
+    if not mask.any():  # tiny grids can refuse all tries; every image must ask something
+        mask.flat[rng.integers(mask.size)] = True
+    return mask.reshape(-1)
+
+
+def drop_some(n, share, rng):
+    """bool (n,) with floor(share * n) True, drawn without replacement (recipe 2, MVC's Decision)."""
+    drop = np.zeros(n, bool)
+    drop[rng.choice(n, int(share * n), replace=False)] = True
+    return drop
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training samples and their order
+
+
+class Pretraining(Dataset):
+    """Samples of pre-training; a key is (epoch, index, objective), and only what the objective needs is made."""
+
+    def __init__(self, products, tokenizer, image_size, n_attributes, seed=0, skip_broken=False):
+        self.products, self.tokenizer, self.n_attributes = products, tokenizer, n_attributes
+        self.transform = image_transform("crop", image_size, train=True)
+        self.side, self.seed, self.skip_broken = image_size // STRIDE, seed, skip_broken
+
+    def __len__(self):
+        return len(self.products)
+
+    def __getitem__(self, key):
+        for skipped in range(len(self.products)):
+            try:
+                sample = self.sample(*key)
+                return {**sample, "skipped": skipped} if self.skip_broken else sample
+            except InputError:
+                if not self.skip_broken:
+                    raise
+                key = (key[0], (key[1] + 1) % len(self.products), key[2])
+        raise InputError("no image of the data set can be read")
+
+    def sample(self, epoch, index, objective):
+        rng = np.random.default_rng([self.seed, epoch, index])
+        product = self.products[index]
+        ids, words = encode(self.tokenizer, product.text)
+        sample = {"input_ids": ids, "product_id": index}
+        views = rng.permutation(product.images)  # the last differs from the first wherever there are two
+        paths = [views[0], views[-1]] if objective == "mvc" else [views[0]]
+        sample["image"], *second = open_augmented(product.name, paths, self.transform, rng)
+        if objective == "itm":
+            sample["itm_draws"] = rng.random()
+        elif objective == "mlm":
+            sample["masked_ids"], sample["mlm_labels"] = mask_words(ids, words, self.tokenizer, rng)
+        elif objective == "mpfc":
+            sample["patch_mask"] = mask_patches(self.side, rng)
+        elif objective == "mvc":
+            sample["image2"] = second[0]
+            sample["text_drop"] = [False, *drop_some(len(ids) - 2, 0.25, rng), False]
+            sample["patch_drop"] = drop_some(self.side**2, 0.25, rng)
+        elif objective == "pac":
+            sample["attributes"] = attribute_weights(product.attributes, self.n_attributes)
+        return sample
+
+
+def open_augmented(name, paths, transform, rng):
+    """The transformed images, uint8 (3, S, S) each; an unreadable one is an InputError with the product's name."""
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator; leave the caller's alone
+        torch.manual_seed(int(rng.integers(2**63)))
+        try:
+            return [transform(open_image(path)) for path in paths]
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+
+
+def attribute_weights(attributes, n):
+    """A product's attribute ids -> float32 (n,) that share weight 1 equally; all 0 where it has none."""
+    weights = torch.zeros(n)
+    if attributes:
+        weights[attributes] = 1.0
+        weights /= weights.sum()
+    return weights
+
+
+def collate(samples):
+    """Samples -> batch of tensors, text padded to the longest of the batch."""
+    batch = pad_texts([s["input_ids"] for s in samples]) if "input_ids" in samples[0] else {}
+    for key in samples[0]:
+        column = [s[key] for s in samples]
+        if key == "masked_ids":
+            batch[key] = pad(column)
+        elif key == "mlm_labels":
+            batch[key] = pad(column, -100)
+        elif key == "text_drop":
+            batch[key] = pad(column, False, torch.bool)
+        elif key != "input_ids":
+            batch[key] = torch.stack(column) if torch.is_tensor(column[0]) else torch.as_tensor(np.asarray(column))
+    return {k: v.float() if v.dtype == torch.float64 else v for k, v in batch.items()}
+
+
+class Batches:
+    """Batch sampler: the keys (epoch, index, objective) of this process's micro-batches from update `start` on.
+
+    The order of an epoch follows from (seed, epoch), so a resumed run decodes nothing that it skips. Rows of an
+    update go to micro-batches, then to processes, in order; the rest of an epoch that fills no batch is left out."""
+
+    def __init__(self, n, config, processes, start=0, objective_at=lambda step: None):
+        share = processes.world_size * config.grad_accum
+        if config.batch_size % share:
+            raise InputError(
+                f"batch_size: found {config.batch_size}, expected a multiple of processes x grad_accum "
+                f"= {processes.world_size} x {config.grad_accum}"
+            )
+        if n < config.batch_size:
+            raise InputError(f"batch_size: found {config.batch_size}, but the data has only {n} products")
+        self.n, self.config, self.processes = n, config, processes
+        self.start, self.objective_at = start, objective_at
+
+    def __len__(self):
+        return (self.config.max_steps - self.start) * self.config.grad_accum
+
+    def __iter__(self):
+        c, per_epoch, last = self.config, self.n // self.config.batch_size, None
+        for step in range(self.start, c.max_steps):
+            epoch, i = divmod(step, per_epoch)
+            if epoch != last:
+                order, last = np.random.default_rng([c.seed, epoch]).permutation(self.n), epoch
+            rows = order[i * c.batch_size : (i + 1) * c.batch_size]
+            for micro in rows.reshape(c.grad_accum, self.processes.world_size, -1)[:, self.processes.rank]:
+                yield [(epoch, int(index), self.objective_at(step)) for index in micro]
+
+
+def train_loader(dataset, batches, config, device):
+    """A DataLoader over `batches`, with workers that read ahead and pinned memory for the GPU."""
+    ahead = {"prefetch_factor": 4, "persistent_workers": True} if config.workers else {}
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=config.workers,
+        pin_memory=device.type == "cuda",
+        **ahead,
+    )
+
+
+class Samples(Dataset):
+    """Samples of fine-tuning and evaluation; a key is an index, or (epoch, index, anything) in training.
+
+    `draw(item, rng)` picks what this visit needs of items[index], under the batch's names: "image" and "image2" (a
+    path), "text", and numbers. Evaluation items have nothing to pick: draw=None takes them as they are."""
+
+    def __init__(self, items, tokenizer, transform, draw=None, max_tokens=MAX_TOKENS, seed=0):
+        self.items, self.tokenizer, self.transform, self.draw = items, tokenizer, transform, draw
+        self.max_tokens, self.seed = max_tokens, seed
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, key):
+        epoch, index = key[:2] if isinstance(key, tuple) else (0, key)
+        rng = np.random.default_rng([self.seed, epoch, index])
+        row = self.draw(self.items[index], rng) if self.draw else self.items[index]
+        sample = {k: v for k, v in row.items() if k not in ("image", "image2", "text", "name")}
+        if "text" in row:
+            sample["input_ids"] = encode(self.tokenizer, row["text"], self.max_tokens)[0]
+        names = [k for k in ("image", "image2") if k in row]
+        images = open_augmented(row.get("name", f"item {index}"), [row[k] for k in names], self.transform, rng)
+        return {**sample, **dict(zip(names, images, strict=True))}
+
+
+def draw_product(item, rng):
+    """One image of the product at random, with its text and labels."""
+    return {**item, "image": item["image"][rng.integers(len(item["image"]))]}
+
+
+def draw_pair(outfit, rng):
+    """Two different items of an outfit: question and blank (recipe 4, OCIR's Decision), with their categories.
+
+    outfit {"items": [(path, category), ...]}; two images and their categories, for `losses.ocir`."""
+    a, b = rng.permutation(len(outfit["items"]))[:2]
+    (image, category), (image2, wanted) = outfit["items"][a], outfit["items"][b]
+    return {"image": image, "image2": image2, "category": category, "wanted": wanted, "name": outfit["name"]}
+
+
+def need(row, key, kind, where):
+    """row[key] of type `kind`, or an InputError that says where, what was found and what was expected."""
+    value = row.get(key) if isinstance(row, dict) else None
+    if type(value) is not kind:
+        raise InputError(f"{where}: key {key!r}: found {value!r:.60}, expected {kind.__name__}")
+    return value
+
+
+def load_fashioniq(root, garment, split, gallery="original"):
+    """(queries, gallery) of one FashionIQ class: [{"image" (reference), "image2" (target), "text", "target"}], [name].
+
+    Public files: the gallery is every image of the split file ("original"; 3,817 dress, 6,346 shirt, 5,373 toptee in
+    val) or the union of references and targets ("val"). The authors' extended files name the gallery themselves: the
+    distinct `target_id` of all rows, those with `fake_data` being nobody's query (recipe 3).
+    Raises InputError on files that are missing or bad and on a gallery that lacks a target."""
+    if gallery not in ("original", "val"):
+        raise InputError(f"gallery: found {gallery!r}, expected original or val")
+    folder = Path(root, "FashionIQ")
+    path = folder / "captions" / f"cap.{garment}.{split}.json"
+    queries, names = [], []
+    rows = read_json(path, list)
+    extended = isinstance(rows[0], dict) and "fake_data" in rows[0]
+    for i, row in enumerate(rows):
+        where = f"{path}: entry {i}"
+        if extended and row.get("garment_class", garment) not in (garment, FASHIONIQ_CLASSES.index(garment)):
+            continue
+        target = need(row, "target", str, where)
+        names.append(target)
+        if extended and need(row, "fake_data", bool, where):
+            continue
+        candidate, captions = need(row, "candidate", str, where), need(row, "captions", list, where)
+        if not extended:
+            names.append(candidate)
+        image, image2 = (str(folder / "images" / f"{name}.jpg") for name in (candidate, target))
+        queries.append({"image": image, "image2": image2, "text": ", ".join(captions), "target": target, "name": where})
+    if gallery == "original" and not extended:
+        names = read_json(folder / "image_splits" / f"split.{garment}.{split}.json", list)
+    names = list(dict.fromkeys(names))
+    missing = {q["target"] for q in queries} - set(names)
+    if missing:
+        raise InputError(f"{path}: target {min(missing)} stands in no row of the gallery ({len(missing)} such)")
+    return queries, names
+
+
+def load_polyvore(root, split, part):
+    """(outfits, n_categories) of Polyvore Outfits' OCIR files, split disjoint or nondisjoint, part train or test.
+
+    An outfit: {"items": [(path, category)] of the question, "blank": its id, "blank_item": (path, category), "fake"}.
+    Categories are numbered in the released checkpoint's order where POLYVORE_CATEGORIES knows them all, else in
+    ascending order of their ids. Raises InputError on files that are missing or bad."""
+    folder = Path(root, "PolyvoreOutfits")
+    if split not in ("disjoint", "nondisjoint"):
+        raise InputError(f"split: found {split!r}, expected disjoint or nondisjoint")
+    metadata_path = folder / "polyvore_item_metadata.json"
+    metadata = read_json(metadata_path, dict)
+    ids = {need(row, "category_id", str, f"{metadata_path}: {item}") for item, row in metadata.items()}
+    try:
+        order = sorted(map(int, ids))
+    except ValueError:
+        raise InputError(f"{metadata_path}: category_id: expected whole numbers as text") from None
+    if set(order) <= set(POLYVORE_CATEGORIES):
+        order = POLYVORE_CATEGORIES
+    number = {str(category): i for i, category in enumerate(order)}
+    path, outfits = folder / f"ocir_{split}_{part}.json", []
+    for i, row in enumerate(read_json(path, list)):
+        where = f"{path}: entry {i}"
+        question, blank = need(row, "question", list, where), need(row, "blank", str, where)
+        unknown = [item for item in [*question, blank] if item not in metadata]
+        if unknown or not question:
+            raise InputError(f"{where}: item {unknown[:1]} is not in {metadata_path.name}, or the question is empty")
+        *items, last = (
+            (str(folder / "images" / f"{item}.jpg"), number[metadata[item]["category_id"]])
+            for item in [*question, blank]
+        )
+        fake = part == "test" and need(row, "fake_data", bool, where)
+        outfits.append({"items": items, "blank": blank, "blank_item": last, "fake": fake, "name": where})
+    return outfits, len(order)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checking a data root
+
+
+def check(root):
+    """(report lines, faults) over everything under `root`: counts per folder, and every fault with file and entry."""
+    report, faults = [], []
+    for source, row in SETS.items():
+        for split, (file, _) in row["splits"].items():
+            if not Path(root, source, file).exists():
+                report.append(f"{source:16} {split:5}  no {file}")
+                continue
+            try:
+                products, found = scan_products(root, source, split)
+            except InputError as error:
+                faults.append(str(error))
+                continue
+            images = [(p.name, path) for p in products for path in p.images]
+            found += [f"{path}: missing (of {name})" for name, path in images if not os.path.exists(path)]
+            vocabulary = len({a for p in products for a in p.attributes})
+            labels = [f"{len({getattr(p, k) for p in products} - {None})} {k}" for k in ("category", "subcategory")]
+            shown = f", {', '.join(labels)} labels" if source == "FashionGen" else ""
+            report.append(
+                f"{source:16} {split:5}  {len(products)} products, {len(images)} images, {vocabulary} attributes{shown}"
+            )
+            faults += found
+    return report, faults
+
+
+NEEDS = """
+pre-training             FashionGen, BigFACAD, Fashion200k, PolyvoreOutfits: train; FashionGen: val for validation
+fashiongen_retrieval     FashionGen: train, val
+fashiongen_category      FashionGen: train, val, with category_id
+fashiongen_subcategory   FashionGen: train, val, with subcategory_id
+fashioniq                FashionIQ: captions/, image_splits/, images/
+polyvore                 PolyvoreOutfits: ocir_*.json, polyvore_item_metadata.json, images/"""
+
+
+@dataclass
+class DataConfig:
+    """Settings of `python data.py`."""
+
+    data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, Fashion200k/, ...")
+
+
+def main():
+    config = load_config(DataConfig, description=__doc__.splitlines()[0])
+    report, faults = check(config.data_root)
+    print("\n".join(report), NEEDS, sep="\n")
+    if faults:
+        print(f"\n{len(faults)} faults:", *faults, sep="\n")
+        raise InputError(f"{config.data_root}: {len(faults)} faults, listed above")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,225 @@
+"""Stage 2: fine-tune for one of the five tasks, keep the best checkpoint, evaluate it (recipe 4, 5).
+
+    CPU, minutes:   python finetune.py configs/demo_finetune.py --task fashioniq --init=runs/demo/best.pt
+    one GPU:        python finetune.py --task fashioniq --init=CHECKPOINT --dtype=bfloat16
+    four GPUs:      torchrun --nproc_per_node=4 finetune.py --task fashiongen_retrieval --init=CHECKPOINT
+
+--init takes a pre-trained checkpoint (ours or a released one), "pretrained" (plain ResNet + BERT) or "random".
+Writes run.json, log.jsonl, last.pt, best.pt and results.json (the best checkpoint's full evaluation)."""
+
+import contextlib
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+import common
+import data
+import evaluate
+import losses
+from common import InputError, ModelTrainConfig, setting
+from model import SIZES, CSANet, FashionViL, ModelConfig
+
+
+@dataclass
+class FinetuneConfig(ModelTrainConfig):
+    """Settings of fine-tuning. Without a config file, configs/<task>.py is read."""
+
+    task: str = setting("", "fashiongen_retrieval, fashioniq, fashiongen_category, fashiongen_subcategory or polyvore")
+    split: str = setting("disjoint", "polyvore: disjoint or nondisjoint")
+    gallery: str = setting("original", "fashioniq: original (split file) or val (references and targets)")
+
+
+def retrieval_items(config):
+    return [
+        {"image": p.images, "text": p.text, "name": p.name}
+        for p in data.load_products(config.data_root, "FashionGen", "train")
+    ], {}
+
+
+def fashioniq_items(config):
+    keys = ("image", "image2", "text", "name")
+    classes = (data.load_fashioniq(config.data_root, c, "train", "val")[0] for c in data.FASHIONIQ_CLASSES)
+    return [{key: query[key] for key in keys} for queries in classes for query in queries], {}
+
+
+def recognition_items(config):
+    """Training items, and as many classes as training and validation labels need."""
+    key = data.RECOGNITION_LABELS[config.task]
+    train, val = (data.load_products(config.data_root, "FashionGen", split) for split in ("train", "val"))
+    items = [{"image": p.images, "text": p.text, "label": getattr(p, key), "name": p.name} for p in train]
+    return items, {"n_classes": data.count_labels([*train, *val], key)}
+
+
+def polyvore_items(config):
+    """One item per distinct outfit: its questions with their blank, whichever item the row asks for."""
+    outfits, n_categories = data.load_polyvore(config.data_root, config.split, "train")
+    whole = {frozenset([*o["items"], o["blank_item"]]): o["name"] for o in outfits}
+    return [{"items": sorted(items), "name": name} for items, name in whole.items()], {"n_categories": n_categories}
+
+
+# task: loss, heads of the model (none: CSA-Net), training items, how a visit draws from an item, image transform,
+# longest text
+TASKS = {
+    "fashiongen_retrieval": (losses.itc, ("contrastive",), retrieval_items, data.draw_product, "crop", data.MAX_TOKENS),
+    "fashioniq": (losses.tgir, ("contrastive",), fashioniq_items, None, "scale", data.FASHIONIQ_MAX_TOKENS),
+    "fashiongen_category": (
+        losses.recognition,
+        ("recognition",),
+        recognition_items,
+        data.draw_product,
+        "crop",
+        data.MAX_TOKENS,
+    ),
+    "fashiongen_subcategory": (
+        losses.recognition,
+        ("recognition",),
+        recognition_items,
+        data.draw_product,
+        "crop",
+        data.MAX_TOKENS,
+    ),
+    "polyvore": (losses.ocir, (), polyvore_items, data.draw_pair, "scale", data.MAX_TOKENS),
+}
+
+
+def build_model(config, heads, vocab_size, n_classes=0, n_categories=0):
+    """The task's model, sized as the --init checkpoint is, else by the config's own settings."""
+    if config.init in ("random", "pretrained"):
+        sizes = checkpoint.bert_sizes(config.bert) if Path(config.bert, "config.json").exists() else SIZES[config.size]
+        model_config = ModelConfig(resnet=config.resnet, width=config.width, **{**sizes, "vocab_size": vocab_size})
+    else:
+        model_config = checkpoint.model_config(config.init)
+    model_config = dataclasses.replace(model_config, heads=heads, n_classes=n_classes, dropout=config.dropout)
+    return FashionViL(model_config) if heads else CSANet(model_config, n_categories)
+
+
+def train(config, processes):
+    """The whole stage on this process. Returns {protocol: result} of the best checkpoint."""
+    main, device = processes.is_main, processes.device
+    run_dir = Path(config.out_dir)
+    objective, heads, load_items, draw, kind, max_tokens = TASKS[config.task]
+    run_protocol, criterion = evaluate.PROTOCOLS[config.task]
+    torch.manual_seed(config.seed)  # every process starts from the same weights
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+
+    items, data_sizes = load_items(config)
+    vocab = checkpoint.vocabulary(config)
+    tokenizer = data.wordpiece(vocab)
+    model = build_model(config, heads, tokenizer.get_vocab_size(), **data_sizes)
+    report = checkpoint.initialise(model, config.init, bert=config.bert, resnet=config.resnet_file)
+    model.to(device)
+    optimizer = common.make_optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+
+    start, best, totals = 0, -1.0, {}
+    state = checkpoint.find_resume(config.resume, run_dir)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        start, best, totals = state["step"], state["best"], state["totals"]
+
+    transform = data.image_transform(kind, config.image_size, train=True)
+    dataset = data.Samples(items, tokenizer, transform, draw, max_tokens, config.seed)
+    batches = data.Batches(len(items), config, processes, start)
+    loader = iter(data.train_loader(dataset, batches, config, device))
+    if config.compile:
+        model.image_encoder.compile()
+    # The retrieval losses never touch BERT's pooler; DDP must not wait for its gradient.
+    ddp = DistributedDataParallel(model, find_unused_parameters=True) if processes.world_size > 1 else model
+
+    if main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        common.write_json(run_dir / "run.json", common.describe_run(config))
+        common.cut_log(run_dir / "log.jsonl", start)
+        print(f"{config.task}: {len(items)} training items", *report, sep="\n")
+
+    def save(name, step, **more):
+        state = {
+            "kind": "fashionvil" if heads else "csa_net",
+            "task": config.task,
+            "model": model.state_dict(),
+            "model_config": dataclasses.asdict(model.config),
+            **data_sizes,
+            "config": dataclasses.asdict(config),
+            "vocab": vocab,
+            "step": step,
+            "best": best,
+            **more,
+        }
+        checkpoint.save(run_dir / name, state)
+
+    clock, bar = time.perf_counter(), tqdm(range(start, config.max_steps), disable=not main, initial=start)
+    for step in bar:
+        common.set_lr(optimizer, step, config)
+        common.seed_step(config.seed, step, processes.rank)
+        model.train()
+        optimizer.zero_grad()
+        for micro in range(config.grad_accum):
+            batch = data.to_device(next(loader), device)
+            last = micro == config.grad_accum - 1
+            with contextlib.nullcontext() if last or ddp is model else ddp.no_sync():
+                with common.autocast(device, config.dtype):
+                    loss, measured = ddp(batch, objective)
+                scaler.scale(loss / config.grad_accum).backward()
+            for key, value in {"loss": loss.detach(), **measured, "updates": 1}.items():
+                totals[key] = totals.get(key, 0) + value / config.grad_accum
+        scaler.step(optimizer)
+        scaler.update()
+
+        done = step + 1
+        if done % config.log_interval == 0 or done == config.max_steps:
+            row = {"step": done, "lr": max(group["lr"] for group in optimizer.param_groups)}
+            row |= common.mean_of_updates(totals, device)
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            row["samples_per_s"] = config.batch_size * min(config.log_interval, done - start) / seconds
+            row["memory_gb"] = common.peak_memory_gb(device)
+            totals.clear()
+            if main:
+                common.append_log(run_dir / "log.jsonl", row)
+                bar.set_postfix(loss=f"{row['loss']:.3f}")
+        if done == config.max_steps or (config.eval_interval and done % config.eval_interval == 0):
+            model.eval()
+            metrics = next(iter(run_protocol(model, tokenizer, config, processes).values()))["metrics"]
+            if main:
+                common.append_log(run_dir / "log.jsonl", {"step": done, **{f"val_{k}": v for k, v in metrics.items()}})
+                bar.write(f"step {done}: {criterion} {100 * metrics[criterion]:.1f} %")
+            if metrics[criterion] > best:
+                best = metrics[criterion]
+                if main:
+                    save("best.pt", done)
+            if main:
+                save("last.pt", done, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), totals=totals)
+            clock = time.perf_counter()
+
+    common.barrier()
+    model.load_state_dict(checkpoint.read(run_dir / "best.pt")["model"])
+    model.eval()
+    return run_protocol(model, tokenizer, config, processes)
+
+
+def main():
+    config = common.load_config(
+        FinetuneConfig,
+        description=__doc__,
+        files=lambda given: f"configs/{given['task']}.py" if given.get("task") in TASKS else None,
+    )
+    if config.task not in TASKS:
+        raise InputError(f"task: found {config.task!r}, expected one of {', '.join(TASKS)}")
+    processes = common.start_processes(config.device)
+    started = time.perf_counter()
+    results = train(config, processes)
+    if processes.is_main:
+        path = Path(config.out_dir, "best.pt")
+        evaluate.report(results, config, path, Path(config.out_dir, "results.json"), time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,392 @@
+"""FashionViL: one ResNet, one BERT-style Transformer, and the heads (Han et al., ECCV 2022, arXiv 2207.08150).
+
+The same Transformer weights encode text, fuse text with an image, and compose an image with a change in words; only
+what is fed in differs. Letters in shape comments: B batch, T text tokens, P image patches (7 x 7 = 49 at 224 px),
+C channels of the image encoder (2048), D hidden size (768), K image codes (1024), A pseudo-attributes (2232).
+
+Parameters are named as torchvision (image_encoder) and Hugging Face (bert) name them, so that loading is copying."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Transformer sizes by name; head width is always hidden / heads
+SIZES = {
+    "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
+    "minilm": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
+    "mini": dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024),
+    "demo": dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=3, intermediate_size=768),
+    "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128),
+}
+# ResNets by name: blocks per stage, and whether a block is the three-convolution bottleneck
+RESNETS = {"resnet18": ((2, 2, 2, 2), False), "resnet34": ((3, 4, 6, 3), False), "resnet50": ((3, 4, 6, 3), True)}
+HEADS = ("contrastive", "itm", "mlm", "mpfc", "pac", "recognition")
+PRETRAINING_HEADS = HEADS[:5]
+STRIDE = 32  # pixels of an image per patch, along each side
+
+
+@dataclass
+class ModelConfig:
+    """Everything that decides shapes, plus dropout and the PAC scale."""
+
+    resnet: str = "resnet50"
+    width: int = 64  # channels of the ResNet's first stage
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    vocab_size: int = 30522
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    dropout: float = 0.1
+    heads: tuple = PRETRAINING_HEADS
+    n_codes: int = 1024  # K, size of the image tokenizer's codebook
+    n_attributes: int = 2232  # A, size of the pseudo-attribute vocabulary
+    n_classes: int = 0  # of the recognition head
+    pac_scale: float = 1.0  # multiplies the cosines of the PAC head; 1 as in the paper
+
+    def __post_init__(self):
+        self.heads = tuple(self.heads)
+        if self.resnet not in RESNETS:
+            raise ValueError(f"resnet: found {self.resnet!r}, expected one of {', '.join(RESNETS)}")
+        unknown = set(self.heads) - set(HEADS)
+        if unknown:
+            raise ValueError(f"heads: found {sorted(unknown)}, expected some of {', '.join(HEADS)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden size {self.hidden_size} does not divide into {self.num_attention_heads} heads")
+        if "recognition" in self.heads and self.n_classes < 1:
+            raise ValueError("the recognition head needs n_classes, the number of classes of the data")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# image encoder
+
+
+class Block(nn.Module):
+    """Residual block of ResNet-18/34 (two 3x3 convolutions) or, as `bottleneck`, of ResNet-50 (1x1, 3x3, 1x1)."""
+
+    def __init__(self, c_in, c, stride, bottleneck):
+        super().__init__()
+        c_out = c * 4 if bottleneck else c
+        if bottleneck:
+            self.conv1 = nn.Conv2d(c_in, c, 1, bias=False)
+            self.conv2 = nn.Conv2d(c, c, 3, stride, 1, bias=False)
+            self.conv3 = nn.Conv2d(c, c_out, 1, bias=False)
+            self.bn3 = nn.BatchNorm2d(c_out)
+        else:
+            self.conv1 = nn.Conv2d(c_in, c, 3, stride, 1, bias=False)
+            self.conv2 = nn.Conv2d(c, c, 3, 1, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(c), nn.BatchNorm2d(c)
+        self.bottleneck = bottleneck
+        self.downsample = None
+        if stride != 1 or c_in != c_out:
+            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
+        if self.bottleneck:
+            out = self.bn3(self.conv3(F.relu(out, inplace=True)))
+        out += x if self.downsample is None else self.downsample(x)
+        return F.relu(out, inplace=True)
+
+
+class ResNet(nn.Module):
+    """ResNet (He et al. 2016) without average pool and classifier, with torchvision's parameter names."""
+
+    def __init__(self, name="resnet50", width=64):
+        super().__init__()
+        blocks, bottleneck = RESNETS[name]
+        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        c_in = width
+        for stage, n in enumerate(blocks):
+            c = width * 2**stage
+            layers = []
+            for i in range(n):
+                layers.append(Block(c_in, c, 2 if stage and not i else 1, bottleneck))
+                c_in = c * 4 if bottleneck else c
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
+        self.out_channels = c_in
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.to(memory_format=torch.channels_last)  # what convolutions are fastest on, CPU and GPU
+
+    def forward(self, images):
+        """(B, 3, H, W) float, H and W multiples of 32 -> patch features (B, P, C), patches in row order."""
+        x = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, C, H/32, W/32)
+        return x.flatten(2).transpose(1, 2)  # (B, P, C)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformer
+
+
+class Embeddings(nn.Module):
+    """BERT's embeddings, and beside them a projection, positions and token types for image patches."""
+
+    def __init__(self, config, image_channels):
+        super().__init__()
+        d = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, d)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, d)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, d)
+        self.LayerNorm = nn.LayerNorm(d, eps=1e-12)
+        self.position_embeddings_visual = nn.Embedding(config.max_position_embeddings, d)
+        self.token_type_embeddings_visual = nn.Embedding(config.type_vocab_size, d)
+        self.projection = nn.Linear(image_channels, d)
+        self.dropout = config.dropout
+
+    def text(self, input_ids):
+        """(B, T) int64 -> (B, T, D), before the shared LayerNorm."""
+        positions = self.position_embeddings.weight[: input_ids.shape[1]]
+        return self.word_embeddings(input_ids) + positions + self.token_type_embeddings.weight[0]
+
+    def image(self, features):
+        """(B, P, C) patch features -> (B, P, D), before the shared LayerNorm."""
+        positions = self.position_embeddings_visual.weight[: features.shape[1]]
+        return self.projection(features) + positions + self.token_type_embeddings_visual.weight[0]
+
+    def forward(self, tokens):
+        """(B, T + P, D) text first, patches after: one LayerNorm and dropout over both."""
+        return F.dropout(self.LayerNorm(tokens), self.dropout, self.training)
+
+
+class Layer(nn.Module):
+    """One post-norm Transformer layer under Hugging Face's parameter names."""
+
+    def __init__(self, config):
+        super().__init__()
+        d, wide = config.hidden_size, config.intermediate_size
+        self.heads, self.dropout = config.num_attention_heads, config.dropout
+        qkv = nn.ModuleDict({name: nn.Linear(d, d) for name in ("query", "key", "value")})
+        self.attention = nn.ModuleDict({"self": qkv, "output": self._output(d, d)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(d, wide)})
+        self.output = self._output(wide, d)
+
+    @staticmethod
+    def _output(n_in, n_out):
+        return nn.ModuleDict({"dense": nn.Linear(n_in, n_out), "LayerNorm": nn.LayerNorm(n_out, eps=1e-12)})
+
+    def _residual(self, module, x, residual):
+        return module["LayerNorm"](F.dropout(module["dense"](x), self.dropout, self.training) + residual)
+
+    def forward(self, x, mask):
+        """x (B, L, D); mask (B, 1, 1, L) bool, True = attended to, or None = all."""
+        B, L, D = x.shape
+        qkv = self.attention["self"]
+        q, k, v = (qkv[n](x).view(B, L, self.heads, -1).transpose(1, 2) for n in ("query", "key", "value"))
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B, heads, L, D/heads)
+        x = self._residual(self.attention["output"], y.transpose(1, 2).reshape(B, L, D), x)
+        return self._residual(self.output, F.gelu(self.intermediate["dense"](x)), x)
+
+
+class Bert(nn.Module):
+    """Embeddings, layers and pooler (Devlin et al. 2019)."""
+
+    def __init__(self, config, image_channels):
+        super().__init__()
+        self.embeddings = Embeddings(config, image_channels)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
+        self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        self.copy_text_tables()
+
+    def copy_text_tables(self):
+        """Start the image side's position and token-type tables as copies of the text side's."""
+        for table in ("position_embeddings", "token_type_embeddings"):
+            text, image = getattr(self.embeddings, table), getattr(self.embeddings, table + "_visual")
+            image.load_state_dict(text.state_dict())
+
+    def forward(self, tokens, mask):
+        """tokens (B, L, D) from `embeddings.text` / `.image`; mask (B, L), 0 = padding, or None -> (B, L, D)."""
+        x = self.embeddings(tokens)
+        mask = None if mask is None else mask.bool()[:, None, None, :]
+        for layer in self.encoder["layer"]:
+            x = layer(x, mask)
+        return x
+
+    def pool(self, hidden):
+        """(B, L, D) -> (B, D): BERT's pooler on the first token."""
+        return torch.tanh(self.pooler["dense"](hidden[:, 0]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# heads
+
+
+class PredictionHead(nn.Module):
+    """Linear, GELU, LayerNorm, Linear: the head of MLM (decoder tied to the words), MPFC and recognition."""
+
+    def __init__(self, d, n_out):
+        super().__init__()
+        self.dense = nn.Linear(d, d)
+        self.LayerNorm = nn.LayerNorm(d, eps=1e-12)
+        self.decoder = nn.Linear(d, n_out)
+
+    def forward(self, x):
+        return self.decoder(self.LayerNorm(F.gelu(self.dense(x))))
+
+
+class CosineHead(nn.Module):
+    """PAC's classifier: cosine of the embedding with each attribute's weight vector; logits in [-scale, scale]."""
+
+    def __init__(self, d, n_out, scale):
+        super().__init__()
+        self.projection = nn.Parameter(torch.randn(d, n_out))
+        self.scale = scale
+
+    def forward(self, x):
+        return self.scale * (F.normalize(x, dim=-1) @ F.normalize(self.projection, dim=0))
+
+
+def masked_mean(x, mask):
+    """Mean of x (B, L, D) over the positions where mask (B, L) is not 0 -> (B, D); mask None: over all."""
+    if mask is None:
+        return x.mean(1)
+    weights = mask.to(x.dtype).unsqueeze(-1)  # (B, L, 1)
+    return (x * weights).sum(1) / weights.sum(1)
+
+
+def scaled_normalize(x, logit_scale):
+    """`s * x / ||x||` in float32, so that a product of two is `s^2 cos`; logits near 16 are too coarse in bfloat16."""
+    with torch.autocast(x.device.type, enabled=False):
+        return logit_scale * F.normalize(x.float(), dim=-1)
+
+
+class FashionViL(nn.Module):
+    """The whole model. An `image` argument is pixels (B, 3, H, W) or patch features (B, P, C) computed before.
+
+    In train mode every image forward is one BatchNorm batch, so views and sides go through one at a time."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.image_encoder = ResNet(config.resnet, config.width)
+        self.bert = Bert(config, self.image_encoder.out_channels)
+        d = config.hidden_size
+        build = {
+            "itm": lambda: nn.Linear(d, 2),  # class 1 = matched
+            "mlm": lambda: PredictionHead(d, config.vocab_size),
+            "mpfc": lambda: PredictionHead(d, config.n_codes),
+            "pac": lambda: CosineHead(d, config.n_attributes, config.pac_scale),
+            "recognition": lambda: PredictionHead(d, config.n_classes),
+        }
+        if "contrastive" in config.heads:
+            self.logit_scale = nn.Parameter(torch.full((1,), 4.0))
+        self.heads = nn.ModuleDict({name: build[name]() for name in config.heads if name in build})
+        if "mlm" in config.heads:
+            self.heads["mlm"].decoder.weight = self.bert.embeddings.word_embeddings.weight
+
+    def patches(self, image):
+        """Pixels (B, 3, H, W) -> patch features (B, P, C); features pass through."""
+        return self.image_encoder(image) if image.ndim == 4 else image
+
+    def encode_image(self, image):
+        """Image alone: projection only, no positions, no Transformer -> mean over patches (B, D)."""
+        return self.bert.embeddings.projection(self.patches(image)).mean(1)
+
+    def encode_text(self, input_ids, attention_mask):
+        """Text alone, (B, T) int64 and (B, T), 0 = padding -> mean over tokens, [CLS] and [SEP] too, (B, D)."""
+        hidden = self.bert(self.bert.embeddings.text(input_ids), attention_mask)
+        return masked_mean(hidden, attention_mask)
+
+    def encode_joint(self, input_ids, attention_mask, image, patch_mask=None):
+        """Text + patches through the Transformer -> hidden states (B, T + P, D).
+
+        patch_mask (B, P) bool, True = masked: those patches' features are zero before the projection (MPFC)."""
+        features = self.patches(image)
+        if patch_mask is not None:
+            features = features.masked_fill(patch_mask.unsqueeze(-1), 0.0)
+        return self._joint(input_ids, attention_mask, self.bert.embeddings.image(features))
+
+    def encode_composed(self, input_ids, attention_mask, image, patch_keep=None):
+        """Image + change in words -> mean over the patch outputs (B, D).
+
+        patch_keep (B, P) bool, as many True in every row: the other patches are left out of attention and mean, so
+        they are not computed. Tokens are left out by a 0 in attention_mask. Raises ValueError on unequal rows."""
+        patches = self.bert.embeddings.image(self.patches(image))  # (B, P, D)
+        if patch_keep is not None:
+            counts = patch_keep.sum(1)
+            if not bool((counts == counts[0]).all()):
+                raise ValueError(f"patch_keep: rows keep {counts.tolist()} patches, expected the same number in each")
+            patches = patches[patch_keep].view(len(patches), -1, patches.shape[-1])  # (B, kept, D)
+        hidden = self._joint(input_ids, attention_mask, patches)
+        return hidden[:, input_ids.shape[1] :].mean(1)  # patch half only, as the paper's composed embedding
+
+    def _joint(self, input_ids, attention_mask, patches):
+        tokens = torch.cat([self.bert.embeddings.text(input_ids), patches], 1)  # (B, T + P, D)
+        mask = torch.cat([attention_mask, attention_mask.new_ones(patches.shape[:2])], 1)
+        return self.bert(tokens, mask)
+
+    def classify(self, batch):
+        """Recognition logits (B, n_classes) of a batch's image, input_ids and attention_mask."""
+        hidden = self.encode_joint(batch["input_ids"], batch["attention_mask"], batch["image"])
+        return self.heads["recognition"](self.bert.pool(hidden)).float()
+
+    def scaled(self, x):
+        """Embeddings (B, D) -> `s * x / ||x||`, whose products are the contrastive logits."""
+        return scaled_normalize(x, self.logit_scale)
+
+    def forward(self, batch, objective):
+        """`objective(self, batch)`: the loss goes through DistributedDataParallel's forward by this door."""
+        return objective(self, batch)
+
+
+class CSANet(nn.Module):
+    """Category-aware subspace attention for outfits (Lin et al. 2020) on the image encoder alone (OCIR).
+
+    All BatchNorms (statistics and weights) and the last stage of the image encoder are frozen."""
+
+    def __init__(self, config, n_categories, dim=256, n_masks=5, hidden=64):
+        super().__init__()
+        self.config, self.n_categories = config, n_categories
+        self.image_encoder = ResNet(config.resnet, config.width)
+        self.proj_layer = nn.Linear(self.image_encoder.out_channels, dim)
+        classifier = nn.Sequential(nn.Linear(2 * n_categories, hidden), nn.ReLU(), nn.Linear(hidden, n_masks))
+        self.fusion_module = nn.ModuleDict({"weight_classifier": classifier, "masks": nn.Embedding(n_masks, dim)})
+        self.logit_scale = nn.Parameter(torch.full((1,), 4.0))
+        self.image_encoder.layer4.requires_grad_(False)
+        for module in self.image_encoder.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(False)
+
+    def train(self, mode=True):
+        """As nn.Module's, but the BatchNorms stay in eval mode."""
+        super().train(mode)
+        for module in self.image_encoder.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def encode_item(self, image):
+        """(B, 3, H, W) -> (B, 256), projected and not yet normalised; with `scaled` this is the wanted item's side."""
+        return self.proj_layer(self.image_encoder(image).mean(1))
+
+    def encode_query(self, image, category, wanted):
+        """Outfit items (B, 3, H, W), their category and the wanted one (B,) int64 each -> (B, 256), scaled."""
+        return self.fuse(self.encode_item(image), category, wanted)
+
+    def fuse(self, item, category, wanted):
+        """`encode_item`'s (B, 256) with the categories: weighted mean over the masked copies, then scaled (B, 256)."""
+        one_hot = torch.cat([F.one_hot(category, self.n_categories), F.one_hot(wanted, self.n_categories)], 1)
+        weights = self.fusion_module["weight_classifier"](one_hot.to(item.dtype)).softmax(-1)  # (B, 5)
+        masks = self.fusion_module["masks"].weight  # (5, 256)
+        return self.scaled((item * (weights @ masks)) / len(masks))
+
+    def scaled(self, x):
+        """(B, 256) -> `s * x / ||x||`."""
+        return scaled_normalize(x, self.logit_scale)
+
+    def forward(self, batch, objective):
+        """As FashionViL's: `objective(self, batch)`."""
+        return objective(self, batch)

@@ -1,0 +1,80 @@
+"""What the golden tests share: the reference file, models with its made-up weights, and its inputs as our batches."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent / "golden"
+sys.path.insert(0, str(HERE))
+
+import inputs  # noqa: E402
+from fill import fill  # noqa: E402
+
+import checkpoint  # noqa: E402
+import vqvae  # noqa: E402
+from model import PRETRAINING_HEADS, CSANet, FashionViL, ModelConfig  # noqa: E402
+
+GOLDEN = torch.load(os.environ.get("GOLDEN", HERE / "tiny.pt"), weights_only=True)
+META = GOLDEN["meta"]
+B, SEED, VOCAB = META["B"], META["seed"], META["vocab"]
+
+
+def filled(model):
+    """The model with the golden weights, which depend on the original's parameter names alone."""
+    weights = fill(checkpoint.to_original(model.state_dict()), META["scale"])
+    model.load_state_dict(checkpoint.from_original(weights))
+    # The reference was computed in this memory format; in ours the kernels round otherwise, and what a ReLU makes of a
+    # value next to zero moves gradient norms by up to 1.4e-3.
+    model.image_encoder.to(memory_format=torch.contiguous_format)
+    return model.eval()
+
+
+def build(heads=PRETRAINING_HEADS, dropout=0.1):
+    size = dict(META["size"])
+    size.pop("visual_embedding_dim")
+    return filled(FashionViL(ModelConfig(resnet=META["resnet"], heads=heads, n_classes=121, dropout=dropout, **size)))
+
+
+def build_csa():
+    dim = GOLDEN["csa_train"]["scores"].shape[1]
+    return filled(CSANet(ModelConfig(resnet=META["resnet"]), n_categories=inputs.CATS, dim=dim))
+
+
+def build_image_tokenizer():
+    tokenizer = vqvae.random_tokenizer(vqvae.TokenizerConfig(ch=32))
+    tokenizer.load_state_dict(fill(tokenizer.state_dict(), META["scale"], prefix="model.image_tokenizer."))
+    return tokenizer.eval()
+
+
+def golden_batch(seed=SEED, n=B, vocab=VOCAB):
+    """Every input of every objective, under the names our losses read; text stays padded to its full 24 tokens."""
+    text, mlm = inputs.text(n, seed, vocab), inputs.mlm(n, seed, vocab)
+    text_drop, patch_drop = (torch.zeros(n, size, dtype=torch.bool) for size in (inputs.L, inputs.PATCHES))
+    text_at, patch_at = inputs.icc_draws(seed)
+    text_drop[:, text_at], patch_drop[:, patch_at] = True, True
+    return {
+        "image": inputs.images(n, seed, 0),
+        "image2": inputs.images(n, seed, 1),
+        "input_ids": text["input_ids"],
+        "attention_mask": text["input_mask"],
+        "product_id": torch.arange(n),
+        "itm_draws": inputs.itm_draws(n, seed),
+        "masked_ids": mlm["input_ids_masked"],
+        "mlm_labels": mlm["lm_label_ids"].masked_fill(mlm["lm_label_ids"] == -1, -100),
+        "patch_mask": inputs.image_masks(n, seed).bool(),
+        "text_drop": text_drop,
+        "patch_drop": patch_drop,
+        "attributes": inputs.attribute_labels(n, seed),
+        "label": inputs.labels(n, seed),
+        "category": inputs.csa(n, seed)["combine_cat_id"][:, 0],
+        "wanted": inputs.csa(n, seed)["combine_cat_id"][:, 1],
+    }
+
+
+def difference(ours, reference):
+    """max |a - b| / max |b|, the golden README's measure, per tensor."""
+    ours, reference = torch.as_tensor(ours).detach().double(), torch.as_tensor(reference).double()
+    assert ours.shape == reference.shape, (ours.shape, reference.shape)
+    return float((ours - reference).abs().max() / reference.abs().max())

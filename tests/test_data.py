@@ -1,0 +1,462 @@
+"""Data: tokens against BERT's, mask statistics against the original's, the order of batches, images, files."""
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from common import InputError, Processes
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+VOCAB = SHARED / "bert-base-uncased" / "vocab.txt"
+METRICS = torch.load(Path(__file__).parent / "golden" / "metrics.pt", weights_only=True)
+needs_vocab = pytest.mark.skipif(not VOCAB.exists(), reason="needs shared/data")
+SMALL_VOCAB = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "dress", "##es", "a"])}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text
+
+
+@needs_vocab
+@pytest.mark.parametrize(
+    "text, ids",
+    [
+        ("hello world", [101, 7592, 2088, 102]),
+        ("Hello,  WORLD", [101, 7592, 1010, 2088, 102]),
+        ("café", [101, 7668, 102]),  # accents are stripped
+        ("hello\u200b\x00 world", [101, 7592, 2088, 102]),  # control characters vanish
+        ("", [101, 102]),
+        ("\U0001f457", [101, 100, 102]),  # an emoji is [UNK]
+        ("x" * 101, [101, 100, 102]),  # and so is a word of over 100 characters
+        ("[MASK] hello", [101, 103, 7592, 102]),
+    ],
+)
+def test_tokens_are_berts(text, ids):
+    assert data.encode(data.load_wordpiece(VOCAB), text)[0] == ids
+
+
+@needs_vocab
+def test_real_texts_tokenize_as_the_greedy_rule_says():
+    words = VOCAB.read_text(encoding="utf-8").splitlines()
+    vocab = {word: i for i, word in enumerate(words)}
+    tokenizer = data.load_wordpiece(VOCAB)
+
+    def greedy(word):
+        ids, start = [], 0
+        while start < len(word):
+            for end in range(len(word), start, -1):
+                piece = ("##" if start else "") + word[start:end]
+                if piece in vocab:
+                    ids.append(vocab[piece])
+                    start = end
+                    break
+            else:
+                return [vocab["[UNK]"]]
+        return ids
+
+    products = data.load_products(SHARED / "fashion-mini", "FashionGen", "val")
+    compared = 0
+    for product in products:
+        if not product.text.isascii():
+            continue
+        spaced = "".join(c if c.isalnum() or c.isspace() else f" {c} " for c in product.text.lower())
+        expected = [i for word in spaced.split() for i in greedy(word)]
+        ids, numbers = data.encode(tokenizer, product.text, max_tokens=10_000)
+        assert ids == [101, *expected, 102]
+        assert numbers[1:-1] == sorted(numbers[1:-1]) and numbers[0] is numbers[-1] is None
+        compared += 1
+    assert compared > 500
+
+
+def test_long_text_is_cut_to_the_limit_with_sep_last():
+    tokenizer = data.wordpiece(SMALL_VOCAB)
+    ids, words = data.encode(tokenizer, "red " * 10_000)
+    assert len(ids) == len(words) == 75 and ids[0] == 2 and ids[-1] == 3 and set(ids[1:-1]) == {5}
+
+
+def test_vocab_without_special_tokens_is_refused(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text("[PAD]\n[UNK]\nred\n")
+    with pytest.raises(InputError, match=r"vocab.txt: token \[CLS\] is missing"):
+        data.load_wordpiece(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# masks
+
+
+def test_whole_word_masking_statistics():
+    golden = METRICS["whole_word"]
+    tokenizer = data.wordpiece({**SMALL_VOCAB, **{f"w{i}": 9 + i for i in range(1000)}})
+    mask_id, size = 4, tokenizer.get_vocab_size()
+    ids = [2, *golden["token_ids"], 3]
+    starts = [not token.startswith("##") for token in golden["tokens"]]
+    words = [None, *(int(i) - 1 for i in np.cumsum(starts)), None]
+    n_words, draws, rng = golden["n_words"], 10_000, np.random.default_rng(0)
+    assert max(words[1:-1]) == n_words - 1
+    chosen, masked_n, kept_n, changed = np.zeros(len(ids)), 0, 0, 0
+    first, random_pieces = np.array([True, *starts, True]), []
+    for _ in range(draws):
+        masked, labels = data.mask_words(ids, words, tokenizer, rng)
+        asked = np.array(labels) != -100
+        assert asked.any() and not asked[0] and not asked[-1]
+        for a, b in itertools.pairwise(range(1, len(ids) - 1)):
+            assert words[a] != words[b] or asked[a] == asked[b]  # whole words
+        assert all(label == i for label, i, on in zip(labels, ids, asked, strict=True) if on)
+        assert all(m == i for m, i, on in zip(masked, ids, asked, strict=True) if not on)
+        chosen += asked
+        for i in np.flatnonzero(asked & first):
+            pieces = [j for j in range(len(ids)) if words[j] == words[i]]
+            new = [masked[j] for j in pieces]
+            if all(m == mask_id for m in new):
+                masked_n += 1
+            elif new == [ids[j] for j in pieces]:
+                kept_n += 1
+            else:
+                changed += 1
+                random_pieces += new
+    # p = .15, and where none was chosen (.85 ** words of the draws; the original leaves those empty) one at random
+    expected = 0.15 + 0.85**n_words / n_words
+    assert np.abs(chosen[1:-1] / draws - expected).max() < 0.015
+    extra = golden["no_token_selected_rate"] / n_words
+    assert np.abs(chosen[1:-1] / draws - extra - golden["rate_by_token"].numpy()).max() < 0.02
+    total = masked_n + kept_n + changed
+    for n, key in ((masked_n, "mask"), (changed, "random"), (kept_n, "keep")):
+        assert n / total == pytest.approx(golden[f"selected_{key}_rate"], abs=0.012)
+    assert np.mean(random_pieces) == pytest.approx(size / 2, rel=0.05) and max(random_pieces) > 0.98 * size
+
+
+def test_text_without_words_still_asks_something():
+    masked, labels = data.mask_words([2, 3], [None, None], data.wordpiece(SMALL_VOCAB), np.random.default_rng(0))
+    assert masked == [2, 4] and labels == [-100, 3]
+
+
+def test_block_masks_have_the_originals_statistics():
+    golden, rng = METRICS["blockwise"], np.random.default_rng(0)
+    masks = np.stack([data.mask_patches(7, rng) for _ in range(10_000)])
+    counts = np.bincount(masks.sum(1), minlength=9) / 10_000
+    assert masks.sum(1).max() == 8
+    for n, times in golden["count_histogram"].items():
+        assert counts[n] == pytest.approx(times / golden["draws"], abs=0.006)
+    assert masks.sum(1).mean() == pytest.approx(golden["mean_masked"], abs=0.006)
+    assert np.abs(masks.mean(0).reshape(7, 7) - golden["position_rate"].numpy()).max() < 0.02
+
+
+@pytest.mark.parametrize("side, largest", [(1, 1), (2, 1), (3, 1), (4, 3), (10, 16)])
+def test_block_masks_of_other_grids(side, largest):
+    rng = np.random.default_rng(0)
+    counts = [data.mask_patches(side, rng).sum() for _ in range(300)]
+    assert min(counts) >= 1 and max(counts) == largest  # n = round(8 P / 49)
+
+
+def test_dropped_positions_are_a_floor_share_without_replacement():
+    rng = np.random.default_rng(0)
+    for n, expected in ((49, 12), (7, 1), (3, 0), (0, 0)):
+        assert data.drop_some(n, 0.25, rng).sum() == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a small data root
+
+
+@dataclass
+class Settings:
+    batch_size: int = 8
+    grad_accum: int = 1
+    max_steps: int = 12
+    seed: int = 3
+    workers: int = 0
+
+
+def write_products(root, source, split, items, size=40):
+    file, folder = data.SETS[source]["splits"][split]
+    (root / source / folder).mkdir(parents=True, exist_ok=True)
+    for item in items:
+        names = [item["images"]] if isinstance(item["images"], str) else item["images"]
+        for name in names:
+            color = (crc32(name.encode()) % 200, 50, 90)
+            Image.new("RGB", (size, size), color).save(root / source / folder / name)
+    (root / source / file).write_text(json.dumps(items))
+
+
+def item(i, images=1, **more):
+    names = [f"{i}_{k}.png" for k in range(images)]
+    return {"id": i, "images": names, "title": "red dress", "description": "a", "attributes_id": [i % 3], **more}
+
+
+@pytest.fixture
+def root(tmp_path):
+    write_products(tmp_path, "FashionGen", "train", [item(i, 1 + i % 3, category_id=i % 2) for i in range(20)])
+    write_products(tmp_path, "BigFACAD", "train", [item(i, color="red") for i in range(5)])
+    write_products(tmp_path, "Fashion200k", "train", [item(i) for i in range(4)])
+    write_products(tmp_path, "PolyvoreOutfits", "train", [{**item(i), "images": f"{i}_0.png"} for i in range(3)])
+    return tmp_path
+
+
+def samples(root, **changes):
+    products = data.load_pretraining(root)
+    return data.Pretraining(products, data.wordpiece(SMALL_VOCAB), **{"image_size": 64, "n_attributes": 3, **changes})
+
+
+def test_union_and_texts(root):
+    products = data.load_pretraining(root)
+    assert [p.name for p in products[::10]] == ["FashionGen 0", "FashionGen 10", "BigFACAD 0", "PolyvoreOutfits 1"]
+    assert len(products) == 32
+    assert (
+        products[0].text == "red dress.a"
+        and products[20].text == "red.red dress.a"
+        and products[25].text == "red dress"
+    )
+
+
+def test_every_epoch_visits_every_product_once_in_a_new_order(root):
+    batches = list(data.Batches(32, Settings(), Processes(0, 1, torch.device("cpu")), objective_at=str))
+    epochs = [[k for batch in batches[e * 4 : e * 4 + 4] for k in batch] for e in range(3)]
+    for e, keys in enumerate(epochs):
+        assert sorted(index for _, index, _ in keys) == list(range(32))
+        assert {epoch for epoch, _, _ in keys} == {e}
+    assert [i for _, i, _ in epochs[0]] != [i for _, i, _ in epochs[1]]
+    assert [batch[0][2] for batch in batches] == [str(step) for step in range(12)]
+
+
+@pytest.mark.parametrize("world_size, grad_accum", [(2, 1), (2, 2), (1, 4)])
+def test_processes_and_micro_batches_share_one_order(world_size, grad_accum):
+    config = Settings(grad_accum=grad_accum)
+    one = list(data.Batches(32, Settings(), Processes(0, 1, None)))
+    parts = [list(data.Batches(32, config, Processes(rank, world_size, None))) for rank in range(world_size)]
+    for step, whole in enumerate(one):
+        rows = []
+        for micro in range(grad_accum):
+            rows += [key for part in parts for key in part[step * grad_accum + micro]]
+        assert rows == whole
+
+
+def test_a_restart_goes_on_where_it_stopped():
+    whole = list(data.Batches(32, Settings(), Processes(0, 1, None)))
+    assert list(data.Batches(32, Settings(), Processes(0, 1, None), start=7)) == whole[7:]
+
+
+@pytest.mark.parametrize(
+    "n, config, world_size, message",
+    [
+        (32, Settings(), 3, "found 8, expected a multiple of processes x grad_accum = 3 x 1"),
+        (7, Settings(), 1, "found 8, but the data has only 7"),
+    ],
+)
+def test_batches_that_cannot_be(n, config, world_size, message):
+    with pytest.raises(InputError, match=message):
+        data.Batches(n, config, Processes(0, world_size, None))
+
+
+def test_a_sample_is_a_function_of_its_key_alone(root):
+    for objective in ("itc", "itm", "mlm", "mpfc", "mvc", "pac"):
+        first, again = samples(root)[2, 5, objective], samples(root)[2, 5, objective]
+        other = samples(root, seed=1)[2, 5, objective]
+        assert first.keys() == again.keys()
+        for key in first:
+            assert np.array_equal(np.asarray(first[key]), np.asarray(again[key])), key
+        assert (
+            objective != "mlm"
+            or first["mlm_labels"] != other["mlm_labels"]
+            or first["masked_ids"] != other["masked_ids"]
+        )
+
+
+def test_sampling_leaves_the_callers_generator_alone(root):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    samples(root)[0, 0, "mvc"]
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_views_of_mvc_differ_where_there_are_two_images(root):
+    dataset = samples(root)
+    dataset.transform = lambda image: torch.tensor(np.asarray(image)[0, 0])
+    for index, product in enumerate(dataset.products):
+        for epoch in range(5):
+            sample = dataset[epoch, index, "mvc"]
+            colors = {crc32(Path(path).name.encode()) % 200 for path in product.images}
+            same = torch.equal(sample["image"], sample["image2"])
+            assert same == (len(product.images) == 1) or len(colors) < len(product.images)
+
+
+def test_collate_pads_to_the_longest_text_only(root):
+    rows = [samples(root)[0, i, "mvc"] for i in (0, 20)]
+    batch = data.collate(rows)
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert lengths[0] != lengths[1] and batch["input_ids"].shape == (2, max(lengths))
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    assert batch["text_drop"].dtype == torch.bool and batch["patch_drop"].shape == (2, 4)
+    assert batch["image"].dtype == torch.uint8 and batch["image"].shape == (2, 3, 64, 64)
+
+
+def test_attribute_weights():
+    assert data.attribute_weights([0, 2], 4).tolist() == [0.5, 0, 0.5, 0]
+    assert data.attribute_weights([], 3).sum() == 0
+
+
+def test_a_broken_image_names_file_and_product_or_is_counted(root):
+    (root / "FashionGen" / "train" / "0_0.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"FashionGen 0: .*0_0.png: image cannot be read"):
+        samples(root)[0, 0, "itc"]
+    sample = samples(root, skip_broken=True)[0, 0, "itc"]
+    assert sample["skipped"] == 1 and sample["product_id"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# images
+
+
+def test_normalisation_by_hand():
+    image = torch.full((1, 3, 2, 2), 100, dtype=torch.uint8)
+    expected = [(100 / 255 - m) / s for m, s in zip(data.MEAN, data.STD, strict=True)]
+    assert data.normalize(image)[0, :, 0, 0].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_images_of_every_mode(tmp_path):
+    red = Image.new("RGB", (20, 10), (200, 30, 40))
+    files = {
+        "rgb.png": red,
+        "cmyk.jpg": red.convert("CMYK"),
+        "palette.gif": red.quantize(4),
+        "grey.png": red.convert("L"),
+    }
+    for name, image in files.items():
+        image.save(tmp_path / name)
+        opened = data.open_image(tmp_path / name)
+        assert opened.mode == "RGB" and opened.size == (20, 10)
+        if "grey" not in name:
+            assert np.abs(np.asarray(opened, int)[5, 5] - [200, 30, 40]).max() < 6, name
+    Image.fromarray(np.full((10, 20), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    assert np.asarray(data.open_image(tmp_path / "deep.png"))[0, 0].tolist() == [156] * 3  # 40000 / 256
+    frames = [Image.new("RGB", (8, 8), c) for c in ((250, 0, 0), (0, 250, 0))]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert np.asarray(data.open_image(tmp_path / "moving.gif"))[0, 0, 0] > 200  # its first frame
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    red.save(tmp_path / "turned.jpg", exif=exif)
+    assert data.open_image(tmp_path / "turned.jpg").size == (10, 20)
+
+
+def test_transforms_crop_and_scale():
+    grid = np.zeros((100, 100, 3), np.uint8)
+    grid[:, 50:] = 255
+    image = Image.fromarray(grid)
+    centre = data.image_transform("crop", 64, train=False)(image)
+    assert centre.shape == (3, 64, 64) and centre[0, 0, 0] == 0 and centre[0, 0, -1] == 255
+    whole = data.image_transform("scale", 64, train=False)(Image.fromarray(grid[:, :, :]))
+    edge = [int((t[0, 0] > 127).sum()) for t in (centre, whole)]
+    assert edge == [32, 32]
+    torch.manual_seed(0)
+    train = data.image_transform("crop", 64, train=True)
+    views = [train(image) for _ in range(40)]
+    assert 8 < sum(bool(v[0, 0, 0] > 127) for v in views) < 32  # half are flipped
+    assert len({v.numpy().tobytes() for v in views}) > 5  # crops differ
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def test_check_counts_and_lists_every_fault(root):
+    items = json.loads((root / "FashionGen" / "train_info.json").read_text())
+    items[1]["id"] = 0
+    items[2]["images"] = ["../../secret.png"]
+    del items[3]["title"]
+    items[4]["attributes_id"] = ["x"]
+    items[5]["images"] = []
+    (root / "FashionGen" / "train_info.json").write_text(json.dumps(items))
+    (root / "FashionGen" / "train" / "6_0.png").unlink()
+    (root / "BigFACAD" / "train_info.json").write_text('[{"id": 1')
+    report, faults = data.check(root)
+    text = "\n".join(faults)
+    for part in (
+        "entry 1 (id 0): this id stood before",
+        "entry 2 (id 2): image path '../../secret.png' leaves",
+        "entry 3 (id 3): key 'title': found None",
+        "entry 4 (id 4): key 'attributes_id'",
+        "entry 5 (id 5): key 'images'",
+        "6_0.png: missing (of FashionGen 6)",
+        "BigFACAD/train_info.json: cannot be read as JSON",
+    ):
+        assert part in text
+    assert len(faults) == 7
+    assert any("FashionGen" in line and "15 products" in line for line in report)
+    with pytest.raises(InputError, match="5 such in the file"):
+        data.load_products(root, "FashionGen", "train")
+
+
+def test_labels_are_counted_and_checked(root):
+    products = data.load_products(root, "FashionGen", "train")
+    assert data.count_labels(products, "attributes") == 3 and data.count_labels(products, "category") == 2
+    with pytest.raises(InputError, match="FashionGen 2: attributes id 2, expected below 2"):
+        data.count_labels(products, "attributes", 2)
+    with pytest.raises(InputError, match="FashionGen 0: no subcategory_id"):
+        data.count_labels(products, "subcategory")
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs shared/data")
+@pytest.mark.parametrize("gallery, sizes", [("original", (3817, 6346, 5373)), ("val", (2628, 3089, 2902))])
+def test_fashioniq_public_counts(tmp_path, gallery, sizes):
+    (tmp_path / "FashionIQ").symlink_to(SHARED / "fashioniq-public")
+    for garment, queries, size in zip(data.FASHIONIQ_CLASSES, (2017, 2038, 1961), sizes, strict=True):
+        rows, names = data.load_fashioniq(tmp_path, garment, "val", gallery)
+        assert (len(rows), len(names), len(set(names))) == (queries, size, size)
+        assert ", " in rows[0]["text"]
+
+
+def write_fashioniq(root, rows, split=("a", "b", "c", "d")):
+    (root / "FashionIQ" / "captions").mkdir(parents=True)
+    (root / "FashionIQ" / "image_splits").mkdir()
+    (root / "FashionIQ" / "captions" / "cap.dress.val.json").write_text(json.dumps(rows))
+    (root / "FashionIQ" / "image_splits" / "split.dress.val.json").write_text(json.dumps(list(split)))
+
+
+def test_fashioniq_galleries(tmp_path):
+    write_fashioniq(tmp_path, [{"candidate": "a", "target": "b", "captions": ["is red", "is long"]}])
+    queries, names = data.load_fashioniq(tmp_path, "dress", "val")
+    assert names == ["a", "b", "c", "d"] and queries[0]["text"] == "is red, is long"
+    assert data.load_fashioniq(tmp_path, "dress", "val", "val")[1] == ["b", "a"]
+    with pytest.raises(InputError, match="gallery: found 'all'"):
+        data.load_fashioniq(tmp_path, "dress", "val", "all")
+
+
+def test_fashioniq_extended_files_define_their_gallery(tmp_path):
+    row = {"candidate": "a", "target": "b", "captions": ["x", "y"], "target_id": 5, "garment_class": 0}
+    rows = [{**row, "fake_data": False}, {**row, "target": "z", "target_id": 9, "fake_data": True}]
+    write_fashioniq(tmp_path, rows)
+    queries, names = data.load_fashioniq(tmp_path, "dress", "val")
+    assert names == ["b", "z"] and len(queries) == 1
+
+
+def test_fashioniq_target_outside_the_gallery_is_named(tmp_path):
+    write_fashioniq(tmp_path, [{"candidate": "a", "target": "lost", "captions": ["x", "y"]}])
+    with pytest.raises(InputError, match="target lost stands in no row of the gallery"):
+        data.load_fashioniq(tmp_path, "dress", "val")
+
+
+def test_polyvore_numbers_categories(tmp_path):
+    folder = tmp_path / "PolyvoreOutfits"
+    folder.mkdir()
+    rows = [{"question": ["1", "2"], "blank": "3", "fake_data": False}]
+    (folder / "ocir_disjoint_test.json").write_text(json.dumps(rows))
+
+    def load(*ids):
+        metadata = {str(i + 1): {"category_id": c} for i, c in enumerate(ids)}
+        (folder / "polyvore_item_metadata.json").write_text(json.dumps(metadata))
+        outfits, n = data.load_polyvore(tmp_path, "disjoint", "test")
+        return [c for _, c in outfits[0]["items"]], outfits[0]["blank_item"][1], n
+
+    assert load("20", "1", "0") == ([2, 1], 0, 3)  # own numbers, ascending
+    assert load("3", "1605", "4518") == ([0, 53], 152, 153)  # the released checkpoint's
+    with pytest.raises(InputError, match="split: found 'both'"):
+        data.load_polyvore(tmp_path, "both", "test")

@@ -1,0 +1,152 @@
+"""The model against second implementations: torchvision's ResNet, torch's Transformer layer, hand-made masks."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data  # noqa: F401  (makes torchvision importable on a CPU-only torch)
+from model import RESNETS, SIZES, FashionViL, ModelConfig, ResNet, masked_mean
+
+
+def tiny(**changes):
+    """A small FashionViL in eval mode: 64 px images give 2 x 2 patches."""
+    torch.manual_seed(0)
+    sizes = dict(resnet="resnet18", width=8, vocab_size=50, n_codes=16, n_attributes=12, **SIZES["tiny"])
+    return FashionViL(ModelConfig(**{**sizes, **changes})).eval()
+
+
+@pytest.mark.parametrize("name", RESNETS)
+@pytest.mark.parametrize("training", [False, True])
+def test_resnet_equals_torchvisions(name, training):
+    import torchvision
+
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, name)(weights=None)
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.normal_(module.weight, 1.0, 0.1)
+    ours = ResNet(name)
+    names = {k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
+    assert set(ours.state_dict()) == set(names)
+    ours.load_state_dict(names)
+    images = torch.randn(4, 3, 96, 64)
+    ours.train(training), theirs.train(training)
+    theirs.avgpool, theirs.fc = nn.Identity(), nn.Identity()
+    with torch.no_grad():
+        expected = theirs(images).view(4, ours.out_channels, 6).transpose(1, 2)  # (B, P, C), row order
+        result = ours(images)
+    assert result.shape == expected.shape
+    # statistics of a batch of 24 last-stage positions amplify rounding
+    assert (result - expected).abs().max() < (1e-3 if training else 1e-5) * expected.abs().max()
+    mean = (ours.bn1.running_mean - theirs.bn1.running_mean).abs().max()
+    assert mean < 1e-6 and (not training or ours.bn1.running_mean.abs().max() > 0)
+
+
+def test_layers_equal_torchs_encoder_layers():
+    config = ModelConfig(resnet="resnet18", width=8, vocab_size=50, **SIZES["tiny"])
+    model = FashionViL(config).eval()
+    x, lengths = torch.randn(3, 9, config.hidden_size), torch.tensor([9, 4, 7])
+    mask = torch.arange(9)[None] < lengths[:, None]
+    ours = theirs = model.bert.embeddings(x)
+    for layer in model.bert.encoder["layer"]:
+        other = nn.TransformerEncoderLayer(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.intermediate_size,
+            activation="gelu",
+            layer_norm_eps=1e-12,
+            batch_first=True,
+        ).eval()
+        s = layer.attention["self"]
+        other.self_attn.in_proj_weight.data = torch.cat([s[n].weight for n in ("query", "key", "value")])
+        other.self_attn.in_proj_bias.data = torch.cat([s[n].bias for n in ("query", "key", "value")])
+        pairs = [
+            (other.self_attn.out_proj, layer.attention["output"]["dense"]),
+            (other.norm1, layer.attention["output"]["LayerNorm"]),
+            (other.linear1, layer.intermediate["dense"]),
+            (other.linear2, layer.output["dense"]),
+            (other.norm2, layer.output["LayerNorm"]),
+        ]
+        for to, source in pairs:
+            to.load_state_dict(source.state_dict())
+        theirs = other(theirs, src_key_padding_mask=~mask)
+        ours = layer(ours, mask[:, None, None, :])
+    assert (ours - theirs)[mask].abs().max() < 1e-5
+
+
+def test_padding_and_batch_do_not_change_an_embedding():
+    model = tiny()
+    ids, image = torch.randint(5, 50, (3, 11)), torch.randn(3, 3, 64, 64)
+    lengths = [11, 4, 7]
+    mask = (torch.arange(11)[None] < torch.tensor(lengths)[:, None]).long()
+    with torch.no_grad():
+        text, composed = model.encode_text(ids, mask), model.encode_composed(ids, mask, image)
+        for i, n in enumerate(lengths):
+            alone = ids[i : i + 1, :n], mask[i : i + 1, :n]
+            assert (model.encode_text(*alone) - text[i]).abs().max() < 1e-5
+            assert (model.encode_composed(*alone, image[i : i + 1]) - composed[i]).abs().max() < 1e-5
+
+
+def test_dropped_patches_are_those_that_attention_and_mean_leave_out():
+    model = tiny()
+    ids, mask = torch.randint(5, 50, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    image = torch.randn(2, 3, 64, 64)
+    keep = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 1]]).bool()
+    with torch.no_grad():
+        embeddings = model.bert.embeddings
+        tokens = torch.cat([embeddings.text(ids), embeddings.image(model.patches(image))], 1)
+        hidden = model.bert(tokens, torch.cat([mask, keep.long()], 1))
+        expected = masked_mean(hidden[:, 6:], keep)
+        assert (model.encode_composed(ids, mask, image, keep) - expected).abs().max() < 1e-5
+    with pytest.raises(ValueError, match=r"\[3, 2\]"):
+        model.encode_composed(ids, mask, image, torch.tensor([[1, 0, 1, 1], [0, 1, 0, 1]]).bool())
+
+
+def test_four_ways_in_depend_on_what_they_should():
+    model = tiny()
+    ids, mask = torch.randint(5, 50, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        features = model.patches(image)
+        projected = F.linear(features, model.bert.embeddings.projection.weight, model.bert.embeddings.projection.bias)
+        assert torch.allclose(model.encode_image(image), projected.mean(1), atol=1e-6)  # no positions, no Transformer
+        joint = model.encode_joint(ids, mask, image)
+        assert joint.shape == (2, 6 + 4, 64)
+        assert torch.allclose(model.encode_composed(ids, mask, features), joint[:, 6:].mean(1), atol=1e-6)
+        masked = model.encode_joint(ids, mask, image, torch.ones(2, 4, dtype=torch.bool))
+        blank = model.encode_joint(ids, mask, torch.zeros_like(features))
+        assert torch.allclose(masked, blank, atol=1e-6)  # features are zeroed before the projection
+    scaled = model.scaled(torch.randn(5, 64))
+    assert torch.allclose(scaled.norm(dim=1), torch.full((5,), 4.0))
+
+
+def test_image_side_tables_start_as_copies_of_the_text_side():
+    embeddings = tiny().bert.embeddings
+    for table in ("position_embeddings", "token_type_embeddings"):
+        text, image = getattr(embeddings, table).weight, getattr(embeddings, table + "_visual").weight
+        assert torch.equal(text, image) and text.data_ptr() != image.data_ptr()
+
+
+def test_pac_head_is_a_cosine():
+    head = tiny(pac_scale=3.0).heads["pac"]
+    x = torch.randn(4, 64)
+    for i in range(4):
+        for a in range(12):
+            cosine = F.cosine_similarity(x[i], head.projection[:, a], dim=0)
+            assert abs((head(x)[i, a] - 3 * cosine).item()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"resnet": "resnet99"}, "resnet99"),
+        ({"heads": ("itm", "itx")}, "itx"),
+        ({"heads": ("recognition",)}, "n_classes"),
+        ({"hidden_size": 65}, "65"),
+    ],
+)
+def test_impossible_configs_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)

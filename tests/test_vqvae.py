@@ -1,0 +1,390 @@
+"""The image tokenizer: golden codes, nearest code, codebook updates, files, training and resume."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import checkpoint
+import common
+import data
+import pretrain
+import vqvae
+from model import ResNet
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "golden"))
+
+import inputs  # noqa: E402
+from fill import fill  # noqa: E402
+
+TINY = vqvae.TokenizerConfig(ch=8, ch_mult=(1, 2, 4), n_blocks=1, latent_dim=16, n_codes=12, unshuffle=8)
+
+
+def make_vqvae(seed=0, config=TINY):
+    torch.manual_seed(seed)
+    return vqvae.VQVAE(config)
+
+
+def make_latents(n=40, seed=1):
+    return torch.randn(n, TINY.latent_dim, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the original's numbers and names
+
+
+def test_golden_latents_and_codes():
+    golden = torch.load(os.environ.get("GOLDEN", HERE / "golden" / "tiny.pt"), weights_only=True)
+    meta, golden = golden["meta"], golden["vqvae"]
+    tokenizer = vqvae.random_tokenizer(vqvae.TokenizerConfig(ch=32))
+    tokenizer.load_state_dict(fill(tokenizer.state_dict(), meta["scale"], prefix="model.image_tokenizer."))
+    images = inputs.images(meta["B"], meta["seed"], 0)
+    z = tokenizer.latents(images[:1])[:, : golden["z_first"].shape[1]]
+    assert (z - golden["z_first"]).abs().max() / golden["z_first"].abs().max() < 1e-5
+    codes, clear = tokenizer.encode(images), golden["dist_margin"] >= 0.01
+    assert clear.float().mean() > 0.9
+    assert torch.equal(codes[clear], golden["indices"][clear])
+
+
+def test_names_and_shapes_are_the_released_encoders():
+    lines = (HERE / "golden" / "keys_vqvae.txt").read_text().splitlines()
+    expected = {line.split("\t")[0]: line.split("\t")[1] for line in lines if not line.startswith("#")}
+    with torch.device("meta"):
+        state = vqvae.Tokenizer(vqvae.TokenizerConfig()).state_dict()
+    assert {name: str(tuple(value.shape)) for name, value in state.items()} == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# codes
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_nearest_is_the_smallest_euclidean_distance(amp):
+    codebook = vqvae.Codebook(200, 32)
+    z = 2 * torch.randn(1000, 32) + 0.5
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        found = codebook.nearest(z)
+    distance = torch.cdist(z.double(), codebook.weight.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    best = distance.topk(2, largest=False)
+    clear = best.values[:, 1] - best.values[:, 0] > 1e-4
+    assert clear.sum() > 900
+    assert torch.equal(found[clear], best.indices[clear, 0])
+
+
+def test_codes_are_in_row_order_and_can_be_labels():
+    tokenizer = vqvae.random_tokenizer(TINY)
+    images = torch.randn(3, 3, 64, 96)
+    codes = tokenizer.encode(images)
+    assert codes.shape == (3, 6) and codes.dtype == torch.int64
+    # a forward hook cannot tell rows from columns, so go by the definition: map (B, D, 2, 3), rows first
+    z = tokenizer.quant_conv(tokenizer.encoder(images))
+    for row in range(2):
+        for column in range(3):
+            assert torch.equal(codes[:, 3 * row + column], tokenizer.codebook.nearest(z[:, :, row, column]))
+    logits = torch.randn(18, TINY.n_codes, requires_grad=True)
+    F.cross_entropy(logits, codes.flatten()).backward()  # refused for tensors made in inference mode
+    assert logits.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 64, 60), (1, 1, 64, 64), (3, 64, 64)])
+def test_wrong_image_shapes_are_refused(shape):
+    with pytest.raises(ValueError, match="multiples of 32"):
+        vqvae.random_tokenizer(TINY).encode(torch.zeros(shape))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# learning
+
+
+def test_straight_through_and_commitment_gradients(monkeypatch):
+    model = make_vqvae()
+    z = make_latents(8).view(2, 4, -1).requires_grad_()
+    monkeypatch.setattr(model, "latents", lambda images: z)
+    monkeypatch.setattr(model, "decode", lambda e, size: e)
+    e, commitment, detached, codes = model(torch.zeros(2, 3, 64, 64))
+    assert torch.allclose(e, model.codebook.weight[codes], atol=1e-6)  # the value is the code's ...
+    g = torch.randn(e.shape)
+    (e * g).sum().backward(retain_graph=True)
+    assert torch.equal(z.grad, g)  # ... the gradient goes to the latent as it is
+    z.grad = None
+    commitment.backward()
+    assert torch.allclose(z.grad, 2 * (z.detach() - model.codebook.weight[codes]) / z.numel())
+    assert not detached.requires_grad
+
+
+def test_moving_averages_against_a_loop():
+    model = make_vqvae()
+    model.idle.zero_()  # nothing is dead
+    book = model.codebook
+    book.embed_avg.copy_(torch.randn(12, 16))
+    size, total = book.cluster_size.double().tolist(), book.embed_avg.double()
+    for step in range(3):
+        z = make_latents(seed=step)
+        codes = book.nearest(z)
+        counts = model.update_codebook(z, codes, reseed_after=100)
+        for k in range(12):
+            members = [z[i].double() for i in range(len(z)) if codes[i] == k]
+            assert counts[k] == len(members)
+            size[k] = 0.99 * size[k] + 0.01 * len(members)
+            total[k] = 0.99 * total[k] + 0.01 * sum(members, torch.zeros(16).double())
+        for k in range(12):
+            smooth = (size[k] + 1e-5) / (sum(size) + 12 * 1e-5) * sum(size)
+            assert torch.allclose(book.weight[k].double(), total[k] / smooth, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(book.cluster_size.double(), torch.tensor(size).double(), rtol=1e-5)
+
+
+def test_reseeding_touches_only_dead_codes():
+    with_reseeding, without = make_vqvae(), make_vqvae()
+    z = make_latents()
+    codes = torch.arange(40) % 6  # codes 6.. are not chosen
+    for model in (with_reseeding, without):
+        model.idle.copy_(torch.tensor([50] * 6 + [8] * 3 + [9] * 3))  # after this update 9 and 10
+    with_reseeding.update_codebook(z, codes, reseed_after=10)
+    without.update_codebook(z, codes, reseed_after=1000)
+    new, old = with_reseeding.codebook.state_dict(), without.codebook.state_dict()
+    for name in new:
+        assert torch.equal(new[name][:9], old[name][:9]), name
+    picked = torch.cdist(new["weight"][9:], z).argmin(1)
+    assert torch.equal(new["weight"][9:], z[picked]) and len(picked.unique()) == 3  # three different latents
+    assert torch.equal(new["embed_avg"][9:], z[picked])
+    assert with_reseeding.idle.tolist() == [0] * 6 + [9] * 3 + [0] * 3
+    assert without.idle.tolist() == [0] * 6 + [9] * 3 + [10] * 3
+
+
+def test_the_first_batch_seeds_every_unused_code_that_it_can():
+    model = make_vqvae()
+    z = make_latents(5)
+    codes = model.codebook.nearest(z)
+    model.update_codebook(z, codes, reseed_after=3)
+    seeded = (model.codebook.weight[:, None] == z).all(2)  # (K, N)
+    assert seeded.sum(0).tolist() == [1] * 5  # five latents make five codes, the rest wait for the next batch
+    assert not seeded[codes.unique()].any()
+    assert (model.idle > 3).sum() == 12 - 5 - len(codes.unique())
+
+
+def _update_in_process(rank, port, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
+    torch.set_num_threads(1)
+    common.start_processes("cpu")
+    model = make_vqvae()
+    for step in range(3):
+        z = make_latents(seed=step)[rank * 20 : rank * 20 + 20]
+        common.seed_step(0, step, 0)
+        model.update_codebook(z, model.codebook.nearest(z), reseed_after=2)
+    torch.save({**model.codebook.state_dict(), "idle": model.idle}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_learn_the_codebook_of_one(free_port, tmp_path):
+    torch.multiprocessing.spawn(_update_in_process, (free_port, str(tmp_path)), nprocs=2)
+    model = make_vqvae()
+    for step in range(3):
+        z = make_latents(seed=step)
+        common.seed_step(0, step, 0)
+        model.update_codebook(z, model.codebook.nearest(z), reseed_after=2)
+    for rank in range(2):
+        for name, value in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
+            one = model.idle if name == "idle" else model.codebook.get_buffer(name)
+            assert torch.allclose(value, one, rtol=1e-5, atol=1e-6), (rank, name)
+
+
+def test_overfits_four_images():
+    model = make_vqvae()
+    colours = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    images = F.interpolate(colours, scale_factor=16)  # (4, 3, 64, 64): 4 x 4 squares of one colour
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(100):
+        reconstruction, commitment, z, codes = model(images)
+        assert reconstruction.shape == images.shape
+        (F.l1_loss(reconstruction, images) + 0.25 * commitment).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_codebook(z.flatten(0, 1), codes.flatten(), reseed_after=10)
+    metrics = vqvae.validate(model, ((images * 0.1 + 0.5) * 255).clamp(0, 255).byte(), torch.device("cpu"))
+    trivial = min((images - images.mean(0)).abs().mean(), (images - images.mean((2, 3), keepdim=True)).abs().mean())
+    assert F.l1_loss(model(images)[0], images) < 0.5 * trivial
+    assert metrics["codes_used"] > 4
+
+
+def test_validate_counts_what_it_says():
+    model = make_vqvae().eval()
+    images = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
+    metrics = vqvae.validate(model, images, torch.device("cpu"), chunk=2)
+    x = data.normalize(images)
+    with torch.no_grad():
+        reconstruction, _, _, codes = model(x)
+    expected = {
+        "l1": F.l1_loss(reconstruction, x),
+        "l1_mean_image": (x - x.mean(0)).abs().mean(),
+        "l1_mean_colour": (x - x.mean((2, 3), keepdim=True)).abs().mean(),
+        "codes_used": len(codes.unique()),
+    }
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(float(value), rel=1e-4), name
+    assert vqvae.usage(torch.tensor([5.0, 5.0, 5.0, 5.0, 0.0])) == (pytest.approx(4.0), 4)
+    assert vqvae.usage(torch.tensor([0.0, 7.0])) == (pytest.approx(1.0), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+@pytest.mark.parametrize("layout", ["ours", "bare", "inside", "inside multi-gpu", "model"])
+def test_loaded_codes_are_those_that_were_saved(layout, tmp_path):
+    model = make_vqvae().eval()
+    images, path = torch.randn(2, 3, 64, 64), tmp_path / "file.pt"
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith(vqvae.TRAINING_ONLY)}
+    inside = {f"model.image_tokenizer.{k}": v for k, v in own.items()} | {"model.bert.x": torch.ones(1)}
+    if layout == "ours":
+        checkpoint.save(path, {"kind": "tokenizer", "model": model.state_dict(), "step": 1})
+    else:
+        files = {
+            "bare": own,
+            "inside": inside,
+            "inside multi-gpu": {"model": {f"module.{k}": v for k, v in inside.items()}, "num_updates": 3},
+            "model": {"model": own},
+        }
+        torch.save(files[layout], path)
+    tokenizer = vqvae.load_tokenizer(path)
+    assert tokenizer.config == TINY
+    assert torch.equal(tokenizer.encode(images), model.encode(images))
+    assert not tokenizer.training and not any(p.requires_grad for p in tokenizer.parameters())
+
+
+def test_files_that_are_no_tokenizer_end_in_one_line(tmp_path):
+    state, path = vqvae.random_tokenizer(TINY).state_dict(), tmp_path / "file.pt"
+    conv = "encoder.mid.block_1.conv1.weight"
+    for broken, said in (
+        ({"fc.weight": torch.ones(2, 2)}, "encoder.conv_in.weight is missing"),
+        ({k: v for k, v in state.items() if k != conv}, conv),
+        ({**state, "encoder.extra.weight": torch.ones(1)}, "encoder.extra.weight"),
+        ({**state, conv: torch.ones(3, 3)}, conv),
+    ):
+        torch.save(broken, path)
+        with pytest.raises(common.InputError, match=said) as error:
+            vqvae.load_tokenizer(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the stage
+
+
+@pytest.fixture
+def data_root(tmp_path):
+    """A FashionGen of 12 + 3 products, noise pictures."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 12), ("val", 3)):
+        folder = tmp_path / "data" / "FashionGen" / split
+        folder.mkdir(parents=True)
+        rows = []
+        for i in range(n):
+            Image.fromarray(rng.integers(0, 256, (80, 80, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+            rows.append({"images": [f"{i}.png"], "id": i, "title": "t", "description": "d", "attributes_id": []})
+        (folder.parent / f"{split}_info.json").write_text(json.dumps(rows))
+    return tmp_path / "data"
+
+
+def make_config(data_root, out_dir, **changes):
+    sizes = {name: getattr(TINY, name) for name in ("ch", "ch_mult", "n_blocks", "latent_dim", "n_codes", "unshuffle")}
+    settings = dict(image_size=64, batch_size=4, grad_accum=2, lr=1e-3, warmup=2, milestones=(4,), reseed_after=2)
+    settings |= dict(workers=0, device="cpu", log_interval=2, eval_interval=3, max_steps=6, sets=("FashionGen",))
+    return vqvae.VQVAEConfig(data_root=str(data_root), out_dir=str(out_dir), **{**settings, **sizes, **changes})
+
+
+def run_stage(config):
+    return vqvae.train(config, common.Processes(0, 1, torch.device("cpu")))
+
+
+def read_log(out_dir):
+    rows = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("images_per_s", "memory_gb")} for row in rows]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(data_root, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    model, metrics = run_stage(make_config(data_root, whole))
+
+    save = checkpoint.save
+
+    def save_and_die(path, state):
+        save(path, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "save", save_and_die)
+        run_stage(make_config(data_root, parts))  # after update 3, between two log lines
+    common.append_log(parts / "log.jsonl", {"step": 4, "l1": 0.0})  # as if it had got further than its checkpoint
+    resumed, resumed_metrics = run_stage(make_config(data_root, parts, resume="auto"))
+
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    one, two = (checkpoint.read(folder / "last.pt") for folder in (whole, parts))
+    assert one["step"] == two["step"] == 6
+    for a, b in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert metrics == resumed_metrics
+    assert [row["step"] for row in read_log(whole)] == [2, 3, 4, 6, 6]
+    assert read_log(whole) == read_log(parts)
+    with pytest.raises(common.InputError, match="resume: .*'n_codes': 12.*'n_codes': 13"):
+        run_stage(make_config(data_root, parts, resume="auto", n_codes=13))
+
+
+def test_the_stage_writes_a_tokenizer_and_a_picture(data_root, tmp_path):
+    model, metrics = run_stage(make_config(data_root, tmp_path / "run", max_steps=3, dtype="bfloat16"))
+    images = torch.randn(2, 3, 64, 96)
+    assert torch.equal(vqvae.load_tokenizer(tmp_path / "run" / "last.pt").encode(images), model.encode(images))
+    row = read_log(tmp_path / "run")[0]
+    assert row["loss"] == pytest.approx(row["l1"] + 0.25 * row["commitment"])
+    sheet = np.asarray(Image.open(tmp_path / "run" / "reconstructions.png"))
+    assert sheet.shape == (128, 192, 3)  # three originals in a row, below them their reconstructions
+    held_out = vqvae.load_held_out(make_config(data_root, ""))
+    assert np.abs(sheet[:64, 64:128].transpose(2, 0, 1) - held_out[1].numpy().astype(float)).max() <= 1
+    reconstruction = model(data.normalize(held_out[1:2]))[0][0]
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (data.MEAN, data.STD))
+    below = ((reconstruction.detach() * std + mean).clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+    assert np.abs(sheet[64:, 64:128] - below).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(ch_mult=(1, 2)), "patches of 16 pixels, expected 32"),
+        (dict(ch_mult=(1, 2.5, 4)), "ch_mult"),
+        (dict(image_size=40), "image_size"),
+        (dict(n_codes=0), "n_codes"),
+        (dict(batch_size=5), "batch_size"),
+        (dict(dtype="float8"), "dtype"),
+    ],
+)
+def test_wrong_settings_end_in_one_line(changes, said, data_root, tmp_path):
+    with pytest.raises(common.InputError, match=said):
+        run_stage(make_config(data_root, tmp_path / "run", **changes))
+
+
+@pytest.mark.parametrize("name", ["demo", "mini", "fashionall"])
+def test_tokenizer_config_fits_the_pretraining_config(name):
+    """Same data and image size; in the small ones the tokenizer costs less than half of the ResNet's arithmetic."""
+    configs = HERE.parent / "configs"
+    ours = common.load_config(vqvae.VQVAEConfig, [str(configs / f"vqvae_{name}.py")])
+    theirs = common.load_config(pretrain.PretrainConfig, [str(configs / f"{name}.py")])
+    assert (ours.data_root, ours.image_size) == (theirs.data_root, theirs.image_size)
+    sizes = vqvae.check_config(ours)
+    if name == "fashionall":
+        assert sizes == vqvae.TokenizerConfig()
+        return
+    assert theirs.tokenizer == f"{ours.out_dir}/last.pt"
+    flops = []
+    for part in (vqvae.Tokenizer(sizes).latents, ResNet(theirs.resnet, theirs.width)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            part(torch.zeros(1, 3, ours.image_size, ours.image_size))
+        flops.append(counter.get_total_flops())
+    assert flops[0] < 0.5 * flops[1]

@@ -1,0 +1,557 @@
+"""Stage 0: the image tokenizer, a VQ-VAE whose codes MPFC asks for (van den Oord et al. 2017, Esser et al. 2021).
+
+    python vqvae.py configs/vqvae_demo.py                                    # CPU or one GPU
+    torchrun --nproc_per_node=8 vqvae.py configs/vqvae_fashionall.py         # eight GPUs
+
+Writes <out_dir>/last.pt, log.jsonl and reconstructions.png. Pre-training needs the encoder and the codebook only:
+`load_tokenizer(path)` takes them from our file or from a released one, `encode` turns images into codes.
+
+Parameters are named as in the released file, so that loading is copying. Letters in shape comments: B batch, P patches
+(7 x 7 = 49 at 224 px), N = B P, C channels, D width of latents and codes (256), K codes (1024)."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+import common
+import data
+from common import InputError, TrainConfig, all_mean, gather_rows, setting
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model
+
+
+@dataclass
+class TokenizerConfig:
+    """Everything that decides shapes. The map shrinks by 2 between levels: six levels make patches of 32 pixels."""
+
+    ch: int = 128  # channels of the first level
+    ch_mult: tuple = (1, 1, 2, 2, 4, 4)  # channels of level i are ch * ch_mult[i]
+    n_blocks: int = 2  # residual blocks a level of the encoder; the decoder has one more
+    latent_dim: int = 256  # channels of the latents and of the codes
+    n_codes: int = 1024
+    # Squares of this many pixels become channels before the first convolution, and pixels again after the last one.
+    # 1 as released; the small configs take 4 and two levels less, for most of the time goes into the largest maps.
+    unshuffle: int = 1
+
+    def __post_init__(self):
+        self.ch_mult = tuple(self.ch_mult)
+
+    @property
+    def stride(self):
+        """Pixels of an image per patch, along each side."""
+        return self.unshuffle * 2 ** (len(self.ch_mult) - 1)
+
+
+def group_norm(c):
+    """GroupNorm(32), as the original; narrow widths, which only our small configs have, take the groups that divide."""
+    return nn.GroupNorm(math.gcd(32, c), c, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """conv2(swish(norm2(conv1(swish(norm1(x)))))) + x, with a 1x1 shortcut on x where the widths differ."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1 = group_norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = group_norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x):
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class Attention(nn.Module):
+    """One head over all positions of the map, with a residual."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = group_norm(c)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        y = self.norm(x)
+        q, k, v = (f(y).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))  # (B, 1, HW, C)
+        y = F.scaled_dot_product_attention(q, k, v)  # scale C^-.5
+        return x + self.proj_out(y.squeeze(1).transpose(1, 2).view(x.shape))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention where asked (only the smallest map)."""
+
+    def __init__(self, c_in, c, n_blocks, attention):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(c if i else c_in, c) for i in range(n_blocks))
+        self.attn = nn.ModuleList(Attention(c) for _ in range(n_blocks if attention else 0))
+
+    def forward(self, x):
+        for i, block in enumerate(self.block):
+            x = self.attn[i](block(x)) if self.attn else block(x)
+        return x
+
+
+def middle(c):
+    return named(block_1=ResBlock(c, c), attn_1=Attention(c), block_2=ResBlock(c, c))
+
+
+def named(**modules):
+    """nn.Sequential of modules that have names."""
+    return nn.Sequential(OrderedDict(modules))
+
+
+class Encoder(nn.Module):
+    """VQGAN's encoder: levels `down.0` (full resolution) to the last one, between them a stride-2 convolution."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, last = [config.ch * m for m in config.ch_mult], len(config.ch_mult) - 1
+        self.unshuffle = nn.PixelUnshuffle(config.unshuffle)
+        self.conv_in = nn.Conv2d(3 * config.unshuffle**2, config.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, c in enumerate(widths):
+            level = Level(widths[i - 1] if i else config.ch, c, config.n_blocks, attention=i == last)
+            pad = nn.ZeroPad2d((0, 1, 0, 1))  # right and bottom only
+            level.downsample = named(pad=pad, conv=nn.Conv2d(c, c, 3, stride=2)) if i < last else nn.Identity()
+            self.down.append(level)
+        self.mid = middle(c)
+        self.norm_out = group_norm(c)
+        self.conv_out = nn.Conv2d(c, config.latent_dim, 3, padding=1)
+
+    def forward(self, x):
+        """(B, 3, H, W) -> (B, D, H/32, W/32)."""
+        x = self.conv_in(self.unshuffle(x))
+        for level in self.down:
+            x = level.downsample(level(x))
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """The encoder's mirror: one block more a level, nearest-neighbour upsampling; `up.0` is the full resolution."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, last = [config.ch * m for m in config.ch_mult], len(config.ch_mult) - 1
+        self.conv_in = nn.Conv2d(config.latent_dim, widths[last], 3, padding=1)
+        self.mid = middle(widths[last])
+        self.up = nn.ModuleList()
+        for i, c in enumerate(widths):
+            level = Level(widths[min(i + 1, last)], c, config.n_blocks + 1, attention=i == last)
+            larger = nn.Upsample(scale_factor=2, mode="nearest")
+            level.upsample = named(larger=larger, conv=nn.Conv2d(c, c, 3, padding=1)) if i else nn.Identity()
+            self.up.append(level)
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3 * config.unshuffle**2, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(config.unshuffle)
+
+    def forward(self, z):
+        """(B, D, H/32, W/32) -> (B, 3, H, W)."""
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level.upsample(level(x))
+        return self.shuffle(self.conv_out(F.silu(self.norm_out(x))))
+
+
+class Codebook(nn.Module):
+    """K codes of width D as running averages: per code the sum `embed_avg` and the number `cluster_size` of the
+    latents that chose it, hence `weight` = sum / number. Nothing here has a gradient."""
+
+    def __init__(self, n_codes, dim):
+        super().__init__()
+        self.register_buffer("weight", torch.randn(n_codes, dim))
+        self.register_buffer("cluster_size", torch.ones(n_codes))
+        self.register_buffer("embed_avg", self.weight.clone())
+
+    @torch.no_grad()
+    def nearest(self, z):
+        """(N, D) latents of any float dtype -> (N,) int64, the code at the smallest Euclidean distance."""
+        with torch.autocast(z.device.type, enabled=False):
+            z, e = z.float(), self.weight.float()
+            # ||z - e||^2 less ||z||^2, which is the same for every code
+            return torch.addmm(e.square().sum(1), z, e.t(), alpha=-2).argmin(1)
+
+
+class Tokenizer(nn.Module):
+    """Images -> codes: encoder, 1x1 convolution, nearest code. State-dict names are those of the released file."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quantize = nn.ModuleDict({"embedding": Codebook(config.n_codes, config.latent_dim)})
+        self.quant_conv = nn.Conv2d(config.latent_dim, config.latent_dim, 1)
+        self.to(memory_format=torch.channels_last)  # what convolutions are fastest on, CPU and GPU
+
+    @property
+    def codebook(self):
+        return self.quantize["embedding"]
+
+    def latents(self, images):
+        """(B, 3, H, W), normalised with the data's mean and std -> (B, P, D) before quantising, patches in row order.
+
+        Raises ValueError where H or W is not a multiple of the patch size."""
+        stride = self.config.stride
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % stride or images.shape[3] % stride:
+            raise ValueError(f"images {tuple(images.shape)}: expected (B, 3, H, W), H and W multiples of {stride}")
+        z = self.quant_conv(self.encoder(images.contiguous(memory_format=torch.channels_last)))  # (B, D, H/32, W/32)
+        return z.flatten(2).transpose(1, 2)
+
+    def encode(self, images):
+        """(B, 3, H, W) -> (B, P) int64 codes in row order; one forward for the whole batch, without gradient."""
+        with torch.inference_mode():
+            z = self.latents(images)
+            codes = self.codebook.nearest(z.flatten(0, 1)).view(z.shape[:2])
+        return codes.clone()  # an ordinary tensor: autograd refuses to save one made in inference mode, such as labels
+
+
+class VQVAE(Tokenizer):
+    """The tokenizer with its decoder and the learning of its codebook; only its training needs them."""
+
+    DECAY, EPS = 0.99, 1e-5  # of the codebook's moving averages (recipe 2)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.post_quant_conv = nn.Conv2d(config.latent_dim, config.latent_dim, 1)
+        self.decoder = Decoder(config)
+        # updates since a code was chosen last; never chosen counts as long ago, so the first batch seeds the codebook
+        self.register_buffer("idle", torch.full((config.n_codes,), 1_000_000_000))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images):
+        """(B, 3, H, W) -> reconstruction of that shape, commitment loss (), latents (B, P, D) and codes (B, P).
+
+        The latents carry no gradient: they are for `update_codebook`."""
+        z = self.latents(images).float()  # (B, P, D)
+        codes = self.codebook.nearest(z.flatten(0, 1)).view(z.shape[:2])
+        e = self.codebook.weight[codes]  # (B, P, D)
+        commitment = F.mse_loss(z, e)
+        e = z + (e - z).detach()  # straight-through: the value of the code, the gradient of the latent
+        return self.decode(e, images.shape[-2:]), commitment, z.detach(), codes
+
+    def decode(self, e, size):
+        """Code vectors (B, P, D) and the image's (H, W) -> (B, 3, H, W)."""
+        grid = [n // self.config.stride for n in size]
+        e = e.transpose(1, 2).unflatten(2, grid)  # (B, D, H/32, W/32)
+        return self.decoder(self.post_quant_conv(e))
+
+    @torch.no_grad()
+    def update_codebook(self, z, codes, reseed_after):
+        """One step of the moving averages on latents z (N, D) and their codes (N,), summed over all processes.
+
+        A code idle for `reseed_after` updates becomes a latent of the batch; far ones are likelier, as in k-means++,
+        else most would be copies of the white background. Draws from torch's CPU generator, which the caller seeds
+        alike on every process. Returns how often each code was chosen, (K,) float32 over all processes."""
+        book = self.codebook
+        K, D = book.weight.shape
+        rows = torch.cat([z.float(), z.new_ones(len(z), 1)], 1)  # (N, D + 1): the last column counts
+        world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        sums = all_mean(z.new_zeros(K, D + 1).index_add_(0, codes, rows)) * world_size
+        counts = sums[:, D].round()
+        book.embed_avg.lerp_(sums[:, :D], 1 - self.DECAY)
+        book.cluster_size.lerp_(counts, 1 - self.DECAY)
+        total = book.cluster_size.sum()
+        smooth = (book.cluster_size + self.EPS) / (total + K * self.EPS) * total  # never 0, same total
+        book.weight.copy_(book.embed_avg / smooth.unsqueeze(1))
+        self.idle.copy_(torch.where(counts > 0, 0, self.idle + 1))
+
+        dead = (self.idle >= reseed_after).nonzero().squeeze(1)
+        if len(dead):
+            z = gather_rows(z.float())
+            far = (z - book.weight[book.nearest(z)]).square().sum(1).cpu() + 1e-12
+            picks = torch.multinomial(far, min(len(dead), len(z))).to(z.device)
+            dead = dead[: len(picks)]
+            book.weight[dead] = book.embed_avg[dead] = z[picks]
+            book.cluster_size[dead] = 1.0
+            self.idle[dead] = 0
+        return counts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+INSIDE = "model.image_tokenizer."  # prefix of the tokenizer's names inside the original's pre-training files
+TRAINING_ONLY = ("decoder.", "post_quant_conv.", "idle")  # parts of our file that `Tokenizer` does without
+
+
+def random_tokenizer(config):
+    """A frozen Tokenizer of a TokenizerConfig with random weights, in eval mode; its codes mean nothing."""
+    return Tokenizer(config).requires_grad_(False).eval()
+
+
+def load_tokenizer(path, device="cpu"):
+    """The Tokenizer of a file, frozen, in eval mode: ours (`last.pt` of this stage), a released encoder, or a
+    pre-training file with the tokenizer inside. Sizes are read from the tensors.
+
+    Raises InputError where the file holds no tokenizer, or not all of one, or more than one."""
+    file = checkpoint.read(path)
+    state = file["model"] if isinstance(file.get("model"), dict) else file
+    state = {str(name).removeprefix("module."): value for name, value in state.items() if torch.is_tensor(value)}
+    if any(name.startswith(INSIDE) for name in state):
+        state = {name.removeprefix(INSIDE): value for name, value in state.items() if name.startswith(INSIDE)}
+    state = {name: value for name, value in state.items() if not name.startswith(TRAINING_ONLY)}
+    try:
+        tokenizer = Tokenizer(read_sizes(state))
+        tokenizer.load_state_dict(state)
+    except KeyError as error:
+        raise InputError(f"{path}: no image tokenizer in it: {error.args[0]} is missing") from None
+    except RuntimeError as error:  # load_state_dict: a line for each kind of mismatch
+        raise InputError(f"{path}: not an image tokenizer: {str(error).splitlines()[1].strip():.300}") from None
+    return tokenizer.requires_grad_(False).eval().to(device)
+
+
+def read_sizes(state):
+    """The TokenizerConfig that the tensors of a state dict speak of. Raises KeyError with the name that is missing."""
+    conv_in = state["encoder.conv_in.weight"]  # (ch, 3 unshuffle^2, 3, 3)
+    n_codes, latent_dim = state["quantize.embedding.weight"].shape
+    levels = {name.split(".")[2] for name in state if name.startswith("encoder.down.")}
+    blocks = {name.split(".")[4] for name in state if name.startswith("encoder.down.0.block.")}
+    widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(len(levels))]
+    return TokenizerConfig(
+        ch=conv_in.shape[0],
+        ch_mult=tuple(width // conv_in.shape[0] for width in widths),
+        n_blocks=len(blocks),
+        latent_dim=latent_dim,
+        n_codes=n_codes,
+        unshuffle=math.isqrt(conv_in.shape[1] // 3),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+
+
+@dataclass
+class VQVAEConfig(TrainConfig):
+    """Settings of the image tokenizer's training."""
+
+    batch_size: int = setting(64, "images per update, all processes together")
+    max_steps: int = setting(150_000, "updates")
+    lr: float = setting(2e-4, "learning rate")
+    warmup: int = setting(2_000, "updates until the full learning rate; 0: none")
+    milestones: tuple = setting((100_000, 130_000), "updates at which the learning rate falls to a tenth")
+    sets: tuple = setting(tuple(data.SETS), "data sets to train on")
+    ch: int = setting(128, "channels of the first level")
+    ch_mult: tuple = setting((1, 1, 2, 2, 4, 4), "channels of each level, as multiples of ch")
+    n_blocks: int = setting(2, "residual blocks a level")
+    latent_dim: int = setting(256, "size of a code's vector")
+    n_codes: int = setting(1024, "codes in the codebook")
+    unshuffle: int = setting(1, "squares of this many pixels become channels first; 1: none, as released")
+    commitment: float = setting(0.25, "weight of the commitment loss beside L1")
+    reseed_after: int = setting(100, "a code not chosen for so many updates becomes a latent of the batch")
+    eval_images: int = setting(1_000, "FashionGen-val images held out to measure on, at most")
+
+
+def check_config(config):
+    """The TokenizerConfig of a VQVAEConfig. Raises InputError for sizes that cannot be, or miss the ResNet's grid."""
+    for name in ("ch", "n_blocks", "latent_dim", "n_codes", "unshuffle", "reseed_after", "eval_images"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
+    if not config.ch_mult or not all(type(m) is int and m > 0 for m in config.ch_mult):
+        raise InputError(f"ch_mult: found {config.ch_mult}, expected whole numbers from 1, one a level")
+    sizes = TokenizerConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TokenizerConfig)})
+    if sizes.stride != data.STRIDE:
+        levels = f"{len(config.ch_mult)} levels and unshuffle {config.unshuffle}"
+        raise InputError(f"ch_mult: {levels} make patches of {sizes.stride} pixels, expected {data.STRIDE}")
+    if config.image_size < data.STRIDE or config.image_size % data.STRIDE:
+        raise InputError(f"image_size: found {config.image_size}, expected a multiple of {data.STRIDE}")
+    return sizes
+
+
+class Photos(data.Pretraining):
+    """The training images alone: one of the product's at random, under the pre-training transform."""
+
+    def __init__(self, products, config):
+        super().__init__(products, None, config.image_size, 0, config.seed, config.skip_broken_images)
+
+    def sample(self, epoch, index, objective):
+        rng = np.random.default_rng([self.seed, epoch, index])
+        product = self.products[index]
+        path = product.images[rng.integers(len(product.images))]
+        return {"image": data.open_augmented(product.name, [path], self.transform, rng)[0]}
+
+
+def load_held_out(config):
+    """At most `eval_images` FashionGen-val images, uint8 (n, 3, S, S)."""
+    products = data.load_products(config.data_root, "FashionGen", "val")
+    paths = [path for product in products for path in product.images][: config.eval_images]
+    transform = data.image_transform("crop", config.image_size, train=False)
+    return torch.stack([transform(data.open_image(path)) for path in paths])
+
+
+def usage(counts):
+    """How often each code was chosen (K,) -> (perplexity, 1..K: the exponential of the entropy; codes used, int)."""
+    share = counts.double() / counts.sum().clamp(min=1)
+    return float(torch.special.entr(share).sum().exp()), int((counts > 0).sum())
+
+
+@torch.no_grad()
+def validate(model, images, device, chunk=64):
+    """Held-out metrics on images uint8 (n, 3, S, S): code usage, and L1 in units of the normalised pixel, beside it
+    those of two trivial answers: the images' mean image, and each image's own mean colour."""
+    model.eval()
+    mean_image = sum(data.normalize(part.to(device)).sum(0) for part in images.split(chunk)) / len(images)
+    sums, counts = dict.fromkeys(("l1", "l1_mean_image", "l1_mean_colour"), 0.0), 0
+    for part in images.split(chunk):
+        part = data.normalize(part.to(device))
+        reconstruction, _, _, codes = model(part)
+        guesses = (reconstruction, mean_image, part.mean((2, 3), keepdim=True))
+        for name, guess in zip(sums, guesses, strict=True):
+            sums[name] += float((guess - part).abs().mean()) * len(part)
+        counts += torch.bincount(codes.flatten(), minlength=model.config.n_codes)
+    perplexity, used = usage(counts)
+    return {name: total / len(images) for name, total in sums.items()} | {"perplexity": perplexity, "codes_used": used}
+
+
+@torch.no_grad()
+def draw_reconstructions(model, images, path, device, columns=8, rows=2):
+    """PNG from images uint8 (n, 3, S, S), spread evenly over n: rows of originals, below each their reconstructions."""
+    model.eval()
+    columns = min(columns, len(images))
+    rows = min(rows, len(images) // columns)
+    original = data.normalize(images[torch.linspace(0, len(images) - 1, rows * columns).long()].to(device))
+    both = torch.stack([original, model(original)[0]])  # (2, n, 3, S, S)
+    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (data.MEAN, data.STD))
+    both = ((both * std + mean).clamp(0, 1) * 255).round().byte().cpu().unflatten(1, (rows, columns))
+    sheet = both.permute(1, 0, 4, 2, 5, 3)  # (rows, 2, S, columns, S, 3)
+    Image.fromarray(sheet.flatten(3, 4).flatten(0, 2).contiguous().numpy()).save(path)
+
+
+def train(config, processes):
+    """The whole stage on this process. Returns (model, held-out metrics of the main process, {} on others)."""
+    main, device = processes.is_main, processes.device
+    sizes = check_config(config)
+    run_dir = Path(config.out_dir)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    products = data.load_pretraining(config.data_root, config.sets)
+    held_out = load_held_out(config) if main else None
+
+    torch.manual_seed(config.seed)  # every process starts from the same weights
+    model = VQVAE(sizes).to(device)
+    optimizer = common.make_optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+    start, totals = 0, {}
+    state = checkpoint.find_resume(config.resume, run_dir)
+    if state is not None:
+        found, asked = state.get("tokenizer_config"), dataclasses.asdict(sizes)
+        if found != asked:
+            raise InputError(f"resume: the checkpoint's tokenizer is {found}, the settings ask for {asked}")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        start, totals = state["step"], {name: value.to(device) for name, value in state["totals"].items()}
+
+    batches = data.Batches(len(products), config, processes, start)
+    loader = iter(data.train_loader(Photos(products, config), batches, config, device))
+    if config.compile:
+        model.encoder.compile()
+        model.decoder.compile()
+    ddp = DistributedDataParallel(model) if processes.world_size > 1 else model
+    if main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        common.write_json(run_dir / "run.json", common.describe_run(config))
+        common.cut_log(run_dir / "log.jsonl", start)
+        n = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in ("encoder", "decoder")}
+        print(f"{len(products)} products, {len(held_out)} images held out; parameters: {n}; {sizes}")
+    wandb = common.start_wandb(config) if main else None
+
+    metrics, skipped, logged = {}, 0, start
+    clock, bar = time.perf_counter(), tqdm(range(start, config.max_steps), disable=not main, initial=start)
+    for step in bar:
+        common.set_lr(optimizer, step, config)
+        common.seed_step(config.seed, step, 0)  # rank 0's on every process: re-seeding must draw the same everywhere
+        model.train()
+        optimizer.zero_grad()
+        seen = []
+        for micro in range(config.grad_accum):
+            batch = data.to_device(next(loader), device)
+            skipped += int(batch["skipped"].sum()) if "skipped" in batch else 0
+            images = batch["image"]  # (B, 3, S, S)
+            last = micro == config.grad_accum - 1
+            with contextlib.nullcontext() if last or ddp is model else ddp.no_sync():
+                with common.autocast(device, config.dtype):
+                    reconstruction, commitment, z, codes = ddp(images)
+                l1 = F.l1_loss(reconstruction.float(), images)
+                loss = l1 + config.commitment * commitment
+                scaler.scale(loss / config.grad_accum).backward()
+            seen.append((z.flatten(0, 1), codes.flatten()))
+            # sums stay on the device until a log line reads them
+            for name, value in (("l1", l1), ("commitment", commitment)):
+                totals[name] = totals.get(name, 0) + value.detach() / config.grad_accum
+        scaler.step(optimizer)
+        scaler.update()
+        z, codes = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        totals["counts"] = totals.get("counts", 0) + model.update_codebook(z, codes, config.reseed_after)
+
+        done = step + 1
+        finished = done == config.max_steps
+        if done % config.log_interval == 0 or finished:
+            counts = totals.pop("counts")
+            updates = float(counts.sum()) / len(z) / processes.world_size  # since the last log line
+            row = {"step": done, "lr": optimizer.param_groups[0]["lr"]}
+            row |= {name: float(all_mean(value)) / updates for name, value in totals.items()}
+            row["loss"] = row["l1"] + config.commitment * row["commitment"]
+            row["perplexity"], row["codes_used"] = usage(counts)
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            row["images_per_s"] = config.batch_size * (done - logged) / seconds
+            row["memory_gb"] = common.peak_memory_gb(device)
+            if config.skip_broken_images:
+                row["skipped_images"] = skipped
+            totals.clear()
+            logged = done
+            if main:
+                common.append_log(run_dir / "log.jsonl", row)
+                bar.set_postfix({name: f"{row[name]:.3f}" for name in ("l1", "commitment", "perplexity")})
+                if wandb:
+                    wandb.log(row, step=done)
+        if finished or (config.eval_interval and done % config.eval_interval == 0):
+            if main:
+                metrics = validate(model, held_out, device)
+                common.append_log(run_dir / "log.jsonl", {"step": done, **{f"val_{k}": v for k, v in metrics.items()}})
+                bar.write(
+                    f"step {done}, {len(held_out)} FashionGen-val images: L1 {metrics['l1']:.3f} "
+                    f"(mean image {metrics['l1_mean_image']:.3f}, own mean colour {metrics['l1_mean_colour']:.3f}), "
+                    f"perplexity {metrics['perplexity']:.0f}, {metrics['codes_used']} of {sizes.n_codes} codes used"
+                )
+                draw_reconstructions(model, held_out, run_dir / "reconstructions.png", device)
+                state = {
+                    "kind": "tokenizer",
+                    "model": model.state_dict(),
+                    "tokenizer_config": dataclasses.asdict(sizes),
+                    "config": dataclasses.asdict(config),
+                    "step": done,
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "totals": totals,
+                }
+                checkpoint.save(run_dir / "last.pt", state)
+            clock = time.perf_counter()
+    return model, metrics
+
+
+def main():
+    config = common.load_config(VQVAEConfig, description=__doc__)
+    processes = common.start_processes(config.device)
+    train(config, processes)
+    if processes.is_main:
+        print(f"written: {config.out_dir}/last.pt, log.jsonl, reconstructions.png")
+
+
+if __name__ == "__main__":
+    common.run(main)
