@@ -72,6 +72,10 @@ def _cause(error):
     return text.strip().partition("\n")[0][:300] or type(error).__name__
 
 
+def _shown(value):
+    return reprlib.repr(value)[:80]  # bounded, where a few bytes of a file can have an endless text
+
+
 @contextlib.contextmanager
 def _reading(path, what):
     """A damaged or hostile file can raise anything in its reader: make it one InputError that names the file."""
@@ -80,7 +84,7 @@ def _reading(path, what):
     except InputError:
         raise
     except KeyError as error:
-        raise InputError(f"{path}: {what}: {reprlib.repr(error.args[0])} is missing") from None
+        raise InputError(f"{path}: {what}: {_shown(error.args[0])} is missing") from None
     except Exception as error:
         raise InputError(f"{path}: {what}: {_cause(error)}") from None
 
@@ -108,11 +112,11 @@ def read(path, mmap=False):
     if "format" not in file:
         return file
     if type(file["format"]) is not int or file["format"] != FORMAT:
-        found = reprlib.repr(file["format"])
+        found = _shown(file["format"])
         raise InputError(f"{path}: checkpoint format {found}, expected {FORMAT}; read it with the code that wrote it")
     for key, kind in FIELDS.items():
         if not isinstance(file.get(key, kind()), kind):
-            raise InputError(f"{path}: {key}: found {reprlib.repr(file[key])}, expected a {kind.__name__}")
+            raise InputError(f"{path}: {key}: found {_shown(file[key])}, expected a {kind.__name__}")
     if file.get("kind") not in KINDS or "model" not in file:
         raise InputError(f"{path}: kind {file.get('kind')!r}, expected {' or '.join(KINDS)}, and a 'model'")
     return file
@@ -131,11 +135,14 @@ def _is_zip(path):
             return False
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    if sum(Path(entry.filename).name == "data.pkl" for entry in entries) != 1:
-        raise InputError(f"{path}: a zip without data.pkl, expected a checkpoint (a file of torch.save)")
-    # torch.save neither compresses nor overlaps; so nothing that is read can be larger than the file
-    if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
-        raise InputError(f"{path}: a zip whose entries claim more than the file holds, expected a checkpoint")
+            if sum(Path(entry.filename).name == "data.pkl" for entry in entries) != 1:
+                raise InputError(f"{path}: a zip without data.pkl, expected a checkpoint (a file of torch.save)")
+            # torch.save neither compresses nor overlaps; so nothing that is read can be larger than the file
+            if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
+                raise InputError(f"{path}: a zip whose entries claim more than the file holds, expected a checkpoint")
+            # a changed bit of a weight shows in no other way; torch can be told to write no checksums (0)
+            if any(entry.CRC for entry in entries) and archive.testzip():
+                raise InputError(f"{path}: damaged, a checksum is wrong; copy or download it again")
     return True
 
 
@@ -298,7 +305,7 @@ def read_model(path):
     state = file["model"] if isinstance(file.get("model"), dict) else file
     for name, tensor in state.items():
         if type(name) is not str or not re.fullmatch(r"[\w.]{1,200}", name) or not isinstance(tensor, torch.Tensor):
-            found = f"{reprlib.repr(name)}, a {type(tensor).__name__}"
+            found = f"{_shown(name)}, a {type(tensor).__name__}"
             raise InputError(f"{path}: found {found}, expected names of parameters and tensors alone")
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise InputError(f"{path}: {name} is not a plain tensor")
@@ -554,11 +561,11 @@ def bert_sizes(bert):
     fixed = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "layer_norm_eps": 1e-12}
     for key, expected in {**sizes, **fixed}.items():
         if config.get(key, expected) != expected:
-            found = reprlib.repr(config[key])
+            found = _shown(config[key])
             raise InputError(f"{path}: {key}: found {found}, expected {expected!r}, as {weights.name} needs it")
     heads, hidden = config.get("num_attention_heads"), sizes["hidden_size"]
     if type(heads) is not int or heads < 1 or hidden % heads:
-        raise InputError(f"{path}: num_attention_heads: found {reprlib.repr(heads)}, expected a divisor of {hidden}")
+        raise InputError(f"{path}: num_attention_heads: found {_shown(heads)}, expected a divisor of {hidden}")
     return {**sizes, "num_attention_heads": heads}
 
 
@@ -576,13 +583,13 @@ def bert_vocab(bert):
         return "".join(f"{token}\n" for token in sorted(ids, key=ids.get))
 
 
-def vocabulary(config):
+def vocabulary(config, init):
     """The text of vocab.txt, a token a line, that a stage's config means.
 
-    The file `config.vocab`; else what the --init checkpoint was trained with; else the BERT folder's; else what
-    `data.find_vocab` finds. Raises InputError where there is none."""
-    if not config.vocab and config.init not in ("random", "pretrained"):
-        vocab = _read_kind(config.init, ("fashionvil", "csa_net"), "init")[1]["vocab"]
+    The file `config.vocab`; else what the checkpoint `init`, where it is one, was trained with; else the BERT folder's;
+    else what `data.find_vocab` finds. Raises InputError where there is none."""
+    if not config.vocab and init not in ("random", "pretrained"):
+        vocab = _read_kind(init, ("fashionvil", "csa_net"), "init")[1]["vocab"]
         if vocab is not None:
             return vocab
     if not config.vocab and Path(config.bert).is_dir() and config.bert:
@@ -669,7 +676,7 @@ def describe(path):
     state, info = read_model(path)
     print(f"{path}: {info['kind']}, layout {info['layout']}, {len(state)} tensors")
     for key, value in {"task": info["task"], "step": info["step"], **(info["config"] or {})}.items():
-        print(f"{key}: {reprlib.repr(value)}")
+        print(f"{key}: {_shown(value)}")
     for what, n in info["set_aside"].items():
         print(f"set aside: {n} names of {what}")
     if info["kind"] in ("bert", "resnet"):

@@ -344,6 +344,13 @@ def set_lr(optimizer, n, config):
 # run folder
 
 
+def mean_of_updates(sums, device):
+    """{name: mean per update over all processes} of {name: sum, "updates": n}; sums are floats or device tensors."""
+    n = sums["updates"]
+    flat = {k: torch.as_tensor(v, dtype=torch.float64, device=device).sum() for k, v in sums.items() if k != "updates"}
+    return {name: float(all_mean(value / n)) for name, value in flat.items()}
+
+
 def describe_run(config):
     """What must be known to run this again: command, settings, git commit, versions."""
     git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)

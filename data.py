@@ -250,21 +250,15 @@ def find_vocab(config, bert=""):
         raise InputError(f"vocab: no file found and none could be fetched ({type(error).__name__}); {where}") from None
 
 
-def load_wordpiece(path):
-    """BERT's uncased WordPiece over a vocab.txt, as a tokenizers.Tokenizer. Raises InputError on a bad file."""
-    try:
-        words = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(f"vocab {path}: cannot be read ({error})") from None
-    return wordpiece({word: i for i, word in enumerate(words)}, path)
+def wordpiece(vocab):
+    """BERT's uncased WordPiece tokenizer from the text of a vocab.txt, one token a line.
 
-
-def wordpiece(vocab, where="vocab"):
-    """A WordPiece tokenizer from {token: id}; raises InputError where one of BERT's special tokens is missing."""
+    Raises InputError where one of BERT's special tokens is missing."""
+    ids = {token: i for i, token in enumerate(vocab.rstrip("\n").split("\n"))}
     for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"):
-        if token not in vocab:
-            raise InputError(f"{where}: token {token} is missing; expected a BERT vocab.txt, one token a line")
-    return tokenizers.BertWordPieceTokenizer(vocab, lowercase=True)
+        if token not in ids:
+            raise InputError(f"vocab: token {token} is missing; expected a BERT vocab.txt, one token a line")
+    return tokenizers.BertWordPieceTokenizer(ids, lowercase=True)
 
 
 def encode(tokenizer, text, max_tokens=MAX_TOKENS):

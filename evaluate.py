@@ -5,14 +5,18 @@ A protocol returns {"metrics": {name: 0..1}, "chance": same keys, "counts": {nam
 compute the metrics again from resampled queries (`bootstrap`). Ranks start at 1; equal scores rank in gallery order.
 """
 
+import time
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
+import checkpoint
 import common
 import data
-from common import InputError
+from common import InputError, setting
 
 RETRIEVAL_KS, TGIR_KS, OCIR_KS = (1, 5, 10), (10, 50), (10, 30, 50)
 
@@ -481,11 +485,98 @@ def evaluate_polyvore(model, tokenizer, config, processes):
     return {f"{config.split}, same category": result}
 
 
-# task: (evaluation, kind of checkpoint, the metric that selects the best one)
+# task: (evaluation; the metric that selects the best checkpoint; outcomes -> metrics; what the checkpoint must have)
 PROTOCOLS = {
-    "fashiongen_retrieval": (evaluate_retrieval, "mean_recall"),
-    "fashioniq": (evaluate_fashioniq, "mean_recall"),
-    "fashiongen_category": (evaluate_recognition, "accuracy"),
-    "fashiongen_subcategory": (evaluate_recognition, "accuracy"),
-    "polyvore": (evaluate_polyvore, "mean_recall"),
+    "fashiongen_retrieval": (evaluate_retrieval, "mean_recall", partial(recalls, ks=RETRIEVAL_KS), ("contrastive",)),
+    "fashioniq": (evaluate_fashioniq, "mean_recall", partial(recalls, ks=TGIR_KS), ("contrastive",)),
+    "fashiongen_category": (evaluate_recognition, "accuracy", recognition_scores, ("recognition",)),
+    "fashiongen_subcategory": (evaluate_recognition, "accuracy", recognition_scores, ("recognition",)),
+    "polyvore": (evaluate_polyvore, "mean_recall", category_recalls, ("csa_net",)),
 }
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class EvalConfig:
+    """Settings of `python evaluate.py`."""
+
+    task: str = setting("", "fashiongen_retrieval, fashioniq, fashiongen_category, fashiongen_subcategory or polyvore")
+    checkpoint: str = setting("", "ours or a released one")
+    baseline: str = setting("", "another checkpoint: adds the difference to it on the same queries")
+    data_root: str = setting("data/datasets", "folder that holds FashionGen/, FashionIQ/, PolyvoreOutfits/")
+    vocab: str = setting("", "WordPiece vocab.txt; empty: the checkpoint's own, else as in training")
+    image_size: int = setting(0, "pixels a side; 0: the checkpoint's own, 224 for a released one")
+    split: str = setting("disjoint", "polyvore: disjoint or nondisjoint")
+    gallery: str = setting("original", "fashioniq: original (split file) or val (references and targets)")
+    bootstrap: bool = setting(False, "add 95 % intervals over queries")
+    eval_batch_size: int = setting(64, "images or texts a process embeds at a time")
+    workers: int = setting(2, "data loader workers per process")
+    dtype: str = setting("float32", "float32, bfloat16 or float16 (autocast)")
+    device: str = setting("auto", "auto, cpu or cuda")
+    seed: int = setting(0, "of sample-100's candidates and of the bootstrap")
+    bert: str = setting("", "BERT folder or hub name for the vocabulary of a released checkpoint")
+    out: str = setting("", "JSON to write; empty: CHECKPOINT.TASK.json")
+
+
+def evaluate_checkpoint(path, config, processes):
+    """{protocol: result} of one checkpoint on `config.task`. Raises InputError where it is of another task."""
+    run_protocol, _, _, needs = PROTOCOLS[config.task]
+    model, info = checkpoint.load_model(path, processes.device, needs)
+    trained = info["config"] or {}
+    config = replace(config, image_size=config.image_size or trained.get("image_size", 224))
+    return run_protocol(model, data.wordpiece(checkpoint.vocabulary(config, path)), config, processes)
+
+
+def report(results, config, path, out, seconds, baseline=None):
+    """Print a table of {protocol: result}, chance beside every figure, and write it with all circumstances to `out`."""
+    metric_of = PROTOCOLS[config.task][2]
+    rows = {"task": config.task, "checkpoint": str(path), "seed": config.seed, "seconds": round(seconds, 1)}
+    for protocol, result in results.items():
+        columns = {"metrics": result["metrics"], "chance": result["chance"]}
+        if getattr(config, "bootstrap", False) or baseline:
+            columns["interval"] = bootstrap(metric_of, result["outcomes"], seed=config.seed)
+        if baseline:
+            base = baseline[protocol]
+            columns["difference"] = {k: v - base["metrics"][k] for k, v in result["metrics"].items()}
+            columns["difference_interval"] = bootstrap(
+                metric_of, result["outcomes"], base["outcomes"], seed=config.seed
+            )
+        rows[protocol] = {**columns, "counts": result["counts"]}
+        counts = ", ".join(f"{k} {v:g}" for k, v in result["counts"].items())
+        print(f"\n{config.task}, {protocol} ({counts}; seed {config.seed}; {path})")
+        print(
+            f"{'%':>16} {'ours':>7} {'chance':>7}"
+            + "".join(f" {name.replace('_', ' '):>19}" for name in list(columns)[2:])
+        )
+        for name, value in result["metrics"].items():
+            line = f"{name:>16} {100 * value:7.1f} {100 * result['chance'][name]:7.1f}"
+            for column in list(columns)[2:]:
+                cell = columns[column][name]
+                cell = (
+                    f"{100 * cell[0]:.1f} to {100 * cell[1]:.1f}" if isinstance(cell, tuple) else f"{100 * cell:+.1f}"
+                )
+                line += f" {cell:>19}"
+            print(line)
+    common.write_json(out, rows)
+    print(f"written: {out}")
+
+
+def main():
+    config = common.load_config(EvalConfig, description=__doc__)
+    if config.task not in PROTOCOLS:
+        raise InputError(f"task: found {config.task!r}, expected one of {', '.join(PROTOCOLS)}")
+    if not config.checkpoint:
+        raise InputError("checkpoint: none given, expected --checkpoint=FILE")
+    processes = common.start_processes(config.device)
+    started = time.perf_counter()
+    results = evaluate_checkpoint(config.checkpoint, config, processes)
+    baseline = evaluate_checkpoint(config.baseline, config, processes) if config.baseline else None
+    if processes.is_main:
+        out = config.out or f"{config.checkpoint}.{config.task}.json"
+        report(results, config, config.checkpoint, out, time.perf_counter() - started, baseline)
+
+
+if __name__ == "__main__":
+    common.run(main)

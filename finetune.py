@@ -104,13 +104,13 @@ def train(config, processes):
     main, device = processes.is_main, processes.device
     run_dir = Path(config.out_dir)
     objective, heads, load_items, draw, kind, max_tokens = TASKS[config.task]
-    run_protocol, criterion = evaluate.PROTOCOLS[config.task]
+    run_protocol, criterion, *_ = evaluate.PROTOCOLS[config.task]
     torch.manual_seed(config.seed)  # every process starts from the same weights
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
 
     items, data_sizes = load_items(config)
-    vocab = checkpoint.vocabulary(config)
+    vocab = checkpoint.vocabulary(config, config.init)
     tokenizer = data.wordpiece(vocab)
     model = build_model(config, heads, tokenizer.get_vocab_size(), **data_sizes)
     report = checkpoint.initialise(model, config.init, bert=config.bert, resnet=config.resnet_file)
@@ -218,7 +218,8 @@ def main():
     results = train(config, processes)
     if processes.is_main:
         path = Path(config.out_dir, "best.pt")
-        evaluate.report(results, config, path, Path(config.out_dir, "results.json"), time.perf_counter() - started)
+        out = Path(config.out_dir, "results.json")
+        evaluate.report(results, config, path, out, time.perf_counter() - started)
 
 
 if __name__ == "__main__":

@@ -109,8 +109,8 @@ def train(config, processes):
     products = data.load_pretraining(config.data_root, config.sets)
     n_attributes = data.count_labels(products, "attributes", config.n_attributes)
     val_products = data.load_products(config.data_root, "FashionGen", "val")
-    vocab_file = data.find_vocab(config, config.bert)
-    tokenizer = data.load_wordpiece(vocab_file)
+    vocab = checkpoint.vocabulary(config, config.init)
+    tokenizer = data.wordpiece(vocab)
 
     # frozen, so it is a variable here and no part of what is trained and saved
     image_tokenizer = load_image_tokenizer(config, device)
@@ -122,12 +122,14 @@ def train(config, processes):
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
 
     start, best, totals = 0, -1.0, {}
+    code_counts = torch.zeros(n_codes, dtype=torch.long, device=device)  # of masked patches, for the last table
     state = checkpoint.find_resume(config.resume, run_dir)
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         start, best, totals = state["step"], state["best"], state["totals"]
+        code_counts = state["code_counts"].to(device)
         # Used parameters carry gradients of zero between updates (below), so a resumed run must hold them too.
         for parameter in optimizer.state:
             parameter.grad = torch.zeros_like(parameter)
@@ -149,7 +151,7 @@ def train(config, processes):
         common.write_json(run_dir / "run.json", common.describe_run(config))
         common.cut_log(run_dir / "log.jsonl", start)
         micro = config.batch_size // config.grad_accum
-        print(f"{len(products)} products, {len(val_products)} for validation, vocabulary {vocab_file}")
+        print(f"{len(products)} products, {len(val_products)} for validation, {tokenizer.get_vocab_size()} word pieces")
         print(*report, sep="\n")
         for group in optimizer.param_groups:
             n = sum(p.numel() for p in group["params"])
@@ -164,7 +166,7 @@ def train(config, processes):
             "model": model.state_dict(),
             "model_config": dataclasses.asdict(model.config),
             "config": dataclasses.asdict(config),
-            "vocab": Path(vocab_file).read_text(encoding="utf-8"),
+            "vocab": vocab,
             "step": step,
             "best": best,
             **more,
@@ -172,7 +174,6 @@ def train(config, processes):
         checkpoint.save(run_dir / name, state)
 
     metrics, skipped = {}, 0
-    code_counts = torch.zeros(model.config.n_codes, dtype=torch.long, device=device)
     clock, bar = time.perf_counter(), tqdm(range(start, config.max_steps), disable=not main, initial=start)
     for step in bar:
         objective = objective_at(step, config)
@@ -205,7 +206,9 @@ def train(config, processes):
         done = step + 1
         if done % config.log_interval == 0 or done == config.max_steps:
             row = {"step": done, "lr": optimizer.param_groups[0]["lr"]}
-            row |= summarise(totals, device)
+            for name, sums in totals.items():
+                means = common.mean_of_updates(sums, device)
+                row |= {f"{name}_loss": means.pop("loss"), **means, f"{name}_updates": round(sums["updates"])}
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             row["samples_per_s"] = config.batch_size * min(config.log_interval, done - start) / seconds
             row["memory_gb"] = common.peak_memory_gb(device)
@@ -226,29 +229,14 @@ def train(config, processes):
                 if metrics["mean_recall"] > best:
                     best = metrics["mean_recall"]
                     save("best.pt", done)
-                save("last.pt", done, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), totals=totals)
+                state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "totals": totals}
+                save("last.pt", done, **state, code_counts=code_counts)
             clock = time.perf_counter()
     if main:
         print_summary(
             run_dir / "log.jsonl", trivial_answers(products, tokenizer, config, code_counts.double().cpu().numpy())
         )
     return metrics
-
-
-def summarise(totals, device):
-    """{"itc_loss": mean, "itc_acc": ..., "itc_updates": n, ...} of the updates since the last log line, all processes'.
-
-    totals {objective: {name: sum over updates}}; floats or device tensors."""
-    row = {}
-    for objective, sums in totals.items():
-        n = sums["updates"]
-        for key, value in sums.items():
-            if key == "updates":
-                row[f"{objective}_updates"] = round(n)
-                continue
-            mean = common.all_mean(torch.as_tensor(value, dtype=torch.float64, device=device).flatten().sum() / n)
-            row[f"{objective}_loss" if key == "loss" else key] = float(mean)
-    return row
 
 
 def trivial_answers(products, tokenizer, config, code_counts):

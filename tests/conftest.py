@@ -16,3 +16,29 @@ def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def catalogue(tmp_path_factory):
+    """A small made-up catalogue in the five-folder layout, drawn once per test session."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "prepare"))
+    from demo import make_catalogue
+
+    out = tmp_path_factory.mktemp("data") / "demo"
+    make_catalogue(out, products=150, size=64)
+    return out
+
+
+@pytest.fixture(scope="session")
+def image_tokenizer_file(tmp_path_factory):
+    """A tiny image tokenizer with random weights, for MPFC at 64 px."""
+    import dataclasses
+
+    import checkpoint
+    import vqvae
+
+    sizes = vqvae.TokenizerConfig(ch=8, ch_mult=(1, 1, 1, 1), n_blocks=1, latent_dim=8, n_codes=16, unshuffle=4)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.pt"
+    state = {"kind": "tokenizer", "model": vqvae.VQVAE(sizes).state_dict()}
+    checkpoint.save(path, {**state, "tokenizer_config": dataclasses.asdict(sizes)})
+    return path

@@ -241,9 +241,9 @@ def test_info(tmp_path, capsys, monkeypatch):
     for expected in (
         "fashionvil",
         "ours",
-        "task: pretrain",
+        "task: 'pretrain'",
         "step: 7",
-        "'lr': 0.1",
+        "lr: 0.1",
         "'n_attributes': 9",
         f"{n:,}",
         "loads: yes",
@@ -546,9 +546,9 @@ def test_vocabulary_of_a_run(tmp_path):
         ("", "random", "", words["data"]),
     ]:
         config = SimpleNamespace(vocab=vocab, init=start, bert=bert, data_root=str(tmp_path))
-        assert checkpoint.vocabulary(config) == expected
+        assert checkpoint.vocabulary(config, config.init) == expected
     with pytest.raises(InputError, match="none.txt: no vocabulary: No such file"):
-        checkpoint.vocabulary(SimpleNamespace(vocab="none.txt", init="random", bert="", data_root="."))
+        checkpoint.vocabulary(SimpleNamespace(vocab="none.txt", bert="", data_root="."), "random")
 
 
 def test_starting_from_a_checkpoint(tmp_path):
@@ -585,7 +585,7 @@ def test_starting_from_a_checkpoint(tmp_path):
 def test_starting_from_a_released_file(tmp_path):
     path = released_file(tmp_path / "a.ckpt", "pretraining", True)
     sizes = checkpoint.model_config(path, META["size"]["num_attention_heads"])
-    assert sizes == build().config
+    assert sizes == replace(build().config, n_classes=0)
     model = build(("recognition",))
     with torch.no_grad():
         for tensor in model.parameters():
@@ -727,6 +727,14 @@ BROKEN = {
     "truncated": (lambda p, m: (write(p, original()), os.truncate(p, p.stat().st_size - 99)), "read", "cut short"),
     "truncated early": (lambda p, m: (write(p, original()), os.truncate(p, 99)), "read", "cut short"),
     "truncated old": (lambda p, m: (write(p, original(), True), os.truncate(p, 9999)), "read", "damaged"),
+    "one bit of a weight": (
+        lambda p, m: (
+            write(p, {"w": torch.full((64,), 0.1)}),
+            swap(p, b"\xcd\xcc\xcc\x3d" * 64, b"\xcd\xcc\xcc\x3d" * 63 + b"\xcd\xcc\xcc\x3f"),
+        ),
+        "read",
+        "damaged, a checksum is wrong; copy or download it again",
+    ),
     "other zip": (lambda p, m: write_zip(p, {"a.txt": b"a"}), "read", "a zip without data.pkl"),
     "zip of rubbish": (
         lambda p, m: write_zip(p, {"a/data.pkl": b"rubbish", "a/version": b"3"}),
@@ -810,7 +818,7 @@ BROKEN = {
     "nothing but references, ours": (
         lambda p, m: write(p, {"format": 1, **ours(small(), config=laughs())}),
         "load_model",
-        "config: found .*, expected a dict",
+        "config: found .{80}, expected a dict",
     ),
     "fields of other types": (
         lambda p, m: write(p, {"format": 1, **ours(small(), vocab=["word"])}),
@@ -826,7 +834,6 @@ BROKEN = {
         "read",
         "not a checkpoint .*, or damaged",
     ),
-    "program": (lambda p, m: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), p), "read", "TorchScript"),
     "state for a function, converted": (
         lambda p, m: write_zip(p, {"a/data.pkl": b"ctorch._utils\n_rebuild_tensor_v2\n(N}Vargs\nK\1stb."}),
         "convert",

@@ -18,7 +18,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 VOCAB = SHARED / "bert-base-uncased" / "vocab.txt"
 METRICS = torch.load(Path(__file__).parent / "golden" / "metrics.pt", weights_only=True)
 needs_vocab = pytest.mark.skipif(not VOCAB.exists(), reason="needs shared/data")
-SMALL_VOCAB = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "dress", "##es", "a"])}
+SMALL_VOCAB = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "dress", "##es", "a"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,14 +40,14 @@ SMALL_VOCAB = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "
     ],
 )
 def test_tokens_are_berts(text, ids):
-    assert data.encode(data.load_wordpiece(VOCAB), text)[0] == ids
+    assert data.encode(data.wordpiece(VOCAB.read_text(encoding="utf-8")), text)[0] == ids
 
 
 @needs_vocab
 def test_real_texts_tokenize_as_the_greedy_rule_says():
     words = VOCAB.read_text(encoding="utf-8").splitlines()
     vocab = {word: i for i, word in enumerate(words)}
-    tokenizer = data.load_wordpiece(VOCAB)
+    tokenizer = data.wordpiece(VOCAB.read_text(encoding="utf-8"))
 
     def greedy(word):
         ids, start = [], 0
@@ -82,11 +82,9 @@ def test_long_text_is_cut_to_the_limit_with_sep_last():
     assert len(ids) == len(words) == 75 and ids[0] == 2 and ids[-1] == 3 and set(ids[1:-1]) == {5}
 
 
-def test_vocab_without_special_tokens_is_refused(tmp_path):
-    path = tmp_path / "vocab.txt"
-    path.write_text("[PAD]\n[UNK]\nred\n")
-    with pytest.raises(InputError, match=r"vocab.txt: token \[CLS\] is missing"):
-        data.load_wordpiece(path)
+def test_vocab_without_special_tokens_is_refused():
+    with pytest.raises(InputError, match=r"token \[CLS\] is missing"):
+        data.wordpiece("[PAD]\n[UNK]\nred\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +93,7 @@ def test_vocab_without_special_tokens_is_refused(tmp_path):
 
 def test_whole_word_masking_statistics():
     golden = METRICS["whole_word"]
-    tokenizer = data.wordpiece({**SMALL_VOCAB, **{f"w{i}": 9 + i for i in range(1000)}})
+    tokenizer = data.wordpiece("\n".join([SMALL_VOCAB, *(f"w{i}" for i in range(1000))]))
     mask_id, size = 4, tokenizer.get_vocab_size()
     ids = [2, *golden["token_ids"], 3]
     starts = [not token.startswith("##") for token in golden["tokens"]]
