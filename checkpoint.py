@@ -294,11 +294,22 @@ def _from_resnet(state):
 RENAME = {"fashionvil": from_original, "csa_net": from_original, "bert": _from_bert, "resnet": _from_resnet}
 
 
+def _heads_of_config(config):
+    """{"num_attention_heads": n} from wherever it stands in a released file's nested config, or {}."""
+    todo = [config]
+    for item in todo:  # which grows on the way; bounded, for few bytes can hold endlessly many references
+        if isinstance(item, dict) and len(todo) < 10_000:
+            if "num_attention_heads" in item:
+                return {"num_attention_heads": item["num_attention_heads"]}
+            todo.extend(item.values())
+    return {}
+
+
 def read_model(path):
     """A file of any kind -> (state dict under our names, info); tensors stay mapped from the file, no model is built.
 
     info: kind ("fashionvil", "csa_net", "tokenizer", "bert", "resnet"), layout ("ours" or the released one's), task,
-    step, config, vocab, model_config (None where the file has none), set_aside {what of LEFT_OVER: number of names}.
+    step, config, vocab, model_config (empty where the file has none), set_aside {what of LEFT_OVER: number of names}.
     Raises InputError where the file is none of these, holds more than plain tensors, or claims more than it has."""
     file = read_safetensors(path) if Path(path).suffix == ".safetensors" else read(path, mmap=True)
     ours = "format" in file
@@ -318,6 +329,7 @@ def read_model(path):
             found = ", ".join(list(state)[:3]) or "no names"
             raise InputError(f"{path}: found {found}, expected names of FashionViL, CSA-Net, BERT, ResNet or VQ-VAE")
         _, info["layout"], info["kind"] = row
+        info["model_config"] = _heads_of_config(file.get("config"))
     aside = [found[1] or found[2] for found in (re.match(LEFT_OVER, name) for name in state) if found]
     info["set_aside"] = {what: aside.count(what) for what in aside}
     with _reading(path, "cannot be loaded"):
@@ -338,8 +350,9 @@ def read_model(path):
 def load_model(path, device="cpu", needs=(), num_attention_heads=None):
     """(model in eval mode, info) of a checkpoint, ours or released; all sizes are read from the tensors (model.config).
 
-    needs: heads that the caller uses, or "csa_net". num_attention_heads: of a file that is not ours, where it is not
-    hidden size / 64. info as `read_model`'s. Loads strictly: raises InputError that lists every name that is amiss."""
+    needs: heads that the caller uses, or "csa_net". num_attention_heads: of a released file whose own config does not
+    say it and where it is not hidden size / 64. info as `read_model`'s.
+    Loads strictly: raises InputError that lists every name that is amiss."""
     model, state, info = _plan(path, num_attention_heads)
     offers = model.config.heads if isinstance(model, FashionViL) else ("csa_net",)
     if not set(needs) <= set(offers):
@@ -367,8 +380,11 @@ def _plan(path, num_attention_heads=None):
             model = CSANet(ModelConfig(**_image_sizes(state)), categories // 2, dim, n_masks, hidden)
         else:
             sizes = {**_image_sizes(state), **_text_sizes(state), **_head_sizes(state)}
-            # three settings that no tensor tells; released files have BERT's heads of 64
-            saved = info["model_config"] or {"num_attention_heads": num_attention_heads or sizes["hidden_size"] // 64}
+            saved = dict(info["model_config"] or {})  # for three settings that no tensor tells
+            if num_attention_heads or "num_attention_heads" not in saved:
+                if not num_attention_heads and sizes["hidden_size"] % 64:
+                    raise ValueError(f"nothing says the number of attention heads of {sizes['hidden_size']} units")
+                saved["num_attention_heads"] = num_attention_heads or sizes["hidden_size"] // 64  # BERT's
             for key in saved.keys() & {"num_attention_heads", "dropout", "pac_scale"}:
                 sizes[key] = saved[key]
                 if type(saved[key]) is not type(getattr(ModelConfig, key)) or saved[key] < 0:

@@ -91,6 +91,7 @@ class ModelTrainConfig(TrainConfig):
     size: str = setting("base", "Transformer size, a row of model.SIZES")
     resnet: str = setting("resnet50", "resnet18, resnet34 or resnet50")
     width: int = setting(64, "channels of the ResNet's first stage")
+    max_tokens: int = setting(0, "longest text, [CLS] and [SEP] included; 0: the recipe's 75, for fashioniq 50")
     dropout: float = setting(0.1, "dropout of the Transformer")
     init: str = setting("pretrained", "pretrained (ImageNet ResNet + BERT), random, or a checkpoint")
     bert: str = setting("", "BERT folder or hub name, also sets the Transformer's size; empty: bert-base-uncased")

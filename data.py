@@ -31,8 +31,7 @@ except RuntimeError:
 
 MEAN = (0.46777044, 0.44531429, 0.40661017)  # of the fashion photos, not ImageNet's; the image tokenizer's too
 STD = (0.12221994, 0.12145835, 0.14380469)
-MAX_TOKENS = 75  # [CLS] and [SEP] included
-FASHIONIQ_MAX_TOKENS = 50
+MAX_TOKENS, FASHIONIQ_MAX_TOKENS = 75, 50  # [CLS] and [SEP] included
 STRIDE = 32  # pixels of an image per patch, along each side
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,10 +351,11 @@ def drop_some(n, share, rng):
 class Pretraining(Dataset):
     """Samples of pre-training; a key is (epoch, index, objective), and only what the objective needs is made."""
 
-    def __init__(self, products, tokenizer, image_size, n_attributes, seed=0, skip_broken=False):
+    def __init__(self, products, tokenizer, n_attributes, config):
         self.products, self.tokenizer, self.n_attributes = products, tokenizer, n_attributes
-        self.transform = image_transform("crop", image_size, train=True)
-        self.side, self.seed, self.skip_broken = image_size // STRIDE, seed, skip_broken
+        self.max_tokens, self.seed, self.skip_broken = config.max_tokens, config.seed, config.skip_broken_images
+        self.transform = image_transform("crop", config.image_size, train=True)
+        self.side = config.image_size // STRIDE
 
     def __len__(self):
         return len(self.products)
@@ -374,7 +374,7 @@ class Pretraining(Dataset):
     def sample(self, epoch, index, objective):
         rng = np.random.default_rng([self.seed, epoch, index])
         product = self.products[index]
-        ids, words = encode(self.tokenizer, product.text)
+        ids, words = encode(self.tokenizer, product.text, self.max_tokens or MAX_TOKENS)
         sample = {"input_ids": ids, "product_id": index}
         views = rng.permutation(product.images)  # the last differs from the first wherever there are two
         paths = [views[0], views[-1]] if objective == "mvc" else [views[0]]
@@ -480,7 +480,7 @@ class Samples(Dataset):
     `draw(item, rng)` picks what this visit needs of items[index], under the batch's names: "image" and "image2" (a
     path), "text", and numbers. Evaluation items have nothing to pick: draw=None takes them as they are."""
 
-    def __init__(self, items, tokenizer, transform, draw=None, max_tokens=MAX_TOKENS, seed=0):
+    def __init__(self, items, tokenizer, transform, max_tokens, draw=None, seed=0):
         self.items, self.tokenizer, self.transform, self.draw = items, tokenizer, transform, draw
         self.max_tokens, self.seed = max_tokens, seed
 

@@ -359,7 +359,7 @@ def embed(encode, items, tokenizer, config, processes, kind="crop", max_tokens=d
     order = sorted(range(len(items)), key=lambda i: len(items[i].get("text", "")))  # alike lengths, little padding
     mine = order[processes.rank :: processes.world_size]
     transform = data.image_transform(kind, config.image_size, train=False)
-    dataset = data.Samples([items[i] for i in mine], tokenizer, transform, max_tokens=max_tokens)
+    dataset = data.Samples([items[i] for i in mine], tokenizer, transform, config.max_tokens or max_tokens)
     loader = DataLoader(dataset, config.eval_batch_size, collate_fn=data.collate, num_workers=config.workers)
     rows = []
     for batch in loader:
@@ -508,6 +508,7 @@ class EvalConfig:
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, FashionIQ/, PolyvoreOutfits/")
     vocab: str = setting("", "WordPiece vocab.txt; empty: the checkpoint's own, else as in training")
     image_size: int = setting(0, "pixels a side; 0: the checkpoint's own, 224 for a released one")
+    max_tokens: int = setting(0, "longest text; 0: the checkpoint's own, else the recipe's 75, for fashioniq 50")
     split: str = setting("disjoint", "polyvore: disjoint or nondisjoint")
     gallery: str = setting("original", "fashioniq: original (split file) or val (references and targets)")
     bootstrap: bool = setting(False, "add 95 % intervals over queries")
@@ -525,7 +526,11 @@ def evaluate_checkpoint(path, config, processes):
     run_protocol, _, _, needs = PROTOCOLS[config.task]
     model, info = checkpoint.load_model(path, processes.device, needs)
     trained = info["config"] or {}
-    config = replace(config, image_size=config.image_size or trained.get("image_size", 224))
+    config = replace(
+        config,
+        image_size=config.image_size or trained.get("image_size", 224),
+        max_tokens=config.max_tokens or trained.get("max_tokens", 0),
+    )
     return run_protocol(model, data.wordpiece(checkpoint.vocabulary(config, path)), config, processes)
 
 

@@ -23,7 +23,7 @@ import data
 import evaluate
 import losses
 from common import InputError, ModelTrainConfig, setting
-from model import SIZES, CSANet, FashionViL, ModelConfig
+from model import SIZES, STRIDE, CSANet, FashionViL, ModelConfig
 
 
 @dataclass
@@ -99,6 +99,16 @@ def build_model(config, heads, vocab_size, n_classes=0, n_categories=0):
     return FashionViL(model_config) if heads else CSANet(model_config, n_categories)
 
 
+def check_config(config):
+    """Raise InputError for a task that does not exist or sizes that none has."""
+    if config.task not in TASKS:
+        raise InputError(f"task: found {config.task!r}, expected one of {', '.join(TASKS)}")
+    if config.size not in SIZES:
+        raise InputError(f"size: found {config.size!r}, expected one of {', '.join(SIZES)}")
+    if config.image_size < STRIDE or config.image_size % STRIDE:
+        raise InputError(f"image_size: found {config.image_size}, expected a multiple of {STRIDE}")
+
+
 def train(config, processes):
     """The whole stage on this process. Returns {protocol: result} of the best checkpoint."""
     main, device = processes.is_main, processes.device
@@ -127,7 +137,7 @@ def train(config, processes):
         start, best, totals = state["step"], state["best"], state["totals"]
 
     transform = data.image_transform(kind, config.image_size, train=True)
-    dataset = data.Samples(items, tokenizer, transform, draw, max_tokens, config.seed)
+    dataset = data.Samples(items, tokenizer, transform, config.max_tokens or max_tokens, draw, config.seed)
     batches = data.Batches(len(items), config, processes, start)
     loader = iter(data.train_loader(dataset, batches, config, device))
     if config.compile:
@@ -156,6 +166,7 @@ def train(config, processes):
         }
         checkpoint.save(run_dir / name, state)
 
+    logged = start
     clock, bar = time.perf_counter(), tqdm(range(start, config.max_steps), disable=not main, initial=start)
     for step in bar:
         common.set_lr(optimizer, step, config)
@@ -179,7 +190,8 @@ def train(config, processes):
             row = {"step": done, "lr": max(group["lr"] for group in optimizer.param_groups)}
             row |= common.mean_of_updates(totals, device)
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            row["samples_per_s"] = config.batch_size * min(config.log_interval, done - start) / seconds
+            row["samples_per_s"] = config.batch_size * (done - logged) / seconds
+            logged = done
             row["memory_gb"] = common.peak_memory_gb(device)
             totals.clear()
             if main:
@@ -211,8 +223,9 @@ def main():
         description=__doc__,
         files=lambda given: f"configs/{given['task']}.py" if given.get("task") in TASKS else None,
     )
-    if config.task not in TASKS:
-        raise InputError(f"task: found {config.task!r}, expected one of {', '.join(TASKS)}")
+    check_config(config)
+    if config.out_dir.endswith("finetune"):  # named after the config file: one folder a task
+        config.out_dir += f"_{config.task}"
     processes = common.start_processes(config.device)
     started = time.perf_counter()
     results = train(config, processes)

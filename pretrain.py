@@ -135,9 +135,7 @@ def train(config, processes):
             parameter.grad = torch.zeros_like(parameter)
 
     batches = data.Batches(len(products), config, processes, start, lambda step: objective_at(step, config))
-    dataset = data.Pretraining(
-        products, tokenizer, config.image_size, n_attributes, config.seed, config.skip_broken_images
-    )
+    dataset = data.Pretraining(products, tokenizer, n_attributes, config)
     loader = iter(data.train_loader(dataset, batches, config, device))
     if config.compile:
         model.image_encoder.compile()
@@ -173,7 +171,7 @@ def train(config, processes):
         }
         checkpoint.save(run_dir / name, state)
 
-    metrics, skipped = {}, 0
+    metrics, skipped, logged = {}, 0, start
     clock, bar = time.perf_counter(), tqdm(range(start, config.max_steps), disable=not main, initial=start)
     for step in bar:
         objective = objective_at(step, config)
@@ -210,7 +208,8 @@ def train(config, processes):
                 means = common.mean_of_updates(sums, device)
                 row |= {f"{name}_loss": means.pop("loss"), **means, f"{name}_updates": round(sums["updates"])}
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            row["samples_per_s"] = config.batch_size * min(config.log_interval, done - start) / seconds
+            row["samples_per_s"] = config.batch_size * (done - logged) / seconds
+            logged = done
             row["memory_gb"] = common.peak_memory_gb(device)
             if config.skip_broken_images:
                 row["skipped_images"] = skipped

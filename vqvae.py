@@ -377,7 +377,8 @@ class Photos(data.Pretraining):
     """The training images alone: one of the product's at random, under the pre-training transform."""
 
     def __init__(self, products, config):
-        super().__init__(products, None, config.image_size, 0, config.seed, config.skip_broken_images)
+        self.products, self.seed, self.skip_broken = products, config.seed, config.skip_broken_images
+        self.transform = data.image_transform("crop", config.image_size, train=True)
 
     def sample(self, epoch, index, objective):
         rng = np.random.default_rng([self.seed, epoch, index])

@@ -5,14 +5,14 @@ data_root = "data/demo"
 # encoder and codebook: patches of 32 pixels; less than half the cost of the ResNet they help to train
 image_size = 64
 ch = 16
-ch_mult = (1, 2, 4, 8)
+ch_mult = (1, 2, 4, 4)
 n_blocks = 1
 latent_dim = 64
 n_codes = 128
 unshuffle = 4
 
 batch_size = 64
-max_steps = 250
+max_steps = 240
 lr = 2e-3
 warmup = 20
 milestones = (180, 230)

@@ -172,6 +172,9 @@ class Settings:
     max_steps: int = 12
     seed: int = 3
     workers: int = 0
+    image_size: int = 64
+    max_tokens: int = 0
+    skip_broken_images: bool = False
 
 
 def write_products(root, source, split, items, size=40):
@@ -200,8 +203,7 @@ def root(tmp_path):
 
 
 def samples(root, **changes):
-    products = data.load_pretraining(root)
-    return data.Pretraining(products, data.wordpiece(SMALL_VOCAB), **{"image_size": 64, "n_attributes": 3, **changes})
+    return data.Pretraining(data.load_pretraining(root), data.wordpiece(SMALL_VOCAB), 3, Settings(**changes))
 
 
 def test_union_and_texts(root):
@@ -306,7 +308,7 @@ def test_a_broken_image_names_file_and_product_or_is_counted(root):
     (root / "FashionGen" / "train" / "0_0.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"FashionGen 0: .*0_0.png: image cannot be read"):
         samples(root)[0, 0, "itc"]
-    sample = samples(root, skip_broken=True)[0, 0, "itc"]
+    sample = samples(root, skip_broken_images=True)[0, 0, "itc"]
     assert sample["skipped"] == 1 and sample["product_id"] == 1
 
 

@@ -1,0 +1,165 @@
+"""Fine-tuning and evaluation end to end on a small catalogue: five tasks, resume, processes, batch sizes, errors."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import checkpoint
+import common
+import data
+import evaluate
+import finetune
+from common import InputError, Processes
+from finetune import FinetuneConfig
+
+ONE = Processes(0, 1, torch.device("cpu"))
+ROOT = Path(__file__).parent.parent
+
+
+def small(task, catalogue, out, **changes):
+    settings = dict(
+        task=task,
+        data_root=str(catalogue),
+        out_dir=str(out),
+        size="tiny",
+        resnet="resnet18",
+        width=8,
+        image_size=64,
+        init="random",
+        batch_size=8,
+        max_steps=6,
+        lr=1e-3,
+        lr_factor=1.0,
+        warmup=0,
+        milestones=(),
+        eval_interval=3,
+        log_interval=2,
+        workers=0,
+    )
+    return FinetuneConfig(**{**settings, **changes})
+
+
+@pytest.mark.parametrize("task", finetune.TASKS)
+def test_each_task_trains_selects_and_evaluates(task, catalogue, tmp_path):
+    config = small(task, catalogue, tmp_path)
+    results = finetune.train(config, ONE)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    criterion = evaluate.PROTOCOLS[task][1]
+    validated = [row[f"val_{criterion}"] for row in rows if f"val_{criterion}" in row]
+    first = next(iter(results.values()))
+    assert len(validated) == 2 and first["metrics"][criterion] == max(validated)
+    assert all(row["loss"] > 0 for row in rows if "loss" in row)
+    # the command line evaluates the same file to the same numbers, with sizes and vocabulary read from it
+    again = evaluate.evaluate_checkpoint(tmp_path / "best.pt", evaluate_config(task, catalogue), ONE)
+    assert {name: result["metrics"] for name, result in again.items()} == {n: r["metrics"] for n, r in results.items()}
+
+
+def evaluate_config(task, catalogue, **changes):
+    return evaluate.EvalConfig(task=task, data_root=str(catalogue), workers=0, **changes)
+
+
+def test_counts_are_those_of_the_catalogue(catalogue, tmp_path):
+    """Queries and galleries, counted from the files by other means."""
+    torch.manual_seed(0)
+    finetune.train(small("fashioniq", catalogue, tmp_path, max_steps=1), ONE)
+    counts = evaluate.evaluate_checkpoint(tmp_path / "best.pt", evaluate_config("fashioniq", catalogue), ONE)
+    counts = counts["gallery original"]["counts"]
+    folder = catalogue / "FashionIQ"
+    for garment in data.FASHIONIQ_CLASSES:
+        assert counts[f"{garment}_queries"] == len(
+            json.loads((folder / f"captions/cap.{garment}.val.json").read_text())
+        )
+        split = json.loads((folder / f"image_splits/split.{garment}.val.json").read_text())
+        assert counts[f"{garment}_gallery"] == len(split)
+
+
+def test_a_resumed_fine_tuning_is_the_uninterrupted_one(catalogue, tmp_path):
+    for name, stops in (("whole", (6,)), ("halves", (3, 6))):
+        for stop in stops:
+            config = small("fashioniq", catalogue, tmp_path / name, max_steps=stop, milestones=(4,), resume="auto")
+            finetune.train(config, ONE)
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "halves"))
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+
+
+def test_frozen_parts_of_csa_net_do_not_move(catalogue, tmp_path):
+    finetune.train(small("polyvore", catalogue, tmp_path), ONE)
+    after = torch.load(tmp_path / "best.pt", weights_only=True)["model"]
+    torch.manual_seed(0)
+    before = finetune.CSANet(checkpoint.model_config(tmp_path / "best.pt"), len(after["proj_layer.bias"])).state_dict()
+    frozen = [k for k in before if "layer4" in k or "bn" in k or "downsample.1" in k]
+    assert frozen and all(torch.equal(before[k], after[k]) for k in frozen)
+    assert not torch.equal(before["image_encoder.conv1.weight"], after["image_encoder.conv1.weight"])
+
+
+def test_init_takes_the_body_of_another_checkpoint(catalogue, tmp_path):
+    finetune.train(small("fashiongen_retrieval", catalogue, tmp_path / "a", max_steps=1), ONE)
+    config = small("fashiongen_category", catalogue, tmp_path / "b", init=str(tmp_path / "a" / "best.pt"), size="base")
+    model = finetune.build_model(config, ("recognition",), 0, n_classes=10)
+    report = checkpoint.initialise(model, config.init)
+    source = torch.load(tmp_path / "a" / "best.pt", weights_only=True)["model"]
+    assert torch.equal(model.bert.pooler["dense"].weight, source["bert.pooler.dense.weight"])  # and of its size
+    assert "new heads.recognition" in report[0]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--task=fashionik"], "task: found 'fashionik', expected one of fashiongen_retrieval"),
+        (["--task=polyvore", "--split=both"], "split: found 'both'"),
+        (["--task=fashioniq", "--init=no.pt"], "no.pt: cannot be"),
+    ],
+)
+def test_wrong_runs_end_in_one_line(argv, message, catalogue, tmp_path, capsys):
+    config = common.load_config(
+        FinetuneConfig, [str(ROOT / "configs" / "demo_finetune.py"), f"--data_root={catalogue}", *argv]
+    )
+    with pytest.raises(InputError, match=message) as error:
+        finetune.check_config(config)
+        finetune.train(config, ONE)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_another_task_is_refused(catalogue, tmp_path):
+    finetune.train(small("fashiongen_category", catalogue, tmp_path, max_steps=1), ONE)
+    with pytest.raises(InputError, match="a checkpoint of fashiongen_category"):
+        evaluate.evaluate_checkpoint(tmp_path / "best.pt", evaluate_config("fashioniq", catalogue), ONE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batch size and number of processes
+
+
+def embeddings(catalogue, path, processes, batch_size):
+    model, info = checkpoint.load_model(path)
+    config = evaluate_config("fashiongen_retrieval", catalogue, eval_batch_size=batch_size, image_size=64)
+    products = data.load_products(catalogue, "FashionGen", "val")
+    return evaluate.embed_retrieval(model, products, data.wordpiece(info["vocab"]), config, processes)
+
+
+def two_process_worker(rank, port, catalogue, path, out):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    result = embeddings(catalogue, path, Processes(rank, 2, torch.device("cpu")), 7)
+    torch.save(result, f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_batch_size_and_processes_change_no_embedding(catalogue, tmp_path, free_port):
+    finetune.train(small("fashiongen_retrieval", catalogue, tmp_path, max_steps=3), ONE)
+    path = tmp_path / "best.pt"
+    expected = embeddings(catalogue, path, ONE, 64)
+    metrics = evaluate.retrieval(*expected)["metrics"]
+    mp.spawn(two_process_worker, (free_port, catalogue, path, tmp_path), nprocs=2)
+    others = {n: embeddings(catalogue, path, ONE, n) for n in (1, 7)}
+    others |= {f"rank {r}": torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2)}
+    for name, other in others.items():
+        for a, b in zip(expected, other, strict=True):
+            assert a.shape == b.shape and (a - b).abs().max() < 1e-5, name
+        for key, value in evaluate.retrieval(*other)["metrics"].items():
+            queries = len(expected[0]) if key.startswith("i2t") else len(expected[1])
+            assert abs(value - metrics[key]) <= 1.001 / queries, (name, key)
