@@ -475,8 +475,8 @@ BERT_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 def initialise(model, init, bert="", resnet="", keep_scale=False):
     """Fill a freshly built FashionViL or CSANet; returns lines that say what was loaded, is new, was left over.
 
-    init: "random"; "pretrained" (ImageNet ResNet from the file `resnet` or torch.hub, BERT from the folder or hub name
-    `bert`); or a checkpoint, ours or released: image encoder and Transformer, and the heads whose shapes are equal.
+    init: "random"; "pretrained" (ImageNet ResNet from torch.hub or the file `resnet`, "random" for none; BERT from the
+    folder or hub name `bert`); or a checkpoint, ours or released: image encoder, Transformer, heads of equal shapes.
     logit_scale starts at 4 again unless keep_scale. A CSANet takes an image encoder, from a CSA-Net file everything.
     Raises InputError where a file cannot be had, is of another kind or does not fit."""
     whole = isinstance(model, FashionViL)
@@ -488,9 +488,11 @@ def initialise(model, init, bert="", resnet="", keep_scale=False):
         if not keep_scale:
             state.pop("logit_scale", None)
         return [_fill(init, model, state, info, ("image_encoder", "bert") if whole else ("image_encoder",), heads)]
-    path = resnet or _fetch_resnet(model.config.resnet)
-    state, info = _read_kind(path, ("resnet",), "resnet_file")
-    report = [_fill(path, model, state, info, ("image_encoder",), () if whole else heads)]
+    report = ["image encoder: random weights"]
+    if resnet != "random":
+        path = resnet or _fetch_resnet(model.config.resnet)
+        state, info = _read_kind(path, ("resnet",), "resnet_file")
+        report = [_fill(path, model, state, info, ("image_encoder",), () if whole else heads)]
     if whole:
         path = _bert_file(bert, *BERT_WEIGHTS)
         state, info = _read_kind(path, ("bert",), "bert")

@@ -95,7 +95,7 @@ class ModelTrainConfig(TrainConfig):
     dropout: float = setting(0.1, "dropout of the Transformer")
     init: str = setting("pretrained", "pretrained (ImageNet ResNet + BERT), random, or a checkpoint")
     bert: str = setting("", "BERT folder or hub name, also sets the Transformer's size; empty: bert-base-uncased")
-    resnet_file: str = setting("", "torchvision's ResNet weights; empty: fetched")
+    resnet_file: str = setting("", "torchvision's ResNet weights for --init=pretrained; empty: fetched, random: none")
 
 
 def _convert(value, kind, where):
@@ -206,8 +206,11 @@ class Processes:
         return self.rank == 0
 
 
-def start_processes(device="auto"):
+def start_processes(device="auto", deterministic=False):
     """Join torchrun's group where there is one: NCCL on GPUs, gloo on CPUs. One process needs no group."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
     local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device: found {device!r}, expected auto, cpu or cuda")

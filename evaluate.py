@@ -534,13 +534,15 @@ def evaluate_checkpoint(path, config, processes):
     return run_protocol(model, data.wordpiece(checkpoint.vocabulary(config, path)), config, processes)
 
 
-def report(results, config, path, out, seconds, baseline=None):
-    """Print a table of {protocol: result}, chance beside every figure, and write it with all circumstances to `out`."""
+def report(results, config, path, out, seconds, baseline=None, intervals=False):
+    """Print a table of {protocol: result}, chance beside every figure, and write it with all circumstances to `out`.
+
+    baseline: {protocol: result} of another checkpoint on the same queries; adds the difference and its interval."""
     metric_of = PROTOCOLS[config.task][2]
     rows = {"task": config.task, "checkpoint": str(path), "seed": config.seed, "seconds": round(seconds, 1)}
     for protocol, result in results.items():
         columns = {"metrics": result["metrics"], "chance": result["chance"]}
-        if getattr(config, "bootstrap", False) or baseline:
+        if intervals:
             columns["interval"] = bootstrap(metric_of, result["outcomes"], seed=config.seed)
         if baseline:
             base = baseline[protocol]
@@ -580,7 +582,8 @@ def main():
     baseline = evaluate_checkpoint(config.baseline, config, processes) if config.baseline else None
     if processes.is_main:
         out = config.out or f"{config.checkpoint}.{config.task}.json"
-        report(results, config, config.checkpoint, out, time.perf_counter() - started, baseline)
+        seconds = time.perf_counter() - started
+        report(results, config, config.checkpoint, out, seconds, baseline, config.bootstrap)
 
 
 if __name__ == "__main__":

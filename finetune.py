@@ -25,6 +25,8 @@ import losses
 from common import InputError, ModelTrainConfig, setting
 from model import SIZES, STRIDE, CSANet, FashionViL, ModelConfig
 
+CONFIGS = Path(__file__).parent / "configs"
+
 
 @dataclass
 class FinetuneConfig(ModelTrainConfig):
@@ -116,8 +118,6 @@ def train(config, processes):
     objective, heads, load_items, draw, kind, max_tokens = TASKS[config.task]
     run_protocol, criterion, *_ = evaluate.PROTOCOLS[config.task]
     torch.manual_seed(config.seed)  # every process starts from the same weights
-    if config.deterministic:
-        torch.use_deterministic_algorithms(True)
 
     items, data_sizes = load_items(config)
     vocab = checkpoint.vocabulary(config, config.init)
@@ -221,12 +221,12 @@ def main():
     config = common.load_config(
         FinetuneConfig,
         description=__doc__,
-        files=lambda given: f"configs/{given['task']}.py" if given.get("task") in TASKS else None,
+        files=lambda given: CONFIGS / f"{given['task']}.py" if given.get("task") in TASKS else None,
     )
     check_config(config)
     if config.out_dir.endswith("finetune"):  # named after the config file: one folder a task
         config.out_dir += f"_{config.task}"
-    processes = common.start_processes(config.device)
+    processes = common.start_processes(config.device, config.deterministic)
     started = time.perf_counter()
     results = train(config, processes)
     if processes.is_main:

@@ -246,7 +246,8 @@ class CosineHead(nn.Module):
         self.scale = scale
 
     def forward(self, x):
-        return self.scale * (F.normalize(x, dim=-1) @ F.normalize(self.projection, dim=0))
+        with torch.autocast(x.device.type, enabled=False):  # 2232 cosines differ by less than bfloat16 can tell
+            return self.scale * (F.normalize(x.float(), dim=-1) @ F.normalize(self.projection, dim=0))
 
 
 def masked_mean(x, mask):

@@ -102,8 +102,6 @@ def train(config, processes):
     check_config(config)
     main, device = processes.is_main, processes.device
     run_dir = Path(config.out_dir)
-    if config.deterministic:
-        torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)  # every process starts from the same weights
 
     products = data.load_pretraining(config.data_root, config.sets)
@@ -277,7 +275,7 @@ def print_summary(log_file, answers):
 
 def main():
     config = common.load_config(PretrainConfig, description=__doc__)
-    processes = common.start_processes(config.device)
+    processes = common.start_processes(config.device, config.deterministic)
     metrics = train(config, processes)
     if processes.is_main and metrics:
         print("FashionGen val, full gallery:", "  ".join(f"{k} {100 * v:.1f}" for k, v in metrics.items()))

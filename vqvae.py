@@ -108,6 +108,7 @@ class Level(nn.Module):
 
 
 def middle(c):
+    """What stands at the smallest map of encoder and decoder alike."""
     return named(block_1=ResBlock(c, c), attn_1=Attention(c), block_2=ResBlock(c, c))
 
 
@@ -438,8 +439,6 @@ def train(config, processes):
     main, device = processes.is_main, processes.device
     sizes = check_config(config)
     run_dir = Path(config.out_dir)
-    if config.deterministic:
-        torch.use_deterministic_algorithms(True)
     products = data.load_pretraining(config.data_root, config.sets)
     held_out = load_held_out(config) if main else None
 
@@ -463,6 +462,7 @@ def train(config, processes):
     if config.compile:
         model.encoder.compile()
         model.decoder.compile()
+    # DDP also copies rank 0's buffers, the codebook among them, to all before every forward: no drift by rounding
     ddp = DistributedDataParallel(model) if processes.world_size > 1 else model
     if main:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -548,7 +548,7 @@ def train(config, processes):
 
 def main():
     config = common.load_config(VQVAEConfig, description=__doc__)
-    processes = common.start_processes(config.device)
+    processes = common.start_processes(config.device, config.deterministic)
     train(config, processes)
     if processes.is_main:
         print(f"written: {config.out_dir}/last.pt, log.jsonl, reconstructions.png")

@@ -1,0 +1,22 @@
+"""Fine-tuning on fashion-mini, any task: python finetune.py configs/mini_finetune.py --task=fashioniq."""
+
+data_root = "../shared/data/fashion-mini"
+init = "runs/mini/best.pt"  # or random
+
+# sizes of a random start; a checkpoint brings its own
+size = "demo"
+resnet = "resnet18"
+width = 32
+image_size = 96
+max_tokens = 40
+
+batch_size = 64
+max_steps = 160
+lr = 5e-4
+lr_factor = 1.0
+warmup = 15
+milestones = (120,)
+
+eval_interval = 0
+log_interval = 40
+workers = 1
