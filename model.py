@@ -16,8 +16,8 @@ from torch import nn
 SIZES = {
     "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
     "minilm": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
-    "mini": dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024),
-    "demo": dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=3, intermediate_size=768),
+    "mini": dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=3, intermediate_size=768),
+    "demo": dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=2, intermediate_size=512),
     "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128),
 }
 # ResNets by name: blocks per stage, and whether a block is the three-convolution bottleneck

@@ -3,7 +3,7 @@
 data_root = "../shared/data/fashion-mini"
 tokenizer = "runs/vqvae_mini/last.pt"  # python vqvae.py configs/vqvae_mini.py
 
-size = "demo"  # Transformer 3 x 192
+size = "mini"  # Transformer 3 x 192
 resnet = "resnet18"
 width = 32
 image_size = 96

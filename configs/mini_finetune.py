@@ -4,7 +4,7 @@ data_root = "../shared/data/fashion-mini"
 init = "runs/mini/best.pt"  # or random
 
 # sizes of a random start; a checkpoint brings its own
-size = "demo"
+size = "mini"
 resnet = "resnet18"
 width = 32
 image_size = 96
