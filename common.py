@@ -76,7 +76,9 @@ class TrainConfig:
     seed: int = setting(0, "every draw follows from it")
     deterministic: bool = setting(False, "only deterministic kernels; on CPU they always are")
     log_interval: int = setting(50, "updates between log lines")
-    eval_interval: int = setting(2_000, "updates between validations and checkpoints; 0: only at the end")
+    eval_interval: int = setting(
+        2_000, "updates between validations and checkpoints; 0: only at the end, -1: checkpoint alone"
+    )
     resume: str = setting("", "auto (newest whole checkpoint of the run folder, else start) or a checkpoint")
     wandb: str = setting("", "Weights & Biases project; empty: off")
     skip_broken_images: bool = setting(

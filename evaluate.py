@@ -531,7 +531,13 @@ def evaluate_checkpoint(path, config, processes):
         image_size=config.image_size or trained.get("image_size", 224),
         max_tokens=config.max_tokens or trained.get("max_tokens", 0),
     )
-    return run_protocol(model, data.wordpiece(checkpoint.vocabulary(config, path)), config, processes)
+    tokenizer = None if "csa_net" in needs else data.wordpiece(checkpoint.vocabulary(config, path))  # reads no text
+    if tokenizer and tokenizer.get_vocab_size() != model.config.vocab_size:
+        found = f"a vocabulary of {tokenizer.get_vocab_size()} words"
+        raise InputError(
+            f"{path}: {found}, expected {model.config.vocab_size}; set --vocab=FILE to the one of its training"
+        )
+    return run_protocol(model, tokenizer, config, processes)
 
 
 def report(results, config, path, out, seconds, baseline=None, intervals=False):

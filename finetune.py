@@ -129,7 +129,7 @@ def train(config, processes):
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
 
     start, best, totals = 0, -1.0, {}
-    state = checkpoint.find_resume(config.resume, run_dir)
+    state = checkpoint.find_resume(config.resume, run_dir, model)
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -197,7 +197,11 @@ def train(config, processes):
             if main:
                 common.append_log(run_dir / "log.jsonl", row)
                 bar.set_postfix(loss=f"{row['loss']:.3f}")
-        if done == config.max_steps or (config.eval_interval and done % config.eval_interval == 0):
+        if config.eval_interval < 0 and done == config.max_steps and main:
+            save("last.pt", done, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), totals=totals)
+        if config.eval_interval >= 0 and (
+            done == config.max_steps or (config.eval_interval and done % config.eval_interval == 0)
+        ):
             model.eval()
             metrics = next(iter(run_protocol(model, tokenizer, config, processes).values()))["metrics"]
             if main:
@@ -211,6 +215,8 @@ def train(config, processes):
                 save("last.pt", done, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), totals=totals)
             clock = time.perf_counter()
 
+    if config.eval_interval < 0:
+        return {}
     common.barrier()
     model.load_state_dict(checkpoint.read(run_dir / "best.pt")["model"])
     model.eval()
@@ -229,7 +235,7 @@ def main():
     processes = common.start_processes(config.device, config.deterministic)
     started = time.perf_counter()
     results = train(config, processes)
-    if processes.is_main:
+    if processes.is_main and results:
         path = Path(config.out_dir, "best.pt")
         out = Path(config.out_dir, "results.json")
         evaluate.report(results, config, path, out, time.perf_counter() - started)

@@ -121,7 +121,7 @@ def train(config, processes):
 
     start, best, totals = 0, -1.0, {}
     code_counts = torch.zeros(n_codes, dtype=torch.long, device=device)  # of masked patches, for the last table
-    state = checkpoint.find_resume(config.resume, run_dir)
+    state = checkpoint.find_resume(config.resume, run_dir, model)
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -217,15 +217,17 @@ def train(config, processes):
                 bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k.endswith("_loss")})
                 if wandb:
                     wandb.log(row, step=done)
-        if done == config.max_steps or (config.eval_interval and done % config.eval_interval == 0):
-            model.eval()
-            metrics = validate(model, val_products, tokenizer, config, processes)
-            if main:
+        if done == config.max_steps or (config.eval_interval > 0 and done % config.eval_interval == 0):
+            if config.eval_interval >= 0:
+                model.eval()
+                metrics = validate(model, val_products, tokenizer, config, processes)
+            if main and metrics:
                 common.append_log(run_dir / "log.jsonl", {"step": done, **{f"val_{k}": v for k, v in metrics.items()}})
                 bar.write(f"step {done}: val mean recall {100 * metrics['mean_recall']:.1f} %")
                 if metrics["mean_recall"] > best:
                     best = metrics["mean_recall"]
                     save("best.pt", done)
+            if main:
                 state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "totals": totals}
                 save("last.pt", done, **state, code_counts=code_counts)
             clock = time.perf_counter()

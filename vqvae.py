@@ -300,7 +300,7 @@ def load_tokenizer(path, device="cpu"):
     pre-training file with the tokenizer inside. Sizes are read from the tensors.
 
     Raises InputError where the file holds no tokenizer, or not all of one, or more than one."""
-    file = checkpoint.read(path)
+    file = checkpoint.read(path, mmap=True)
     state = file["model"] if isinstance(file.get("model"), dict) else file
     state = {str(name).removeprefix("module."): value for name, value in state.items() if torch.is_tensor(value)}
     if any(name.startswith(INSIDE) for name in state):
@@ -521,7 +521,7 @@ def train(config, processes):
                 bar.set_postfix({name: f"{row[name]:.3f}" for name in ("l1", "commitment", "perplexity")})
                 if wandb:
                     wandb.log(row, step=done)
-        if finished or (config.eval_interval and done % config.eval_interval == 0):
+        if finished or (config.eval_interval > 0 and done % config.eval_interval == 0):
             if main:
                 metrics = validate(model, held_out, device)
                 common.append_log(run_dir / "log.jsonl", {"step": done, **{f"val_{k}": v for k, v in metrics.items()}})
