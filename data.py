@@ -221,6 +221,12 @@ def normalize(images):
     return (images.float() - mean) / std
 
 
+def load_images(paths, size):
+    """Image files -> float32 (B, 3, size, size), as the evaluation of pre-training sees them."""
+    transform = image_transform("crop", size, train=False)
+    return normalize(torch.stack([transform(open_image(path)) for path in paths]))
+
+
 def to_device(batch, device):
     """A new dict of the batch on the device, its images normalised."""
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
@@ -281,6 +287,12 @@ def pad(rows, value=0, dtype=torch.long):
 def pad_texts(rows):
     """Lists of ids -> {"input_ids", "attention_mask"} (B, longest) int64, mask 0 = padding."""
     return {"input_ids": pad(rows), "attention_mask": pad([[1] * len(row) for row in rows])}
+
+
+def tokenize(vocab, texts, max_tokens=MAX_TOKENS):
+    """Texts and the text of a vocab.txt -> {"input_ids", "attention_mask"} (B, longest) int64."""
+    tokenizer = wordpiece(vocab)
+    return pad_texts([encode(tokenizer, text, max_tokens)[0] for text in texts])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

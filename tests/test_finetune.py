@@ -140,6 +140,24 @@ def test_a_checkpoint_of_another_task_is_refused(catalogue, tmp_path):
         evaluate.evaluate_checkpoint(tmp_path / "best.pt", evaluate_config("fashioniq", catalogue), ONE)
 
 
+def test_readme_snippet(catalogue, tmp_path):
+    """The eight lines of the README, on a checkpoint and photos that are there."""
+    finetune.train(small("fashiongen_retrieval", catalogue, tmp_path, max_steps=1), ONE)
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len(code.split("\n")) - code.count("\n\n") - 1 == 8  # less the blank line and the end
+    photos = sorted((catalogue / "FashionGen" / "val").iterdir())[:2]
+    paths = {"runs/demo/best.pt": tmp_path / "best.pt", "a.jpg": photos[0], "b.jpg": photos[1]}
+    for name, path in paths.items():
+        code = code.replace(name, str(path))
+    names = {}
+    exec(code, names)
+    config = evaluate_config("fashiongen_retrieval", catalogue, image_size=64)
+    items = [{"image": str(photo)} for photo in photos]
+    model = names["model"]
+    expected = evaluate.embed(lambda batch: model.scaled(model.encode_image(batch["image"])), items, None, config, ONE)
+    assert (names["image"] - expected).abs().max() < 1e-5 and names["changed"].shape == (2, 64)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # batch size and number of processes
 
