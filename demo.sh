@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything on a fresh machine with python3, under 15 minutes on two cores after the installation: a made-up catalogue,
-# an image tokenizer, pre-training with all six objectives, retrieval on held-out products, then the five downstream
-# tasks from the pre-trained checkpoint and from scratch, in one table.
+# Everything on a fresh machine with python3: a made-up catalogue, an image tokenizer, pre-training with all six
+# objectives, retrieval on held-out products, then the five downstream tasks from the pre-trained checkpoint and from
+# scratch, in one table.
 # Arguments go to every training run: bash demo.sh --max_steps=20
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -1,4 +1,4 @@
-"""The made-up catalogue on two CPU cores: pre-training from random weights in about five minutes (bash demo.sh)."""
+"""The made-up catalogue on two CPU cores: pre-training from random weights (bash demo.sh)."""
 
 data_root = "data/demo"
 tokenizer = "runs/vqvae_demo/last.pt"
