@@ -366,6 +366,7 @@ class Pretraining(Dataset):
     def __init__(self, products, tokenizer, n_attributes, config):
         self.products, self.tokenizer, self.n_attributes = products, tokenizer, n_attributes
         self.max_tokens, self.seed, self.skip_broken = config.max_tokens, config.seed, config.skip_broken_images
+        self.mask_share = config.mask_share
         self.transform = image_transform("crop", config.image_size, train=True)
         self.side = config.image_size // STRIDE
 
@@ -394,7 +395,7 @@ class Pretraining(Dataset):
         if objective == "itm":
             sample["itm_draws"] = rng.random()
         elif objective == "mlm":
-            sample["masked_ids"], sample["mlm_labels"] = mask_words(ids, words, self.tokenizer, rng)
+            sample["masked_ids"], sample["mlm_labels"] = mask_words(ids, words, self.tokenizer, rng, self.mask_share)
         elif objective == "mpfc":
             sample["patch_mask"] = mask_patches(self.side, rng)
         elif objective == "mvc":
@@ -409,7 +410,8 @@ class Pretraining(Dataset):
 def open_augmented(name, paths, transform, rng):
     """The transformed images, uint8 (3, S, S) each; an unreadable one is an InputError with the product's name."""
     with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator; leave the caller's alone
-        torch.manual_seed(int(rng.integers(2**63)))
+        # the CPU's alone: torch.manual_seed also queues a call, with its stack, for GPUs that a worker never starts
+        torch.default_generator.manual_seed(int(rng.integers(2**63)))
         try:
             return [transform(open_image(path)) for path in paths]
         except InputError as error:

@@ -60,13 +60,17 @@ def soft_cross_entropy(logits, labels):
     return -(labels * F.log_softmax(logits.float(), dim=-1)).sum(-1)
 
 
-def hardest_negatives(image, text, product_id):
+def hardest_negatives(image, text, product_id, pool=0):
     """For each image (B, D) the index (B,) of the most similar text (B, D) of *another* product, and whether one is.
 
-    Both sides scaled; product_id (B,) int64. Texts of the same product are out of question (recipe 2, ITM)."""
+    Both sides scaled; product_id (B,) int64. Texts of the same product are out of question (recipe 2, ITM). Where
+    `pool` is not 0, so are texts of another stretch of `pool` rows: the fewer to choose from, the easier the pairs."""
     similarity = image @ text.t()
-    same = product_id[:, None] == product_id[None, :]
-    return similarity.masked_fill(same, float("-inf")).argmax(1), ~same.all(1)
+    out = product_id[:, None] == product_id[None, :]
+    if pool:
+        stretch = torch.arange(len(image), device=image.device) // pool
+        out = out | (stretch[:, None] != stretch[None, :])
+    return similarity.masked_fill(out, float("-inf")).argmax(1), ~out.all(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +99,7 @@ def mine_negatives(model, features, batch):
     image = model.scaled(model.encode_image(features))
     text = model.scaled(model.encode_text(batch["input_ids"], batch["attention_mask"]))
     model.bert.train(training)
-    hardest, exists = hardest_negatives(image, text, batch["product_id"])
+    hardest, exists = hardest_negatives(image, text, batch["product_id"], model.config.itm_pool)
     replace = (batch["itm_draws"] > 0.5) & exists
     return torch.where(replace, hardest, torch.arange(len(hardest), device=hardest.device)), (~replace).long()
 
@@ -104,16 +108,15 @@ def itm(model, batch):
     """Image-text matching with hard negatives mined inside this process's batch, or given.
 
     batch as `itc`, product_id (B,) int64, and itm_draws (B,), or itm_text and itm_target (B,) int64 to skip mining.
-    Returns the mean cross-entropy and {"itm_acc", "itm_majority"}. Source: FashionViL 3.2 (ITM)."""
+    Returns the mean cross-entropy and {"itm_acc", "itm_matched"}: 0..1. Source: FashionViL 3.2 (ITM)."""
     features = model.patches(batch["image"])  # one image forward serves mining and matching
     text, target = (
         (batch["itm_text"], batch["itm_target"]) if "itm_text" in batch else mine_negatives(model, features, batch)
     )
     hidden = model.encode_joint(batch["input_ids"][text], batch["attention_mask"][text], features)
     logits = model.heads["itm"](model.bert.pool(hidden)).float()
-    matched = target.float().mean()
     accuracy = (logits.argmax(1) == target).float().mean()
-    return F.cross_entropy(logits, target), {"itm_acc": accuracy, "itm_majority": torch.maximum(matched, 1 - matched)}
+    return F.cross_entropy(logits, target), {"itm_acc": accuracy, "itm_matched": target.float().mean()}
 
 
 def mlm(model, batch):

@@ -17,7 +17,7 @@ SIZES = {
     "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
     "minilm": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
     "mini": dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=3, intermediate_size=768),
-    "demo": dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=2, intermediate_size=512),
+    "demo": dict(hidden_size=192, num_hidden_layers=2, num_attention_heads=6, intermediate_size=384),
     "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128),
 }
 # ResNets by name: blocks per stage, and whether a block is the three-convolution bottleneck
@@ -46,6 +46,7 @@ class ModelConfig:
     n_attributes: int = 2232  # A, size of the pseudo-attribute vocabulary
     n_classes: int = 0  # of the recognition head
     pac_scale: float = 1.0  # multiplies the cosines of the PAC head; 1 as in the paper
+    itm_pool: int = 0  # rows of the batch among which ITM looks for its negatives; 0: all, as in the paper
 
     def __post_init__(self):
         self.heads = tuple(self.heads)
@@ -194,9 +195,12 @@ class Bert(nn.Module):
         self.embeddings = Embeddings(config, image_channels)
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
         self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
+        std = (
+            0.02 * (768 / config.hidden_size) ** 0.5
+        )  # BERT's .02, kept in proportion: narrow ones learn slowly from it
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         self.copy_text_tables()

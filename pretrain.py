@@ -40,7 +40,9 @@ class PretrainConfig(ModelTrainConfig):
     objectives: dict = setting(PAPER_MIX, "objectives and their probabilities, itc:0.5,mlm:0.5")
     tokenizer: str = setting("", "image tokenizer file for MPFC (vqvae.py trains one; a released encoder will do)")
     n_attributes: int = setting(2232, "size of the pseudo-attribute vocabulary; 0: largest id of the data + 1")
+    mask_share: float = setting(0.15, "share of the words that MLM asks for")
     pac_scale: float = setting(1.0, "multiplies the cosines of PAC's head")
+    itm_pool: int = setting(0, "rows of the batch among which ITM looks for its hardest negative; 0: all")
 
 
 def check_config(config):
@@ -53,6 +55,8 @@ def check_config(config):
         raise InputError(f"objectives: found probabilities {config.objectives}, expected none below 0 and a sum of 1")
     if config.image_size < data.STRIDE or config.image_size % data.STRIDE:
         raise InputError(f"image_size: found {config.image_size}, expected a multiple of {data.STRIDE}")
+    if not 0 < config.mask_share < 1:
+        raise InputError(f"mask_share: found {config.mask_share}, expected a share between 0 and 1")
     if config.size not in SIZES:
         raise InputError(f"size: found {config.size!r}, expected one of {', '.join(SIZES)}")
 
@@ -73,6 +77,7 @@ def build_model(config, **data_sizes):
             width=config.width,
             dropout=config.dropout,
             pac_scale=config.pac_scale,
+            itm_pool=config.itm_pool,
             **{**sizes, **data_sizes},
         )
     )
@@ -242,10 +247,10 @@ def trivial_answers(products, tokenizer, config, code_counts):
     """{objective: (loss, accuracy)} of answering without looking: the table's yardstick.
 
     Uniform over the candidates (ITC, MVC) or attributes (PAC), the frequency of each token (MLM) and code (MPFC,
-    code_counts (K,) of the masked patches seen). ITM's is the majority of the mined pairs, which its log lines hold."""
+    code_counts (K,) of the masked patches seen). ITM's is the majority of all mined pairs, which its log lines hold."""
     words = np.zeros(tokenizer.get_vocab_size())
     for product in products[:: max(1, len(products) // 5000)]:
-        np.add.at(words, data.encode(tokenizer, product.text)[0][1:-1], 1)
+        np.add.at(words, data.encode(tokenizer, product.text, config.max_tokens or data.MAX_TOKENS)[0][1:-1], 1)
     candidates = config.batch_size // config.grad_accum
     answers = dict.fromkeys(("itc", "mvc"), (math.log(candidates), 1 / candidates))
     n_attributes = data.count_labels(products, "attributes", config.n_attributes)
@@ -265,8 +270,8 @@ def print_summary(log_file, answers):
         if not rows:
             continue
         metric = "pac_recall" if name == "pac" else f"{name}_acc"
-        majority = sum(row.get("itm_majority", 0) for row in rows[-5:]) / len(rows[-5:])
-        loss, accuracy = answers.get(name, (math.log(2), majority))
+        matched = sum(row.get("itm_matched", 0) for row in rows) / len(rows)
+        loss, accuracy = answers.get(name, (math.log(2), max(matched, 1 - matched)))
         last = [sum(row[key] for row in rows[-5:]) / len(rows[-5:]) for key in (f"{name}_loss", metric)]
         print(
             f"{name:9} {rows[0][f'{name}_loss']:14.3f} {last[0]:7.3f} {loss:8.3f}"

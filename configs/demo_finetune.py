@@ -6,7 +6,7 @@ init = "runs/demo/best.pt"  # or random
 # sizes of a random start; a checkpoint brings its own
 size = "demo"
 resnet = "resnet18"
-width = 32
+width = 16
 image_size = 64
 
 batch_size = 32
@@ -18,4 +18,4 @@ milestones = (70,)
 
 eval_interval = 0
 log_interval = 30
-workers = 1
+workers = 0

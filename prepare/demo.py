@@ -131,14 +131,7 @@ TITLES = (
     "{colours} {noun} in {pattern} {fabric}",
     "{pattern} {noun} in {colours}",
 )
-GROUNDS = (
-    "{second} {figure} on a {colour} ground.",
-    "{colour} {fabric} with {second} {figure}.",
-    "shown in {colour}, with {second} {figure}.",
-)
-GROUNDS_BLOCK = ("{colour} above and {second} below.", "{colour} {fabric} with a {second} {figure}.")
-GROUNDS_PLAIN = ("shown in {colour} all over.", "one even shade of {colour}.", "{colour} {fabric} without a pattern.")
-FEATURES = ("it has {parts}.", "cut with {parts}.", "made with {parts}.", "note {parts}.", "the {kind} has {parts}.")
+FEATURES = ("it has {parts}.", "cut with {parts}.", "made with {parts}.", "note {parts}.", "finished with {parts}.")
 FILLERS = (
     "a favourite from {brand}.",
     "designed by {brand} for every day.",
@@ -229,25 +222,23 @@ def label_names():
 
 
 def write_texts(rng, design):
-    """(title, description): 'striped navy cotton midi dress' and two or three sentences on what else can be seen."""
-    pattern, name = design["pattern"], subcategory_of(design)
-    both = design["second"] and rng.random() < 0.5
-    parts = [rng.choice(PARTS[field][design[field]]) for field in ("sleeve", "neckline", "detail") if design[field]]
+    """(title, description): 'striped navy and white cotton midi dress' and one or two sentences on what else is seen.
+
+    Each fact is said once, as shops do: a masked word is told by the picture, not by the next sentence."""
+    name = subcategory_of(design)
+    _, told, _, synonym = SUBCATEGORIES[name]
+    fields = [field for field in ("sleeve", "neckline", "detail") if design[field] and field != told]
+    parts = [rng.choice(PARTS[field][design[field]]) for field in fields]
     rng.shuffle(parts)
     words = {
-        **design,
-        "pattern": rng.choice(PATTERNS[pattern][0]),
-        "figure": rng.choice(PATTERNS[pattern][1]),
-        "colours": f"{design['colour']} and {design['second']}" if both else design["colour"],
-        "noun": rng.choice((name, SUBCATEGORIES[name][3])),
+        "pattern": rng.choice(PATTERNS[design["pattern"]][0]),
+        "colours": " and ".join(filter(None, (design["colour"], design["second"]))),
+        "noun": rng.choice((name, synonym)),
         "parts": " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1]))),
         "fabric": rng.choice(FABRICS),
         "brand": rng.choice(BRANDS),
     }
-    grounds = {"plain": GROUNDS_PLAIN, "block": GROUNDS_BLOCK}.get(pattern, GROUNDS)
-    sentences = [rng.choice(grounds), rng.choice(FEATURES)]
-    rng.shuffle(sentences)
-    sentences += [rng.choice(FILLERS)] * (rng.random() < 0.6)
+    sentences = [rng.choice(FEATURES)] + [rng.choice(FILLERS)] * (rng.random() < 0.3)
     return rng.choice(TITLES).format(**words), " ".join(sentences).format(**words)
 
 
@@ -278,8 +269,7 @@ def make_vocab():
     """WordPiece vocabulary (list of str) that covers every text this file can write, without [UNK].
 
     Taken from the tables, not the texts: all catalogues share it, so a model trained on one fits the next."""
-    tables = (list(COLOURS), PATTERNS, PARTS, KINDS, SUBCATEGORIES, FABRICS, BRANDS, TITLES, GROUNDS, GROUNDS_BLOCK)
-    tables += (GROUNDS_PLAIN, FEATURES, FILLERS, CHANGES)
+    tables = (list(COLOURS), PATTERNS, PARTS, KINDS, SUBCATEGORIES, FABRICS, BRANDS, TITLES, FEATURES, FILLERS, CHANGES)
     words = set(re.findall(r"[a-z]+", re.sub(r"\{\w+\}", "", json.dumps(tables)) + STEMS))
     # A word whose stem is a word too is left out: it becomes two pieces, and whole-word masking has work to do.
     split = {w for w in words for s in SUFFIXES if w.endswith(s) and len(w) - len(s) > 2 and w[: -len(s)] in words}
