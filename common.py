@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import typing
@@ -22,15 +23,24 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+EXIT_STOPPED = 75  # of a run that SIGTERM or SIGINT ended after a save; sysexits.h's "try again". torchrun has its own
+
 
 class InputError(ValueError):
-    """Something the user gave (file, entry, setting) is wrong; its text is the one line that the user sees."""
+    """Something the user gave (file, entry, setting, disk) is wrong; its text is the one line that the user sees."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved; its text is the one line that the user sees."""
 
 
 def run(main):
-    """Call `main()`; an InputError ends the process with its one line and exit code 2, a bug traces."""
+    """Call `main()`; InputError: its one line and exit code 2, Stopped: its line and EXIT_STOPPED; a bug traces."""
     try:
         main()
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
     except InputError as error:
         # an error raised in a DataLoader worker arrives wrapped in that worker's traceback: its last line is ours
         print("error:", str(error).strip().splitlines()[-1].removeprefix("common.InputError: "), file=sys.stderr)
@@ -77,8 +87,9 @@ class TrainConfig:
     deterministic: bool = setting(False, "only deterministic kernels; on CPU they always are")
     log_interval: int = setting(50, "updates between log lines")
     eval_interval: int = setting(
-        2_000, "updates between validations and checkpoints; 0: only at the end, -1: checkpoint alone"
+        2_000, "updates between validations, each with a checkpoint; 0: only at the end, -1: never"
     )
+    save_interval: int = setting(0, "updates between further checkpoints; 0: only those of validations and the end")
     resume: str = setting("", "auto (newest whole checkpoint of the run folder, else start) or a checkpoint")
     wandb: str = setting("", "Weights & Biases project; empty: off")
     skip_broken_images: bool = setting(
@@ -222,8 +233,8 @@ def start_processes(device="auto", deterministic=False):
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    if world_size > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    if world_size > 1:  # on GPUs both: tensors on the CPU, as of `any_process`, go through gloo and wait for no GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     return Processes(int(os.environ.get("RANK", 0)), world_size, device)
 
 
@@ -278,6 +289,128 @@ def gather_rows(x):
 def barrier():
     if in_group():
         dist.barrier()
+
+
+def gather_objects(value):
+    """[value of rank 0, of rank 1, ...] on every process; plain Python values and CPU tensors."""
+    if not in_group():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_process(flag):
+    """Whether `flag` is true on any process; every process gets the same answer."""
+    if not in_group():
+        return flag
+    flag = torch.tensor(float(flag))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def copy_from_main(tensors):
+    """Overwrite the tensors of every process by rank 0's."""
+    if in_group():
+        for tensor in tensors:
+            dist.broadcast(tensor.data, 0)
+
+
+def same_everywhere(what, value, cure):
+    """Raise InputError naming the rank where `value` is not rank 0's."""
+    values = gather_objects(value)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise InputError(f"{what}: rank {rank} has {other}, rank 0 {values[0]}; {cure}")
+
+
+def checksum(model):
+    """One number of all bits of a model's float32 parameters: that of other weights is almost surely another."""
+    total = 0
+    for i, parameter in enumerate(model.parameters(), 1):
+        total = total + i * parameter.detach().view(torch.int32).sum(dtype=torch.int64)
+    return int(total)
+
+
+def check_weights(model, done):
+    """Before a validation or save after `done` updates: rank 0's buffers for all, and parameters that must not differ.
+
+    Raises InputError naming the rank that has drifted."""
+    copy_from_main(model.buffers())  # BatchNorm's averages, which each process moves by its own batch
+    cure = "the last checkpoint is from before it: --resume=auto, and suspect that rank's machine"
+    same_everywhere(f"after update {done} the weights' checksums differ", checksum(model), cure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stop requests and health
+
+
+class StopSignals:
+    """SIGTERM and SIGINT, from here to `restore()`, only set `asked`: the loop finishes its update, saves and leaves.
+
+    A second Ctrl-C ends a run of one process at once; under torchrun, which passes each one on, it does not."""
+
+    def __init__(self):
+        self.asked = None
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number, frame):
+        if self.asked and number == signal.SIGINT and not in_group():
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number).name
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker=0):
+    """For data loader workers: Ctrl-C and schedulers reach them too, and the main process needs them to finish."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Health:
+    """Notes the first update whose loss or gradient is NaN or infinite, on the device, where nothing waits for it.
+
+    `check` reads the note, at log lines and before every save: so the run ends some updates later, yet names the right
+    one, for what an update was made of follows from its number. Under float16 infinite gradients are the scaler's
+    business, which skips such updates; they are counted, and count as broken once its scale has fallen below 1."""
+
+    def __init__(self, device, skipped_updates=0):
+        self.note = torch.tensor([-1.0, 0.0, 0.0], dtype=torch.float64, device=device)  # update, loss, gradient norm
+        self.skipped_updates = skipped_updates
+
+    def step(self, step, loss, optimizer, scaler):
+        """Do the optimizer's update `step` (from 0), whose loss on this process is `loss` (), and look at both."""
+        scale = scaler.get_scale()  # 1.0 without a scaler; with one, scaler.step waits for the device anyway
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [] if scaler.is_enabled() else [p.grad for p in parameters]
+        norm = torch.nn.utils.get_total_norm(gradients).to(loss.device)  # of nothing: 0
+        scaler.step(optimizer)
+        scaler.update()
+        if scaler.get_scale() < scale:
+            self.skipped_updates += 1
+            norm = norm + (math.inf if scale < 1 else 0.0)
+        number = torch.full((), step, device=loss.device)
+        row = torch.stack([value.to(self.note) for value in (number, loss.detach(), norm)])
+        self.note = torch.where((self.note[0] < 0) & ~row.isfinite().all(), row, self.note)
+
+    def check(self, optimizer, config, batches, name_of):
+        """Raise InputError, on every process, where an update was broken: its number, objective, rate and products.
+
+        name_of(index): how messages call the data set's item. To be called by all processes together."""
+        broken = [row for row in gather_objects(self.note.tolist()) if row[0] >= 0]
+        if not broken:
+            return
+        step, loss, norm = min(broken, key=lambda row: row[0])
+        _, rows, objective = batches.update(int(step))
+        lr = optimizer.param_groups[0]["base_lr"] * lr_multiplier(step, config.warmup, config.milestones)
+        raise InputError(
+            f"update {int(step) + 1}: loss {loss:g}, gradient norm {norm:g} (objective {objective}, learning rate "
+            f"{lr:.3g}); the last checkpoint is older and stays; lower --lr, or look at this update's products: "
+            f"{', '.join(name_of(int(row)) for row in rows)}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,11 +502,75 @@ def describe_run(config):
     }
 
 
+@contextlib.contextmanager
+def writing(path):
+    """What the disk refuses while `path` is written becomes one line: InputError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        while not isinstance(error, OSError) and error.__context__:  # torch's writer hides what the disk said
+            error = error.__context__
+        cause = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0][:300] or type(error).__name__
+        raise InputError(f"{path}: cannot be saved: {cause}; what was there before is unharmed") from None
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file, written aside in the same folder, flushed to disk, and only then given its name `path`.
+
+    Raises InputError on a full disk, a missing folder or permission: the last whole file stays and no half one."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with writing(path):
+            with open(aside, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+    with contextlib.suppress(OSError):  # makes the rename last; some network file systems cannot sync a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
 def write_json(path, value):
-    """Write aside, then rename: a reader never sees half a file."""
-    aside = Path(f"{path}.tmp")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
-    aside.replace(path)
+    """A reader never sees half a file."""
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def due(config, done, stopping=False):
+    """(log, validate, save): what is to be done after `done` updates; `stopping`: and then the run leaves."""
+
+    def every(interval):
+        return done == config.max_steps or (interval > 0 and done % interval == 0)
+
+    validate = config.eval_interval >= 0 and every(config.eval_interval)
+    return every(config.log_interval), validate, validate or every(config.save_interval) or stopping
+
+
+def open_run(config, start):
+    """Make the run folder ready for updates from `start` on: run.json, and a log without lines past `start`.
+
+    A new start in the folder of another run renames that one's files to *.before: a later --resume=auto must not find
+    them, and they may be days of work. Raises InputError where the folder cannot be written."""
+    folder = Path(config.out_dir)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if start == 0 and (folder / "last.pt").exists():
+            for name in ("last.pt", "best.pt", "log.jsonl"):
+                if (folder / name).exists():
+                    os.replace(folder / name, folder / f"{name}.before")
+            print(f"{folder}: holds an older run, kept as *.before (--resume=auto would have gone on with it)")
+    write_json(folder / "run.json", describe_run(config))
+    cut_log(folder / "log.jsonl", start)
 
 
 def start_wandb(config):
@@ -390,8 +587,10 @@ def start_wandb(config):
 def append_log(path, row):
     """One JSON line; not-a-number and infinity are not JSON, so they are written as null."""
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    with open(path, "a") as file:
+    with writing(path), open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # a checkpoint that lasts, with log lines that do not, would leave a gap
 
 
 def cut_log(path, step):
@@ -399,13 +598,27 @@ def cut_log(path, step):
     if not Path(path).exists():
         return
     kept = []
-    for line in Path(path).read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in Path(path).read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-    aside = Path(f"{path}.tmp")
-    aside.write_text("".join(line + "\n" for line in kept))
-    aside.replace(path)
+    with replacing(path) as file:
+        file.write("".join(line + "\n" for line in kept).encode())
+
+
+def as_values(tree):
+    """A dict of sums, nested or not, for a checkpoint: scalars as floats, exactly; other tensors on the CPU."""
+    if isinstance(tree, dict):
+        return {key: as_values(value) for key, value in tree.items()}
+    return tree.cpu() if torch.is_tensor(tree) and tree.ndim else float(tree)
+
+
+def own_part(state, processes):
+    """This process's part of what differs between them, state["parts"] = gather_objects(...); {} where there is none.
+
+    A run resumed with another number of processes shares the parts out as they come."""
+    parts = state.get("parts") or [{}]
+    return parts[processes.rank % len(parts)]
 
 
 def peak_memory_gb(device):

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from common import InputError, load_config, run, setting
+from common import InputError, ignore_signals, load_config, run, setting
 
 try:
     from torchvision.transforms import v2
@@ -458,19 +458,26 @@ class Batches:
             raise InputError(f"batch_size: found {config.batch_size}, but the data has only {n} products")
         self.n, self.config, self.processes = n, config, processes
         self.start, self.objective_at = start, objective_at
+        self.epoch, self.order = None, None  # the order drawn last
 
     def __len__(self):
         return (self.config.max_steps - self.start) * self.config.grad_accum
 
+    def update(self, step):
+        """(epoch, rows (batch_size,), objective) of update `step`, over all processes and micro-batches."""
+        size = self.config.batch_size
+        epoch, i = divmod(step, self.n // size)
+        if epoch != self.epoch:
+            self.order = np.random.default_rng([self.config.seed, epoch]).permutation(self.n)
+            self.epoch = epoch
+        return epoch, self.order[i * size : (i + 1) * size], self.objective_at(step)
+
     def __iter__(self):
-        c, per_epoch, last = self.config, self.n // self.config.batch_size, None
-        for step in range(self.start, c.max_steps):
-            epoch, i = divmod(step, per_epoch)
-            if epoch != last:
-                order, last = np.random.default_rng([c.seed, epoch]).permutation(self.n), epoch
-            rows = order[i * c.batch_size : (i + 1) * c.batch_size]
-            for micro in rows.reshape(c.grad_accum, self.processes.world_size, -1)[:, self.processes.rank]:
-                yield [(epoch, int(index), self.objective_at(step)) for index in micro]
+        for step in range(self.start, self.config.max_steps):
+            epoch, rows, objective = self.update(step)
+            micros = rows.reshape(self.config.grad_accum, self.processes.world_size, -1)
+            for micro in micros[:, self.processes.rank]:
+                yield [(epoch, int(index), objective) for index in micro]
 
 
 def train_loader(dataset, batches, config, device):
@@ -481,6 +488,7 @@ def train_loader(dataset, batches, config, device):
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=config.workers,
+        worker_init_fn=ignore_signals,
         pin_memory=device.type == "cuda",
         **ahead,
     )
