@@ -54,10 +54,25 @@ def run(main):
 # settings
 
 
-def setting(default, meaning):
-    """A dataclass field with its meaning, which `--help` prints."""
+def setting(default, meaning, limits=None):
+    """A dataclass field with its meaning, which `--help` prints, and its (least, most) for `check_limits`."""
     factory = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
-    return dataclasses.field(**factory, metadata={"meaning": meaning})
+    return dataclasses.field(**factory, metadata={"meaning": meaning, "limits": limits})
+
+
+COUNT, SHARE, FROM_0 = (1, math.inf), (0.0, 1.0), (0, math.inf)  # limits
+
+
+def check_limits(config):
+    """Raise InputError for a number outside its setting's limits, and for what every stage would trip over later."""
+    for f in dataclasses.fields(config):
+        value, limits = getattr(config, f.name), f.metadata["limits"]
+        if limits and not (limits[0] <= value <= limits[1] and math.isfinite(value)):
+            most = f" to {limits[1]}" if math.isfinite(limits[1]) else " or more"
+            raise InputError(f"{f.name}: found {value}, expected {limits[0]}{most}")
+    if not all(type(step) is int and step >= 0 for step in config.milestones):
+        raise InputError(f"milestones: found {config.milestones}, expected whole numbers of updates")
+    autocast(torch.device("cpu"), config.dtype)  # knows the names
 
 
 @dataclass
@@ -68,33 +83,30 @@ class TrainConfig:
     out_dir: str = setting("", "run folder; empty: runs/<name of the config file>")
     vocab: str = setting("", "WordPiece vocab.txt; empty: first of DATA_ROOT/vocab.txt, BERT/vocab.txt, the hub's file")
     image_size: int = setting(224, "pixels a side, a multiple of 32")
-    batch_size: int = setting(256, "products per update, all processes together")
+    batch_size: int = setting(256, "products per update, all processes together", COUNT)
     grad_accum: int = setting(
-        1, "micro-batches per update; contrastive candidates are one micro-batch of all processes"
+        1, "micro-batches per update; contrastive candidates are one micro-batch of all processes", COUNT
     )
-    max_steps: int = setting(120_000, "updates")
-    lr: float = setting(1e-5, "base learning rate")
-    lr_factor: float = setting(20.0, "image encoder, projection and heads learn this much faster")
-    weight_decay: float = setting(1e-4, "AdamW weight decay")
-    warmup: int = setting(15_000, "updates until the full learning rate; 0: none")
+    max_steps: int = setting(120_000, "updates", COUNT)
+    lr: float = setting(1e-5, "base learning rate", FROM_0)
+    lr_factor: float = setting(20.0, "image encoder, projection and heads learn this much faster", FROM_0)
+    weight_decay: float = setting(1e-4, "AdamW weight decay", FROM_0)
+    warmup: int = setting(15_000, "updates until the full learning rate; 0: none", FROM_0)
     milestones: tuple = setting((45_000, 90_000), "updates at which the learning rate falls to a tenth")
     dtype: str = setting("float32", "float32, bfloat16 (autocast) or float16 (autocast and GradScaler)")
     compile: bool = setting(False, "torch.compile the model")
     device: str = setting("auto", "auto, cpu or cuda")
-    eval_batch_size: int = setting(64, "images or texts a process embeds at a time in validation")
-    workers: int = setting(4, "data loader workers per process; 0: load in the training process")
-    seed: int = setting(0, "every draw follows from it")
+    eval_batch_size: int = setting(64, "images or texts a process embeds at a time in validation", COUNT)
+    workers: int = setting(4, "data loader workers per process; 0: load in the training process", FROM_0)
+    seed: int = setting(0, "every draw follows from it", (0, 2**63 - 1))
     deterministic: bool = setting(False, "only deterministic kernels; on CPU they always are")
-    log_interval: int = setting(50, "updates between log lines")
+    log_interval: int = setting(50, "updates between log lines", COUNT)
     eval_interval: int = setting(
-        2_000, "updates between validations, each with a checkpoint; 0: only at the end, -1: never"
+        2_000, "updates between validations, each with a checkpoint; 0: only at the end, -1: never", (-1, math.inf)
     )
-    save_interval: int = setting(0, "updates between further checkpoints; 0: only those of validations and the end")
+    save_interval: int = setting(0, "updates between further checkpoints; 0: none but those of validations", FROM_0)
     resume: str = setting("", "auto (newest whole checkpoint of the run folder, else start) or a checkpoint")
     wandb: str = setting("", "Weights & Biases project; empty: off")
-    skip_broken_images: bool = setting(
-        False, "replace a product whose image cannot be read by the next one, and count it"
-    )
 
 
 @dataclass
@@ -103,9 +115,9 @@ class ModelTrainConfig(TrainConfig):
 
     size: str = setting("base", "Transformer size, a row of model.SIZES")
     resnet: str = setting("resnet50", "resnet18, resnet34 or resnet50")
-    width: int = setting(64, "channels of the ResNet's first stage")
-    max_tokens: int = setting(0, "longest text, [CLS] and [SEP] included; 0: the recipe's 75, for fashioniq 50")
-    dropout: float = setting(0.1, "dropout of the Transformer")
+    width: int = setting(64, "channels of the ResNet's first stage", COUNT)
+    max_tokens: int = setting(0, "longest text, [CLS] and [SEP] included; 0: the recipe's 75, for fashioniq 50", FROM_0)
+    dropout: float = setting(0.1, "dropout of the Transformer", SHARE)
     init: str = setting("pretrained", "pretrained (ImageNet ResNet + BERT), random, or a checkpoint")
     bert: str = setting("", "BERT folder or hub name, also sets the Transformer's size; empty: bert-base-uncased")
     resnet_file: str = setting("", "torchvision's ResNet weights for --init=pretrained; empty: fetched, random: none")

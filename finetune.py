@@ -23,7 +23,7 @@ import data
 import evaluate
 import losses
 from common import InputError, ModelTrainConfig, setting
-from model import SIZES, STRIDE, CSANet, FashionViL, ModelConfig
+from model import RESNETS, SIZES, STRIDE, CSANet, FashionViL, ModelConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -37,7 +37,11 @@ class FinetuneConfig(ModelTrainConfig):
     gallery: str = setting("original", "fashioniq: original (split file) or val (references and targets)")
 
 
+# Each also reads what the validation will: a fault in it must not wait for the first validation.
+
+
 def retrieval_items(config):
+    data.check_subcategories(data.load_products(config.data_root, "FashionGen", "val"))
     return [
         {"image": p.images, "text": p.text, "name": p.name}
         for p in data.load_products(config.data_root, "FashionGen", "train")
@@ -46,6 +50,8 @@ def retrieval_items(config):
 
 def fashioniq_items(config):
     keys = ("image", "image2", "text", "name")
+    for garment in data.FASHIONIQ_CLASSES:
+        data.load_fashioniq(config.data_root, garment, "val", config.gallery)
     classes = (data.load_fashioniq(config.data_root, c, "train", "val")[0] for c in data.FASHIONIQ_CLASSES)
     return [{key: query[key] for key in keys} for queries in classes for query in queries], {}
 
@@ -61,6 +67,7 @@ def recognition_items(config):
 def polyvore_items(config):
     """One item per distinct outfit: its questions with their blank, whichever item the row asks for."""
     outfits, n_categories = data.load_polyvore(config.data_root, config.split, "train")
+    data.load_polyvore(config.data_root, config.split, "test")
     whole = {frozenset([*o["items"], o["blank_item"]]): o["name"] for o in outfits}
     return [{"items": sorted(items), "name": name} for items, name in whole.items()], {"n_categories": n_categories}
 
@@ -103,16 +110,20 @@ def build_model(config, heads, vocab_size, n_classes=0, n_categories=0):
 
 def check_config(config):
     """Raise InputError for a task that does not exist or sizes that none has."""
+    common.check_limits(config)
     if config.task not in TASKS:
         raise InputError(f"task: found {config.task!r}, expected one of {', '.join(TASKS)}")
     if config.size not in SIZES:
         raise InputError(f"size: found {config.size!r}, expected one of {', '.join(SIZES)}")
+    if config.resnet not in RESNETS:
+        raise InputError(f"resnet: found {config.resnet!r}, expected one of {', '.join(RESNETS)}")
     if config.image_size < STRIDE or config.image_size % STRIDE:
         raise InputError(f"image_size: found {config.image_size}, expected a multiple of {STRIDE}")
 
 
 def train(config, processes):
     """The whole stage on this process. Returns {protocol: result} of the best checkpoint."""
+    check_config(config)
     main, device = processes.is_main, processes.device
     run_dir = Path(config.out_dir)
     objective, heads, load_items, draw, kind, max_tokens = TASKS[config.task]
@@ -123,6 +134,8 @@ def train(config, processes):
     vocab = checkpoint.vocabulary(config, config.init)
     tokenizer = data.wordpiece(vocab)
     model = build_model(config, heads, tokenizer.get_vocab_size(), **data_sizes)
+    if heads:
+        data.check_lengths(config, model.config.max_position_embeddings, max_tokens)
     report = checkpoint.initialise(model, config.init, bert=config.bert, resnet=config.resnet_file)
     model.to(device)
     optimizer = common.make_optimizer(model, config)

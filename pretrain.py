@@ -25,9 +25,9 @@ import common
 import data
 import evaluate
 import vqvae
-from common import InputError, ModelTrainConfig, setting
+from common import FROM_0, InputError, ModelTrainConfig, setting
 from losses import OBJECTIVES
-from model import SIZES, FashionViL, ModelConfig
+from model import RESNETS, SIZES, FashionViL, ModelConfig
 
 PAPER_MIX = {"itm": 0.15, "pac": 0.15, "itc": 0.20, "mvc": 0.20, "mlm": 0.15, "mpfc": 0.15}
 
@@ -37,24 +37,29 @@ class PretrainConfig(ModelTrainConfig):
     """Settings of pre-training."""
 
     sets: tuple = setting(tuple(data.SETS), "data sets to train on")
+    skip_broken_images: bool = setting(False, data.SKIP_BROKEN)
     objectives: dict = setting(PAPER_MIX, "objectives and their probabilities, itc:0.5,mlm:0.5")
     tokenizer: str = setting("", "image tokenizer file for MPFC (vqvae.py trains one; a released encoder will do)")
-    n_attributes: int = setting(2232, "size of the pseudo-attribute vocabulary; 0: largest id of the data + 1")
+    n_attributes: int = setting(2232, "size of the pseudo-attribute vocabulary; 0: largest id of the data + 1", FROM_0)
     pac_scale: float = setting(1.0, "multiplies the cosines of PAC's head")
 
 
 def check_config(config):
-    """Raise InputError for an objective that does not exist or probabilities that are none."""
+    """Raise InputError for an objective that does not exist, probabilities that are none, sizes that no model has."""
+    common.check_limits(config)
     for name in config.objectives:
         if name not in OBJECTIVES:
             raise InputError(f"objectives: found {name!r}, expected some of {', '.join(OBJECTIVES)}")
-    total = sum(config.objectives.values())
-    if min(config.objectives.values(), default=-1) < 0 or not math.isclose(total, 1.0, abs_tol=1e-6):
+    shares = list(config.objectives.values())
+    numbers = all(type(share) in (int, float) and share >= 0 for share in shares)
+    if not numbers or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
         raise InputError(f"objectives: found probabilities {config.objectives}, expected none below 0 and a sum of 1")
     if config.image_size < data.STRIDE or config.image_size % data.STRIDE:
         raise InputError(f"image_size: found {config.image_size}, expected a multiple of {data.STRIDE}")
     if config.size not in SIZES:
         raise InputError(f"size: found {config.size!r}, expected one of {', '.join(SIZES)}")
+    if config.resnet not in RESNETS:
+        raise InputError(f"resnet: found {config.resnet!r}, expected one of {', '.join(RESNETS)}")
 
 
 def objective_at(step, config):
@@ -89,7 +94,11 @@ def load_image_tokenizer(config, device):
         return vqvae.random_tokenizer(vqvae.TokenizerConfig()).to(device)
     if not config.tokenizer:
         raise InputError("tokenizer: MPFC needs an image tokenizer; train one with vqvae.py and set --tokenizer=FILE")
-    return vqvae.load_tokenizer(config.tokenizer, device)
+    tokenizer = vqvae.load_tokenizer(config.tokenizer, device)
+    if tokenizer.config.stride != data.STRIDE:
+        found = f"patches of {tokenizer.config.stride} pixels, expected {data.STRIDE} as the ResNet's"
+        raise InputError(f"tokenizer: {config.tokenizer} has {found}; train one with vqvae.py")
+    return tokenizer
 
 
 def validate(model, products, tokenizer, config, processes):
@@ -114,6 +123,7 @@ def train(config, processes):
     image_tokenizer = load_image_tokenizer(config, device)
     n_codes = image_tokenizer.config.n_codes if image_tokenizer else ModelConfig.n_codes
     model = build_model(config, vocab_size=tokenizer.get_vocab_size(), n_attributes=n_attributes, n_codes=n_codes)
+    data.check_lengths(config, model.config.max_position_embeddings)
     report = checkpoint.initialise(model, config.init, bert=config.bert, resnet=config.resnet_file)
     model.to(device)
     optimizer = common.make_optimizer(model, config)

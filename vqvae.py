@@ -28,7 +28,7 @@ from tqdm import tqdm
 import checkpoint
 import common
 import data
-from common import InputError, TrainConfig, all_mean, gather_rows, setting
+from common import COUNT, FROM_0, InputError, TrainConfig, all_mean, gather_rows, setting
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model
@@ -341,28 +341,27 @@ def read_sizes(state):
 class VQVAEConfig(TrainConfig):
     """Settings of the image tokenizer's training."""
 
-    batch_size: int = setting(64, "images per update, all processes together")
-    max_steps: int = setting(150_000, "updates")
-    lr: float = setting(2e-4, "learning rate")
-    warmup: int = setting(2_000, "updates until the full learning rate; 0: none")
+    batch_size: int = setting(64, "images per update, all processes together", COUNT)
+    max_steps: int = setting(150_000, "updates", COUNT)
+    lr: float = setting(2e-4, "learning rate", FROM_0)
+    warmup: int = setting(2_000, "updates until the full learning rate; 0: none", FROM_0)
     milestones: tuple = setting((100_000, 130_000), "updates at which the learning rate falls to a tenth")
     sets: tuple = setting(tuple(data.SETS), "data sets to train on")
-    ch: int = setting(128, "channels of the first level")
+    skip_broken_images: bool = setting(False, data.SKIP_BROKEN)
+    ch: int = setting(128, "channels of the first level", COUNT)
     ch_mult: tuple = setting((1, 1, 2, 2, 4, 4), "channels of each level, as multiples of ch")
-    n_blocks: int = setting(2, "residual blocks a level")
-    latent_dim: int = setting(256, "size of a code's vector")
-    n_codes: int = setting(1024, "codes in the codebook")
-    unshuffle: int = setting(1, "squares of this many pixels become channels first; 1: none, as released")
-    commitment: float = setting(0.25, "weight of the commitment loss beside L1")
-    reseed_after: int = setting(100, "a code not chosen for so many updates becomes a latent of the batch")
-    eval_images: int = setting(1_000, "FashionGen-val images held out to measure on, at most")
+    n_blocks: int = setting(2, "residual blocks a level", COUNT)
+    latent_dim: int = setting(256, "size of a code's vector", COUNT)
+    n_codes: int = setting(1024, "codes in the codebook", COUNT)
+    unshuffle: int = setting(1, "squares of this many pixels become channels first; 1: none, as released", COUNT)
+    commitment: float = setting(0.25, "weight of the commitment loss beside L1", FROM_0)
+    reseed_after: int = setting(100, "a code not chosen for so many updates becomes a latent of the batch", COUNT)
+    eval_images: int = setting(1_000, "FashionGen-val images held out to measure on, at most", COUNT)
 
 
 def check_config(config):
     """The TokenizerConfig of a VQVAEConfig. Raises InputError for sizes that cannot be, or miss the ResNet's grid."""
-    for name in ("ch", "n_blocks", "latent_dim", "n_codes", "unshuffle", "reseed_after", "eval_images"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
+    common.check_limits(config)
     if not config.ch_mult or not all(type(m) is int and m > 0 for m in config.ch_mult):
         raise InputError(f"ch_mult: found {config.ch_mult}, expected whole numbers from 1, one a level")
     sizes = TokenizerConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TokenizerConfig)})
