@@ -7,6 +7,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import json
 import math
 import os
@@ -568,14 +569,39 @@ def due(config, done, stopping=False):
     return every(config.log_interval), validate, validate or every(config.save_interval) or stopping
 
 
+_locks = {}  # {run folder: its open lock file}; the system lets go of it when the process dies, however it does
+
+
+def lock_folder(folder):
+    """Raise InputError where another process trains in the folder: two would write one checkpoint in turns."""
+    import fcntl  # not on Windows
+
+    _locks.pop(folder, None)
+    file = open(folder / "lock", "a+")
+    try:
+        fcntl.lockf(
+            file, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # not inherited by loader workers, which may outlive us a little
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a file system without locks
+        file.seek(0)
+        who = file.read().strip() or "another process"
+        raise InputError(f"{folder}: {who} trains in it; stop it or choose another --out_dir") from None
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
+    _locks[folder] = file
+
+
 def open_run(config, start):
-    """Make the run folder ready for updates from `start` on: run.json, and a log without lines past `start`.
+    """Make the run folder ready for updates from `start` on: a lock, run.json, and a log without lines past `start`.
 
     A new start in the folder of another run renames that one's files to *.before: a later --resume=auto must not find
-    them, and they may be days of work. Raises InputError where the folder cannot be written."""
+    them, and they may be days of work. Raises InputError where the folder cannot be written, or is in use."""
     folder = Path(config.out_dir)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(folder)
         if start == 0 and (folder / "last.pt").exists():
             for name in ("last.pt", "best.pt", "log.jsonl"):
                 if (folder / name).exists():

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from soak import read_log, same_runs
 from test_pretrain import small
-from test_resume import read_log, same_runs
 
 import checkpoint
 import common
