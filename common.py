@@ -246,8 +246,14 @@ def start_processes(device="auto", deterministic=False):
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    if world_size > 1:  # on GPUs both: tensors on the CPU, as of `any_process`, go through gloo and wait for no GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    if world_size > 1:
+        store, rank, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun (2.13) keeps one store over its restarts: a new group would wait for the dead one's addresses
+            store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        # on GPUs both: tensors on the CPU, as of `any_process`, go through gloo and wait for no GPU
+        backend, own = ("cpu:gloo,cuda:nccl", device) if on_gpu else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=own)
     return Processes(int(os.environ.get("RANK", 0)), world_size, device)
 
 
@@ -377,10 +383,11 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def ignore_signals(worker=0):
-    """For data loader workers: Ctrl-C and schedulers reach them too, and the main process needs them to finish."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def ignore_ctrl_c(worker=0):
+    """For data loader workers: Ctrl-C reaches them too, and the main process needs them for its last update.
+
+    SIGTERM stays: it is how a main process that fails gets rid of them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Health:
@@ -579,9 +586,7 @@ def lock_folder(folder):
     _locks.pop(folder, None)
     file = open(folder / "lock", "a+")
     try:
-        fcntl.lockf(
-            file, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # not inherited by loader workers, which may outlive us a little
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers, which may outlive us, do not hold it
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return  # a file system without locks

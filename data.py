@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from common import InputError, ignore_signals, load_config, run, setting
+from common import InputError, ignore_ctrl_c, load_config, run, setting
 
 try:
     from torchvision.transforms import v2
@@ -525,7 +525,7 @@ def train_loader(dataset, batches, config, device):
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=config.workers,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=ignore_ctrl_c,
         pin_memory=device.type == "cuda",
         **ahead,
     )

@@ -29,7 +29,7 @@ EXACT = "--dropout=0.1 --dtype=bfloat16 --grad_accum=2 --workers=1 --log_interva
 STEPS = {"pretrain": 36, "fashioniq": 24}
 SCRIPT = {
     "pretrain": "pretrain.py --n_attributes=0 --batch_size=16 --eval_interval=18 --milestones=20",
-    "fashioniq": "finetune.py configs/demo_finetune.py --task=fashioniq --batch_size=8 --eval_interval=12 --milestones=9",
+    "fashioniq": "finetune.py configs/demo_finetune.py --task=fashioniq --batch_size=8 --eval_interval=12",
 }
 # SIGKILL to oneself at the {n}th time that last.pt is about to get its name; then the stage, as from the command line
 IN_SAVE = """
@@ -78,7 +78,11 @@ def start(task, processes, folder, out, launcher=None, restarts=0):
 
 def finish(process, out):
     """Wait for a run's good end."""
-    assert process.wait(600) == 0, (out / "output.txt").read_text()[-3000:]
+    try:
+        code = process.wait(600)
+    finally:
+        kill(process)  # nothing where it has ended; a test that is stopped leaves no process behind
+    assert code == 0, (out / "output.txt").read_text()[-3000:]
 
 
 def children(pid):
@@ -194,6 +198,9 @@ def soak(folder, seconds, rng):
     return f"{runs} runs, {kills} kills, all ends bit-identical"
 
 
+TOKENS = (b"-1", b"null", b"[]", b"{}", b'"', b"1e999", b"9" * 30, b"\\ud800", b"true", b"\n")
+
+
 def damage(content, rng):
     """A few random changes of bytes: flipped, cut out, doubled, numbers grown, or the end cut off."""
     content = bytearray(content)
@@ -208,9 +215,7 @@ def damage(content, rng):
         elif kind == 2:
             content[a:a] = content[a:b] * rng.choice((1, 1, 100))
         elif kind == 3:
-            content[a:b] = rng.choice(
-                (b"-1", b"null", b"[]", b"{}", b'"', b"1e999", b"9" * 30, b"\\ud800", b"true", b"\n")
-            )
+            content[a:b] = rng.choice(TOKENS)
         elif kind == 4 and rng.random() < 0.2:
             del content[a:]
         else:
@@ -266,7 +271,8 @@ def mutate(folder, seconds, rng):
         counts[key], slowest = counts.get(key, 0) + 1, max(slowest, time.monotonic() - begin)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert peak < 1_000_000, f"{peak} kB"
-    return f"{dict(sorted(counts.items()))}, slowest {slowest:.1f} s, peak memory {peak / 1e6:.2f} GB (start {before / 1e6:.2f})"
+    memory = f"peak memory {peak / 1e6:.2f} GB, {before / 1e6:.2f} at the start"
+    return f"{dict(sorted(counts.items()))}, slowest {slowest:.1f} s, {memory}"
 
 
 def main():

@@ -339,7 +339,7 @@ def test_images(stage, content, cause, root, tmp_path):
     message = f"{product.name}: {{root}}/***: image cannot be read: {cause}; {cure}"
     train = finetune.train if stage == "finetune" else pretrain.train
     refuse(lambda: train(config, ONE), message, root)
-    assert sorted(os.listdir(tmp_path / "run")) == ["log.jsonl", "run.json"][stage != "validate" :]
+    assert sorted(os.listdir(tmp_path / "run")) == ["lock", *["log.jsonl"] * (stage == "validate"), "run.json"]
     assert [f"{product.name}: " in fault or f"(of {product.name})" in fault for fault in data.check(root)[1]] == (
         [True] * len(product.images)
     )
