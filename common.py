@@ -383,11 +383,10 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def ignore_ctrl_c(worker=0):
-    """For data loader workers: Ctrl-C reaches them too, and the main process needs them for its last update.
-
-    SIGTERM stays: it is how a main process that fails gets rid of them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_group(worker=0):
+    """For data loader workers: Ctrl-C and torchrun's signals go to the whole process group, but the main process needs
+    its workers for the last update. A SIGTERM to them alone still ends them: so a main process that fails does it."""
+    os.setpgrp()
 
 
 class Health:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from common import InputError, ignore_ctrl_c, load_config, run, setting
+from common import InputError, leave_group, load_config, run, setting
 
 try:
     from torchvision.transforms import v2
@@ -36,6 +37,7 @@ except RuntimeError:
 MEAN = (0.46777044, 0.44531429, 0.40661017)  # of the fashion photos, not ImageNet's; the image tokenizer's too
 STD = (0.12221994, 0.12145835, 0.14380469)
 MAX_TOKENS, FASHIONIQ_MAX_TOKENS = 75, 50  # [CLS] and [SEP] included
+MAX_PIXELS = 64_000_000  # of an image file; what is larger takes a gigabyte on its way, and is no product photo
 MAX_LABEL = 1_000_000  # no attribute or category id reaches it; heads have a row for every id up to the largest
 SKIP_BROKEN = "replace a product whose image cannot be read by the next one, and count it"
 STRIDE = 32  # pixels of an image per patch, along each side
@@ -207,13 +209,17 @@ def check_subcategories(products):
 # ---------------------------------------------------------------------------------------------------------------------
 # images
 
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `open_image` has a lower limit
+
 
 def open_image(path):
     """An image file as RGB with its EXIF rotation applied; the first frame of an animation, 16 bits cut to 8.
 
-    Raises InputError naming the file where it is missing, broken, cut short or of absurd size (Pillow's bomb limit)."""
+    Raises InputError naming the file where it is missing, broken, cut short or of absurd size (MAX_PIXELS)."""
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,}")
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # 16-bit grey: convert would clip, not scale
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -525,7 +531,7 @@ def train_loader(dataset, batches, config, device):
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=config.workers,
-        worker_init_fn=ignore_ctrl_c,
+        worker_init_fn=leave_group,
         pin_memory=device.type == "cuda",
         **ahead,
     )

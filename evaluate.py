@@ -360,7 +360,7 @@ def embed(encode, items, tokenizer, config, processes, kind="crop", max_tokens=d
     mine = order[processes.rank :: processes.world_size]
     transform = data.image_transform(kind, config.image_size, train=False)
     dataset = data.Samples([items[i] for i in mine], tokenizer, transform, config.max_tokens or max_tokens)
-    share = {"num_workers": config.workers, "worker_init_fn": common.ignore_ctrl_c}
+    share = {"num_workers": config.workers, "worker_init_fn": common.leave_group}
     loader = DataLoader(dataset, config.eval_batch_size, collate_fn=data.collate, **share)
     rows = []
     for batch in loader:

@@ -97,10 +97,11 @@ def children(pid):
 
 def kill(process):
     """SIGKILL to a run and everything below it."""
-    for pid in [process.pid, *children(process.pid)]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
+    if process.poll() is None:
+        for pid in [process.pid, *children(process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
 
 
 def reached(out):

@@ -312,11 +312,12 @@ IMAGES = [
         png(60_000, 60_000),
         "Image size (3600000000 pixels) exceeds limit of *** pixels, could be decompression bomb ***",
     ),
+    (png(12_000, 12_000), "12000 x 12000 pixels, expected at most 64,000,000"),
     (png(9, 9), "***"),
 ]
 
 
-@pytest.mark.parametrize("content, cause", IMAGES, ids=["missing", "zero bytes", "text", "cut", "bomb", "no pixels"])
+@pytest.mark.parametrize("content, cause", IMAGES, ids=["missing", "zero", "text", "cut", "bomb", "large", "no pixels"])
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "validate"])
 def test_images(stage, content, cause, root, tmp_path):
     if stage == "validate":
