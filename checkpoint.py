@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from common import InputError, run
+from common import InputError, replacing, run
 from model import HEADS, RESNETS, CSANet, FashionViL, ModelConfig
 
 FORMAT = 1
@@ -42,28 +42,8 @@ def save(path, state):
 
 
 def _write(path, content):
-    path = Path(path)
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with open(aside, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        if not isinstance(error, (OSError, RuntimeError)):
-            raise
-        while not isinstance(error, OSError) and error.__context__:  # torch's writer hides what the disk said
-            error = error.__context__
-        raise InputError(f"{path}: cannot be saved: {_cause(error)}; what was there before is unharmed") from None
-    with contextlib.suppress(OSError):  # makes the rename last; some network file systems cannot sync a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    with replacing(path) as file:
+        torch.save(content, file)
 
 
 def _cause(error):
@@ -154,12 +134,32 @@ def find_resume(resume, run_dir, model=None):
     path = Path(run_dir, "last.pt") if resume == "auto" else Path(resume)
     if not resume or (resume == "auto" and not path.exists()):
         return None
-    file = read(path)
+    file = {**read(path), "path": str(path)}
     if "format" not in file or "optimizer" not in file:
         raise InputError(f"{path}: holds no optimizer state, so it cannot be resumed; --init={path} starts from it")
     if model is not None:
         _check_names(path, model.state_dict(), file["model"])
     return file
+
+
+def restore(state, config, model, optimizer, scaler):
+    """Put what `find_resume` found into model, optimizer and scaler; returns lines that say which settings differ.
+
+    Learning rates and weight decay are `config`'s. Raises InputError where the file does not fit."""
+    rates = [(group["base_lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    with _reading(state["path"], "cannot be resumed"):
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if state["step"] > config.max_steps:
+            raise ValueError(f"{state['step']} updates done, but max_steps is {config.max_steps}")
+    for group, (base_lr, decay) in zip(optimizer.param_groups, rates, strict=True):
+        group["base_lr"], group["weight_decay"] = base_lr, decay
+    report, now = [f"{state['path']}: resumed after update {state['step']}"], dataclasses.asdict(config)
+    for name, value in (state.get("config") or {}).items():
+        if name in now and now[name] != value and name not in ("out_dir", "resume"):
+            report.append(f"resume: {name} was {_shown(value)}, is {_shown(now[name])} from here on")
+    return report
 
 
 def read_safetensors(path):

@@ -7,11 +7,13 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import json
 import math
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import typing
@@ -22,15 +24,24 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+EXIT_STOPPED = 75  # of a run that SIGTERM or SIGINT ended after a save; sysexits.h's "try again". torchrun has its own
+
 
 class InputError(ValueError):
-    """Something the user gave (file, entry, setting) is wrong; its text is the one line that the user sees."""
+    """Something the user gave (file, entry, setting, disk) is wrong; its text is the one line that the user sees."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved; its text is the one line that the user sees."""
 
 
 def run(main):
-    """Call `main()`; an InputError ends the process with its one line and exit code 2, a bug traces."""
+    """Call `main()`; InputError: its one line and exit code 2, Stopped: its line and EXIT_STOPPED; a bug traces."""
     try:
         main()
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
     except InputError as error:
         # an error raised in a DataLoader worker arrives wrapped in that worker's traceback: its last line is ours
         print("error:", str(error).strip().splitlines()[-1].removeprefix("common.InputError: "), file=sys.stderr)
@@ -44,10 +55,25 @@ def run(main):
 # settings
 
 
-def setting(default, meaning):
-    """A dataclass field with its meaning, which `--help` prints."""
+def setting(default, meaning, limits=None):
+    """A dataclass field with its meaning, which `--help` prints, and its (least, most) for `check_limits`."""
     factory = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
-    return dataclasses.field(**factory, metadata={"meaning": meaning})
+    return dataclasses.field(**factory, metadata={"meaning": meaning, "limits": limits})
+
+
+COUNT, SHARE, FROM_0 = (1, math.inf), (0.0, 1.0), (0, math.inf)  # limits
+
+
+def check_limits(config):
+    """Raise InputError for a number outside its setting's limits, and for what every stage would trip over later."""
+    for f in dataclasses.fields(config):
+        value, limits = getattr(config, f.name), f.metadata["limits"]
+        if limits and not (limits[0] <= value <= limits[1] and math.isfinite(value)):
+            most = f" to {limits[1]}" if math.isfinite(limits[1]) else " or more"
+            raise InputError(f"{f.name}: found {value}, expected {limits[0]}{most}")
+    if not all(type(step) is int and step >= 0 for step in config.milestones):
+        raise InputError(f"milestones: found {config.milestones}, expected whole numbers of updates")
+    autocast(torch.device("cpu"), config.dtype)  # knows the names
 
 
 @dataclass
@@ -58,32 +84,30 @@ class TrainConfig:
     out_dir: str = setting("", "run folder; empty: runs/<name of the config file>")
     vocab: str = setting("", "WordPiece vocab.txt; empty: first of DATA_ROOT/vocab.txt, BERT/vocab.txt, the hub's file")
     image_size: int = setting(224, "pixels a side, a multiple of 32")
-    batch_size: int = setting(256, "products per update, all processes together")
+    batch_size: int = setting(256, "products per update, all processes together", COUNT)
     grad_accum: int = setting(
-        1, "micro-batches per update; contrastive candidates are one micro-batch of all processes"
+        1, "micro-batches per update; contrastive candidates are one micro-batch of all processes", COUNT
     )
-    max_steps: int = setting(120_000, "updates")
-    lr: float = setting(1e-5, "base learning rate")
-    lr_factor: float = setting(20.0, "image encoder, projection and heads learn this much faster")
-    weight_decay: float = setting(1e-4, "AdamW weight decay")
-    warmup: int = setting(15_000, "updates until the full learning rate; 0: none")
+    max_steps: int = setting(120_000, "updates", COUNT)
+    lr: float = setting(1e-5, "base learning rate", FROM_0)
+    lr_factor: float = setting(20.0, "image encoder, projection and heads learn this much faster", FROM_0)
+    weight_decay: float = setting(1e-4, "AdamW weight decay", FROM_0)
+    warmup: int = setting(15_000, "updates until the full learning rate; 0: none", FROM_0)
     milestones: tuple = setting((45_000, 90_000), "updates at which the learning rate falls to a tenth")
     dtype: str = setting("float32", "float32, bfloat16 (autocast) or float16 (autocast and GradScaler)")
     compile: bool = setting(False, "torch.compile the model")
     device: str = setting("auto", "auto, cpu or cuda")
-    eval_batch_size: int = setting(64, "images or texts a process embeds at a time in validation")
-    workers: int = setting(4, "data loader workers per process; 0: load in the training process")
-    seed: int = setting(0, "every draw follows from it")
+    eval_batch_size: int = setting(64, "images or texts a process embeds at a time in validation", COUNT)
+    workers: int = setting(4, "data loader workers per process; 0: load in the training process", FROM_0)
+    seed: int = setting(0, "every draw follows from it", (0, 2**63 - 1))
     deterministic: bool = setting(False, "only deterministic kernels; on CPU they always are")
-    log_interval: int = setting(50, "updates between log lines")
+    log_interval: int = setting(50, "updates between log lines", COUNT)
     eval_interval: int = setting(
-        2_000, "updates between validations and checkpoints; 0: only at the end, -1: checkpoint alone"
+        2_000, "updates between validations, each with a checkpoint; 0: only at the end, -1: never", (-1, math.inf)
     )
+    save_interval: int = setting(0, "updates between further checkpoints; 0: none but those of validations", FROM_0)
     resume: str = setting("", "auto (newest whole checkpoint of the run folder, else start) or a checkpoint")
     wandb: str = setting("", "Weights & Biases project; empty: off")
-    skip_broken_images: bool = setting(
-        False, "replace a product whose image cannot be read by the next one, and count it"
-    )
 
 
 @dataclass
@@ -92,9 +116,9 @@ class ModelTrainConfig(TrainConfig):
 
     size: str = setting("base", "Transformer size, a row of model.SIZES")
     resnet: str = setting("resnet50", "resnet18, resnet34 or resnet50")
-    width: int = setting(64, "channels of the ResNet's first stage")
-    max_tokens: int = setting(0, "longest text, [CLS] and [SEP] included; 0: the recipe's 75, for fashioniq 50")
-    dropout: float = setting(0.1, "dropout of the Transformer")
+    width: int = setting(64, "channels of the ResNet's first stage", COUNT)
+    max_tokens: int = setting(0, "longest text, [CLS] and [SEP] included; 0: the recipe's 75, for fashioniq 50", FROM_0)
+    dropout: float = setting(0.1, "dropout of the Transformer", SHARE)
     init: str = setting("pretrained", "pretrained (ImageNet ResNet + BERT), random, or a checkpoint")
     bert: str = setting("", "BERT folder or hub name, also sets the Transformer's size; empty: bert-base-uncased")
     resnet_file: str = setting("", "torchvision's ResNet weights for --init=pretrained; empty: fetched, random: none")
@@ -223,7 +247,13 @@ def start_processes(device="auto", deterministic=False):
     if on_gpu:
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        store, rank, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun (2.13) keeps one store over its restarts: a new group would wait for the dead one's addresses
+            store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        # on GPUs both: tensors on the CPU, as of `any_process`, go through gloo and wait for no GPU
+        backend, own = ("cpu:gloo,cuda:nccl", device) if on_gpu else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=own)
     return Processes(int(os.environ.get("RANK", 0)), world_size, device)
 
 
@@ -278,6 +308,128 @@ def gather_rows(x):
 def barrier():
     if in_group():
         dist.barrier()
+
+
+def gather_objects(value):
+    """[value of rank 0, of rank 1, ...] on every process; plain Python values and CPU tensors."""
+    if not in_group():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_process(flag):
+    """Whether `flag` is true on any process; every process gets the same answer."""
+    if not in_group():
+        return flag
+    flag = torch.tensor(float(flag))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def copy_from_main(tensors):
+    """Overwrite the tensors of every process by rank 0's."""
+    if in_group():
+        for tensor in tensors:
+            dist.broadcast(tensor.data, 0)
+
+
+def same_everywhere(what, value, cure):
+    """Raise InputError naming the rank where `value` is not rank 0's."""
+    values = gather_objects(value)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise InputError(f"{what}: rank {rank} has {other}, rank 0 {values[0]}; {cure}")
+
+
+def checksum(model):
+    """One number of all bits of a model's float32 parameters: that of other weights is almost surely another."""
+    total = 0
+    for i, parameter in enumerate(model.parameters(), 1):
+        total = total + i * parameter.detach().view(torch.int32).sum(dtype=torch.int64)
+    return int(total)
+
+
+def check_weights(model, done):
+    """Before a validation or save after `done` updates: rank 0's buffers for all, and parameters that must not differ.
+
+    Raises InputError naming the rank that has drifted."""
+    copy_from_main(model.buffers())  # BatchNorm's averages, which each process moves by its own batch
+    cure = "the last checkpoint is from before it: --resume=auto, and suspect that rank's machine"
+    same_everywhere(f"after update {done} the weights' checksums differ", checksum(model), cure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stop requests and health
+
+
+class StopSignals:
+    """SIGTERM and SIGINT, from here to `restore()`, only set `asked`: the loop finishes its update, saves and leaves.
+
+    A second Ctrl-C ends a run of one process at once; under torchrun, which passes each one on, it does not."""
+
+    def __init__(self):
+        self.asked = None
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number, frame):
+        if self.asked and number == signal.SIGINT and not in_group():
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number).name
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def leave_group(worker=0):
+    """For data loader workers: Ctrl-C and torchrun's signals go to the whole process group, but the main process needs
+    its workers for the last update. A SIGTERM to them alone still ends them: so a main process that fails does it."""
+    os.setpgrp()
+
+
+class Health:
+    """Notes the first update whose loss or gradient is NaN or infinite, on the device, where nothing waits for it.
+
+    `check` reads the note, at log lines and before every save: so the run ends some updates later, yet names the right
+    one, for what an update was made of follows from its number. Under float16 infinite gradients are the scaler's
+    business, which skips such updates; they are counted, and count as broken once its scale has fallen below 1."""
+
+    def __init__(self, device, skipped_updates=0):
+        self.note = torch.tensor([-1.0, 0.0, 0.0], dtype=torch.float64, device=device)  # update, loss, gradient norm
+        self.skipped_updates = skipped_updates
+
+    def step(self, step, loss, optimizer, scaler):
+        """Do the optimizer's update `step` (from 0), whose loss on this process is `loss` (), and look at both."""
+        scale = scaler.get_scale()  # 1.0 without a scaler; with one, scaler.step waits for the device anyway
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [] if scaler.is_enabled() else [p.grad for p in parameters]
+        norm = torch.nn.utils.get_total_norm(gradients).to(loss.device)  # of nothing: 0
+        scaler.step(optimizer)
+        scaler.update()
+        if scaler.get_scale() < scale:
+            self.skipped_updates += 1
+            norm = norm + (math.inf if scale < 1 else 0.0)
+        number = torch.full((), step, device=loss.device)
+        row = torch.stack([value.to(self.note) for value in (number, loss.detach(), norm)])
+        self.note = torch.where((self.note[0] < 0) & ~row.isfinite().all(), row, self.note)
+
+    def check(self, optimizer, config, batches, name_of):
+        """Raise InputError, on every process, where an update was broken: its number, objective, rate and products.
+
+        name_of(index): how messages call the data set's item. To be called by all processes together."""
+        broken = [row for row in gather_objects(self.note.tolist()) if row[0] >= 0]
+        if not broken:
+            return
+        step, loss, norm = min(broken, key=lambda row: row[0])
+        _, rows, objective = batches.update(int(step))
+        lr = optimizer.param_groups[0]["base_lr"] * lr_multiplier(step, config.warmup, config.milestones)
+        raise InputError(
+            f"update {int(step) + 1}: loss {loss:g}, gradient norm {norm:g} (objective {objective}, learning rate "
+            f"{lr:.3g}); the last checkpoint is older and stays; lower --lr, or look at this update's products: "
+            f"{', '.join(name_of(int(row)) for row in rows)}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,11 +521,98 @@ def describe_run(config):
     }
 
 
+@contextlib.contextmanager
+def writing(path):
+    """What the disk refuses while `path` is written becomes one line: InputError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        while not isinstance(error, OSError) and error.__context__:  # torch's writer hides what the disk said
+            error = error.__context__
+        cause = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0][:300] or type(error).__name__
+        raise InputError(f"{path}: cannot be saved: {cause}; what was there before is unharmed") from None
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file, written aside in the same folder, flushed to disk, and only then given its name `path`.
+
+    Raises InputError on a full disk, a missing folder or permission: the last whole file stays and no half one."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with writing(path):
+            with open(aside, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+    with contextlib.suppress(OSError):  # makes the rename last; some network file systems cannot sync a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
 def write_json(path, value):
-    """Write aside, then rename: a reader never sees half a file."""
-    aside = Path(f"{path}.tmp")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
-    aside.replace(path)
+    """A reader never sees half a file."""
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def due(config, done, stopping=False):
+    """(log, validate, save): what is to be done after `done` updates; `stopping`: and then the run leaves."""
+
+    def every(interval):
+        return done == config.max_steps or (interval > 0 and done % interval == 0)
+
+    validate = config.eval_interval >= 0 and every(config.eval_interval)
+    return every(config.log_interval), validate, validate or every(config.save_interval) or stopping
+
+
+_locks = {}  # {run folder: its open lock file}; the system lets go of it when the process dies, however it does
+
+
+def lock_folder(folder):
+    """Raise InputError where another process trains in the folder: two would write one checkpoint in turns."""
+    import fcntl  # not on Windows
+
+    _locks.pop(folder, None)
+    file = open(folder / "lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers, which may outlive us, do not hold it
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a file system without locks
+        file.seek(0)
+        who = file.read().strip() or "another process"
+        raise InputError(f"{folder}: {who} trains in it; stop it or choose another --out_dir") from None
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
+    _locks[folder] = file
+
+
+def open_run(config, start):
+    """Make the run folder ready for updates from `start` on: a lock, run.json, and a log without lines past `start`.
+
+    A new start in the folder of another run renames that one's files to *.before: a later --resume=auto must not find
+    them, and they may be days of work. Raises InputError where the folder cannot be written, or is in use."""
+    folder = Path(config.out_dir)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(folder)
+        if start == 0 and (folder / "last.pt").exists():
+            for name in ("last.pt", "best.pt", "log.jsonl"):
+                if (folder / name).exists():
+                    os.replace(folder / name, folder / f"{name}.before")
+            print(f"{folder}: holds an older run, kept as *.before (--resume=auto would have gone on with it)")
+    write_json(folder / "run.json", describe_run(config))
+    cut_log(folder / "log.jsonl", start)
 
 
 def start_wandb(config):
@@ -390,8 +629,10 @@ def start_wandb(config):
 def append_log(path, row):
     """One JSON line; not-a-number and infinity are not JSON, so they are written as null."""
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    with open(path, "a") as file:
+    with writing(path), open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # a checkpoint that lasts, with log lines that do not, would leave a gap
 
 
 def cut_log(path, step):
@@ -399,13 +640,27 @@ def cut_log(path, step):
     if not Path(path).exists():
         return
     kept = []
-    for line in Path(path).read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in Path(path).read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-    aside = Path(f"{path}.tmp")
-    aside.write_text("".join(line + "\n" for line in kept))
-    aside.replace(path)
+    with replacing(path) as file:
+        file.write("".join(line + "\n" for line in kept).encode())
+
+
+def as_values(tree):
+    """A dict of sums, nested or not, for a checkpoint: scalars as floats, exactly; other tensors on the CPU."""
+    if isinstance(tree, dict):
+        return {key: as_values(value) for key, value in tree.items()}
+    return tree.cpu() if torch.is_tensor(tree) and tree.ndim else float(tree)
+
+
+def own_part(state, processes):
+    """This process's part of what differs between them, state["parts"] = gather_objects(...); {} where there is none.
+
+    A run resumed with another number of processes shares the parts out as they come."""
+    parts = state.get("parts") or [{}]
+    return parts[processes.rank % len(parts)]
 
 
 def peak_memory_gb(device):

@@ -5,9 +5,13 @@
 Pictures leave the loader as uint8 and are normalised on the device (`to_device`). Every draw of a sample follows from
 (seed, epoch, index), every batch from (seed, step): neither the number of processes nor a restart changes them."""
 
+import concurrent.futures
+import contextlib
 import json
 import math
 import os
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +20,9 @@ import tokenizers
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from common import InputError, load_config, run, setting
+from common import InputError, leave_group, load_config, run, setting
 
 try:
     from torchvision.transforms import v2
@@ -32,6 +37,9 @@ except RuntimeError:
 MEAN = (0.46777044, 0.44531429, 0.40661017)  # of the fashion photos, not ImageNet's; the image tokenizer's too
 STD = (0.12221994, 0.12145835, 0.14380469)
 MAX_TOKENS, FASHIONIQ_MAX_TOKENS = 75, 50  # [CLS] and [SEP] included
+MAX_PIXELS = 64_000_000  # of an image file; what is larger takes a gigabyte on its way, and is no product photo
+MAX_LABEL = 1_000_000  # no attribute or category id reaches it; heads have a row for every id up to the largest
+SKIP_BROKEN = "replace a product whose image cannot be read by the next one, and count it"
 STRIDE = 32  # pixels of an image per patch, along each side
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,8 +104,15 @@ def read_json(path, kind):
     return value
 
 
+def printable(text):
+    """Raise ValueError where a name would spoil a message or a path: control characters, half a surrogate pair."""
+    if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", text):
+        raise ValueError(f"found {text!r:.60}, expected no control characters")
+
+
 def inside(folder, name):
     """folder / name as a string; raises ValueError where `name` leads out of the folder (a link inside may lead on)."""
+    printable(name)
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise ValueError(f"image path {name!r} leaves the folder {folder}")
     return os.path.join(folder, name)
@@ -116,15 +131,17 @@ def parse_product(item, source, folder):
     if not isinstance(item, dict):
         raise ValueError(f"found {item!r:.60}, expected an object")
     name = f"{source} {get('id', (int, str))}"
+    printable(name)
     images = [get("images", str)] if source == "PolyvoreOutfits" else get("images", list)
     if not images or not all(isinstance(i, str) and i for i in images):
         raise ValueError(f"key 'images': found {images!r:.60}, expected file names")
     attributes = get("attributes_id", list)
-    if not all(type(a) is int and a >= 0 for a in attributes):
-        raise ValueError(f"key 'attributes_id': found {attributes!r:.60}, expected ids from 0")
+    wrong = [a for a in attributes if type(a) is not int or not 0 <= a < MAX_LABEL]
+    if wrong:
+        raise ValueError(f"key 'attributes_id': found {wrong[0]!r:.60}, expected ids from 0 to {MAX_LABEL - 1}")
     for key in ("category_id", "subcategory_id"):
-        if item.get(key) is not None and (type(item[key]) is not int or item[key] < 0):
-            raise ValueError(f"key {key!r}: found {item[key]!r:.60}, expected an id from 0")
+        if item.get(key) is not None and (type(item[key]) is not int or not 0 <= item[key] < MAX_LABEL):
+            raise ValueError(f"key {key!r}: found {item[key]!r:.60}, expected an id from 0 to {MAX_LABEL - 1}")
     text = ".".join(get(key, str) for key in SETS[source]["text"])
     paths = [inside(folder, i) for i in images]
     return Product(name, paths, text, attributes, item.get("category_id"), item.get("subcategory_id"))
@@ -143,7 +160,7 @@ def scan_products(root, source, split):
             seen.add(product.name)
             products.append(product)
         except ValueError as error:
-            name = item.get("id", "without id") if isinstance(item, dict) else "without id"
+            name = repr(item["id"])[:60] if isinstance(item, dict) and "id" in item else "missing"
             faults.append(f"{path}: entry {i} (id {name}): {error}")
     return products, faults
 
@@ -159,8 +176,9 @@ def load_products(root, source, split):
 def load_pretraining(root, sets=tuple(SETS)):
     """The training products of the sets, one list: the union over which training draws uniformly (recipe 3)."""
     unknown = [name for name in sets if name not in SETS]
-    if unknown:
-        raise InputError(f"sets: found {unknown[0]!r}, expected some of {', '.join(SETS)}")
+    if unknown or not sets or len(set(sets)) < len(sets):
+        found = repr(unknown[0]) if unknown else f"{sets}"
+        raise InputError(f"sets: found {found}, expected some of {', '.join(SETS)}, each once")
     return [product for name in sets for product in load_products(root, name, "train")]
 
 
@@ -180,24 +198,36 @@ def count_labels(products, key, limit=0):
     return limit or largest + 1
 
 
+def check_subcategories(products):
+    """Whether all products have a sub-category, which sample-100 needs; raises InputError where only some have."""
+    if any(product.subcategory is not None for product in products):
+        count_labels(products, "subcategory")
+        return True
+    return False
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # images
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `open_image` has a lower limit
 
 
 def open_image(path):
     """An image file as RGB with its EXIF rotation applied; the first frame of an animation, 16 bits cut to 8.
 
-    Raises InputError naming the file where it is missing, broken, cut short or of absurd size (Pillow's bomb limit)."""
+    Raises InputError naming the file where it is missing, broken, cut short or of absurd size (MAX_PIXELS)."""
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,}")
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # 16-bit grey: convert would clip, not scale
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"{path}: image cannot be read ({error}); replace the file or set --skip_broken_images"
-        ) from None
+    except Exception as error:  # Pillow's readers raise nearly anything on broken files
+        cause = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        cure = "replace the file (pre-training also has --skip_broken_images)"
+        raise InputError(f"{path}: image cannot be read: {cause}; {cure}") from None
 
 
 def image_transform(kind, size, train):
@@ -270,10 +300,23 @@ def encode(tokenizer, text, max_tokens=MAX_TOKENS):
     """Text -> (ids, words): [CLS] ... [SEP], at most max_tokens; words[i] = token i's word number, None for specials.
 
     A text of any length, empty or of unknown characters is fine: it is cut, or is only [CLS] [SEP], or holds [UNK]."""
+    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which JSON can hold, is no text
     encoding = tokenizer.encode(text, add_special_tokens=False)
     keep = max_tokens - 2
     cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     return [cls, *encoding.ids[:keep], sep], [None, *encoding.word_ids[:keep], None]
+
+
+def check_lengths(config, positions, max_tokens=MAX_TOKENS):
+    """Raise InputError where texts or images of these settings need more positions than the model has, or no grid."""
+    if config.image_size < STRIDE or config.image_size % STRIDE:
+        raise InputError(f"image_size: found {config.image_size}, expected a multiple of {STRIDE}")
+    longest = config.max_tokens or max_tokens
+    if not 3 <= longest <= positions:
+        raise InputError(f"max_tokens: found {longest}, expected 3 to {positions}, the positions of the model")
+    if (config.image_size // STRIDE) ** 2 > positions:
+        most = math.isqrt(positions) * STRIDE
+        raise InputError(f"image_size: found {config.image_size}, expected at most {most} for {positions} positions")
 
 
 def pad(rows, value=0, dtype=torch.long):
@@ -460,19 +503,26 @@ class Batches:
             raise InputError(f"batch_size: found {config.batch_size}, but the data has only {n} products")
         self.n, self.config, self.processes = n, config, processes
         self.start, self.objective_at = start, objective_at
+        self.epoch, self.order = None, None  # the order drawn last
 
     def __len__(self):
         return (self.config.max_steps - self.start) * self.config.grad_accum
 
+    def update(self, step):
+        """(epoch, rows (batch_size,), objective) of update `step`, over all processes and micro-batches."""
+        size = self.config.batch_size
+        epoch, i = divmod(step, self.n // size)
+        if epoch != self.epoch:
+            self.order = np.random.default_rng([self.config.seed, epoch]).permutation(self.n)
+            self.epoch = epoch
+        return epoch, self.order[i * size : (i + 1) * size], self.objective_at(step)
+
     def __iter__(self):
-        c, per_epoch, last = self.config, self.n // self.config.batch_size, None
-        for step in range(self.start, c.max_steps):
-            epoch, i = divmod(step, per_epoch)
-            if epoch != last:
-                order, last = np.random.default_rng([c.seed, epoch]).permutation(self.n), epoch
-            rows = order[i * c.batch_size : (i + 1) * c.batch_size]
-            for micro in rows.reshape(c.grad_accum, self.processes.world_size, -1)[:, self.processes.rank]:
-                yield [(epoch, int(index), self.objective_at(step)) for index in micro]
+        for step in range(self.start, self.config.max_steps):
+            epoch, rows, objective = self.update(step)
+            micros = rows.reshape(self.config.grad_accum, self.processes.world_size, -1)
+            for micro in micros[:, self.processes.rank]:
+                yield [(epoch, int(index), objective) for index in micro]
 
 
 def train_loader(dataset, batches, config, device):
@@ -483,6 +533,7 @@ def train_loader(dataset, batches, config, device):
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=config.workers,
+        worker_init_fn=leave_group,
         pin_memory=device.type == "cuda",
         **ahead,
     )
@@ -535,74 +586,114 @@ def need(row, key, kind, where):
     return value
 
 
-def load_fashioniq(root, garment, split, gallery="original"):
+def image_of(folder, name, where):
+    """Path of the image that FashionIQ or Polyvore Outfits call `name`; raises InputError on what is no name."""
+    try:
+        if type(name) is not str or not name:
+            raise ValueError(f"found {name!r:.60}, expected the name of an image")
+        return inside(folder, f"{name}.jpg")
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+@contextlib.contextmanager
+def noting(faults):
+    """Let an InputError pass, or note it where `faults` is a list: `check` wants all of a file's."""
+    try:
+        yield
+    except InputError as error:
+        if faults is None:
+            raise
+        faults.append(str(error))
+
+
+def load_fashioniq(root, garment, split, gallery="original", faults=None):
     """(queries, gallery) of one FashionIQ class: [{"image" (reference), "image2" (target), "text", "target"}], [name].
 
     Public files: the gallery is every image of the split file ("original"; 3,817 dress, 6,346 shirt, 5,373 toptee in
     val) or the union of references and targets ("val"). The authors' extended files name the gallery themselves: the
     distinct `target_id` of all rows, those with `fake_data` being nobody's query (recipe 3).
-    Raises InputError on files that are missing or bad and on a gallery that lacks a target."""
+    Raises InputError on files that are missing or bad and on a gallery that lacks a target; see `noting`."""
     if gallery not in ("original", "val"):
         raise InputError(f"gallery: found {gallery!r}, expected original or val")
     folder = Path(root, "FashionIQ")
-    path = folder / "captions" / f"cap.{garment}.{split}.json"
+    path, images = folder / "captions" / f"cap.{garment}.{split}.json", folder / "images"
     queries, names = [], []
     rows = read_json(path, list)
     extended = isinstance(rows[0], dict) and "fake_data" in rows[0]
     for i, row in enumerate(rows):
         where = f"{path}: entry {i}"
-        if extended and row.get("garment_class", garment) not in (garment, FASHIONIQ_CLASSES.index(garment)):
-            continue
-        target = need(row, "target", str, where)
-        names.append(target)
-        if extended and need(row, "fake_data", bool, where):
-            continue
-        candidate, captions = need(row, "candidate", str, where), need(row, "captions", list, where)
-        if not extended:
-            names.append(candidate)
-        image, image2 = (str(folder / "images" / f"{name}.jpg") for name in (candidate, target))
-        queries.append({"image": image, "image2": image2, "text": ", ".join(captions), "target": target, "name": where})
+        with noting(faults):
+            target = need(row, "target", str, where)
+            if extended and row.get("garment_class", garment) not in (garment, FASHIONIQ_CLASSES.index(garment)):
+                continue
+            image2 = image_of(images, target, where)
+            names.append(target)
+            if extended and need(row, "fake_data", bool, where):
+                continue
+            candidate, captions = need(row, "candidate", str, where), need(row, "captions", list, where)
+            image = image_of(images, candidate, where)
+            if not all(type(caption) is str for caption in captions):
+                raise InputError(f"{where}: key 'captions': found {captions!r:.60}, expected texts")
+            if not extended:
+                names.append(candidate)
+            text = ", ".join(captions)
+            queries.append({"image": image, "image2": image2, "text": text, "target": target, "name": where})
     if gallery == "original" and not extended:
-        names = read_json(folder / "image_splits" / f"split.{garment}.{split}.json", list)
+        path = folder / "image_splits" / f"split.{garment}.{split}.json"
+        names = []
+        for i, name in enumerate(read_json(path, list)):
+            with noting(faults):
+                image_of(images, name, f"{path}: entry {i}")
+                names.append(name)
     names = list(dict.fromkeys(names))
-    missing = {q["target"] for q in queries} - set(names)
-    if missing:
-        raise InputError(f"{path}: target {min(missing)} stands in no row of the gallery ({len(missing)} such)")
+    with noting(faults):
+        missing = {q["target"] for q in queries} - set(names)
+        if missing:
+            raise InputError(f"{path}: target {min(missing)} stands in no row of the gallery ({len(missing)} such)")
+        if not queries:
+            raise InputError(f"{path}: no query in it; expected rows that are not all fake_data")
     return queries, names
 
 
-def load_polyvore(root, split, part):
+def load_polyvore(root, split, part, faults=None):
     """(outfits, n_categories) of Polyvore Outfits' OCIR files, split disjoint or nondisjoint, part train or test.
 
     An outfit: {"items": [(path, category)] of the question, "blank": its id, "blank_item": (path, category), "fake"}.
     Categories are numbered in the released checkpoint's order where POLYVORE_CATEGORIES knows them all, else in
-    ascending order of their ids. Raises InputError on files that are missing or bad."""
+    ascending order of their ids. Raises InputError on files that are missing or bad; see `noting`."""
     folder = Path(root, "PolyvoreOutfits")
     if split not in ("disjoint", "nondisjoint"):
         raise InputError(f"split: found {split!r}, expected disjoint or nondisjoint")
-    metadata_path = folder / "polyvore_item_metadata.json"
-    metadata = read_json(metadata_path, dict)
-    ids = {need(row, "category_id", str, f"{metadata_path}: {item}") for item, row in metadata.items()}
-    try:
-        order = sorted(map(int, ids))
-    except ValueError:
-        raise InputError(f"{metadata_path}: category_id: expected whole numbers as text") from None
+    path = folder / "polyvore_item_metadata.json"
+    category = {}
+    for item, row in read_json(path, dict).items():
+        with noting(faults):
+            text = need(row, "category_id", str, f"{path}: item {item!r:.60}")
+            if not re.fullmatch("[0-9]{1,9}", text):
+                raise InputError(f"{path}: item {item!r:.60}: category_id: found {text!r:.60}, expected a whole number")
+            category[item] = int(text)
+    order = sorted(set(category.values()))
     if set(order) <= set(POLYVORE_CATEGORIES):
         order = POLYVORE_CATEGORIES
-    number = {str(category): i for i, category in enumerate(order)}
-    path, outfits = folder / f"ocir_{split}_{part}.json", []
+    number = {c: i for i, c in enumerate(order)}
+    metadata, path, outfits = path, folder / f"ocir_{split}_{part}.json", []
     for i, row in enumerate(read_json(path, list)):
         where = f"{path}: entry {i}"
-        question, blank = need(row, "question", list, where), need(row, "blank", str, where)
-        unknown = [item for item in [*question, blank] if item not in metadata]
-        if unknown or not question:
-            raise InputError(f"{where}: item {unknown[:1]} is not in {metadata_path.name}, or the question is empty")
-        *items, last = (
-            (str(folder / "images" / f"{item}.jpg"), number[metadata[item]["category_id"]])
-            for item in [*question, blank]
-        )
-        fake = part == "test" and need(row, "fake_data", bool, where)
-        outfits.append({"items": items, "blank": blank, "blank_item": last, "fake": fake, "name": where})
+        with noting(faults):
+            question, blank = need(row, "question", list, where), need(row, "blank", str, where)
+            images = [image_of(folder / "images", item, where) for item in [*question, blank]]
+            unknown = [item for item in [*question, blank] if item not in category]
+            if unknown or not question:
+                raise InputError(f"{where}: item {unknown[:1]} is not in {metadata.name}, or the question is empty")
+            if part == "train" and set(question) == {blank}:
+                raise InputError(f"{where}: blank {blank!r:.60} is the only item of the question, expected two items")
+            *items, last = zip(images, (number[category[item]] for item in [*question, blank]), strict=True)
+            fake = part == "test" and need(row, "fake_data", bool, where)
+            outfits.append({"items": items, "blank": blank, "blank_item": last, "fake": fake, "name": where})
+    with noting(faults):
+        if all(outfit["fake"] for outfit in outfits):
+            raise InputError(f"{path}: no outfit to ask for in it; expected rows that are not all fake_data")
     return outfits, len(order)
 
 
@@ -610,29 +701,64 @@ def load_polyvore(root, split, part):
 # checking a data root
 
 
-def check(root):
-    """(report lines, faults) over everything under `root`: counts per folder, and every fault with file and entry."""
-    report, faults = [], []
+def image_fault(image):
+    """What is wrong with (path, product or row that names it), as a line, or None."""
+    path, name = image
+    if not os.path.exists(path):
+        return f"{path}: missing (of {name})"
+    try:
+        open_image(path)
+    except InputError as error:
+        return f"{name}: {error}"
+
+
+def check(root, workers=0, open_images=True):
+    """(report lines, faults) over everything under `root`: counts per file, and every fault with file and entry.
+
+    Every image is opened once, by `workers` processes (0: this one)."""
+    report, faults, images = [], [], {}
     for source, row in SETS.items():
         for split, (file, _) in row["splits"].items():
             if not Path(root, source, file).exists():
                 report.append(f"{source:16} {split:5}  no {file}")
                 continue
-            try:
+            with noting(faults):
                 products, found = scan_products(root, source, split)
-            except InputError as error:
-                faults.append(str(error))
-                continue
-            images = [(p.name, path) for p in products for path in p.images]
-            found += [f"{path}: missing (of {name})" for name, path in images if not os.path.exists(path)]
-            vocabulary = len({a for p in products for a in p.attributes})
-            labels = [f"{len({getattr(p, k) for p in products} - {None})} {k}" for k in ("category", "subcategory")]
-            shown = f", {', '.join(labels)} labels" if source == "FashionGen" else ""
-            report.append(
-                f"{source:16} {split:5}  {len(products)} products, {len(images)} images, {vocabulary} attributes{shown}"
-            )
-            faults += found
-    return report, faults
+                faults += found
+                images |= {path: product.name for product in products for path in product.images}
+                n_images, vocabulary = sum(len(p.images) for p in products), {a for p in products for a in p.attributes}
+                labels = [f"{len({getattr(p, k) for p in products} - {None})} {k}" for k in ("category", "subcategory")]
+                shown = f", {', '.join(labels)} labels" if source == "FashionGen" else ""
+                counts = f"{len(products)} products, {n_images} images, {len(vocabulary)} attributes{shown}"
+                report.append(f"{source:16} {split:5}  {counts}")
+                if split == "val":
+                    check_subcategories(products)
+    for garment in FASHIONIQ_CLASSES:
+        for split in ("train", "val"):
+            if Path(root, "FashionIQ", "captions", f"cap.{garment}.{split}.json").exists():
+                with noting(faults):
+                    gallery = "original" if split == "val" else "val"  # training needs no split file
+                    queries, names = load_fashioniq(root, garment, split, gallery, faults)
+                    images |= {q[key]: q["name"] for q in queries for key in ("image", "image2")}
+                    folder = os.path.join(root, "FashionIQ", "images")
+                    images = {**{f"{folder}/{name}.jpg": f"split.{garment}.{split}.json" for name in names}, **images}
+                    report.append(
+                        f"FashionIQ        {split:5}  {garment}: {len(queries)} queries, gallery {len(names)}"
+                    )
+    for split in ("disjoint", "nondisjoint"):
+        for part in ("train", "test"):
+            if Path(root, "PolyvoreOutfits", f"ocir_{split}_{part}.json").exists():
+                with noting(faults):
+                    outfits, n = load_polyvore(root, split, part, faults)
+                    images |= {path: o["name"] for o in outfits for path, _ in [*o["items"], o["blank_item"]]}
+                    report.append(f"PolyvoreOutfits  {part:5}  {split}: {len(outfits)} outfits, {n} categories")
+    if not open_images:
+        return report, list(dict.fromkeys(faults))
+    pool = concurrent.futures.ProcessPoolExecutor(workers) if workers else contextlib.nullcontext()
+    with pool:
+        found = pool.map(image_fault, images.items(), chunksize=64) if workers else map(image_fault, images.items())
+        faults += filter(None, tqdm(found, "images", len(images), leave=False, disable=None))
+    return report, list(dict.fromkeys(faults))
 
 
 NEEDS = """
@@ -649,11 +775,14 @@ class DataConfig:
     """Settings of `python data.py`."""
 
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, Fashion200k/, ...")
+    workers: int = setting(4, "processes that open images; 0: this one")
 
 
 def main():
     config = load_config(DataConfig, description=__doc__.splitlines()[0])
-    report, faults = check(config.data_root)
+    if not os.path.isdir(config.data_root):
+        raise InputError(f"data_root: no folder {config.data_root}")
+    report, faults = check(config.data_root, max(0, config.workers))
     print("\n".join(report), NEEDS, sep="\n")
     if faults:
         print(f"\n{len(faults)} faults:", *faults, sep="\n")

@@ -360,7 +360,8 @@ def embed(encode, items, tokenizer, config, processes, kind="crop", max_tokens=d
     mine = order[processes.rank :: processes.world_size]
     transform = data.image_transform(kind, config.image_size, train=False)
     dataset = data.Samples([items[i] for i in mine], tokenizer, transform, config.max_tokens or max_tokens)
-    loader = DataLoader(dataset, config.eval_batch_size, collate_fn=data.collate, num_workers=config.workers)
+    share = {"num_workers": config.workers, "worker_init_fn": common.leave_group}
+    loader = DataLoader(dataset, config.eval_batch_size, collate_fn=data.collate, **share)
     rows = []
     for batch in loader:
         with common.autocast(processes.device, config.dtype):
@@ -381,7 +382,7 @@ def embed_retrieval(model, products, tokenizer, config, processes):
     paths = [(i, path) for i, product in enumerate(products) for path in product.images]
     image = embed(
         lambda batch: model.scaled(model.encode_image(batch["image"])),
-        image_items(path for _, path in paths),
+        [{"image": path, "name": products[i].name} for i, path in paths],
         tokenizer,
         config,
         processes,
@@ -404,7 +405,7 @@ def evaluate_retrieval(model, tokenizer, config, processes):
     products = data.load_products(config.data_root, "FashionGen", "val")
     image, text, image_id, text_id = embed_retrieval(model, products, tokenizer, config, processes)
     results = {"full gallery": retrieval(image, text, image_id, text_id)}
-    if all(product.subcategory is not None for product in products):
+    if data.check_subcategories(products):
         group = torch.tensor([product.subcategory for product in products])
         results["sample-100"] = sample_100(image, text, image_id, text_id, group[image_id], group, config.seed)
     return results
@@ -537,6 +538,8 @@ def evaluate_checkpoint(path, config, processes):
         raise InputError(
             f"{path}: {found}, expected {model.config.vocab_size}; set --vocab=FILE to the one of its training"
         )
+    if tokenizer:
+        data.check_lengths(config, model.config.max_position_embeddings)
     return run_protocol(model, tokenizer, config, processes)
 
 

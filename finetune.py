@@ -23,7 +23,7 @@ import data
 import evaluate
 import losses
 from common import InputError, ModelTrainConfig, setting
-from model import SIZES, STRIDE, CSANet, FashionViL, ModelConfig
+from model import RESNETS, SIZES, STRIDE, CSANet, FashionViL, ModelConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -37,7 +37,11 @@ class FinetuneConfig(ModelTrainConfig):
     gallery: str = setting("original", "fashioniq: original (split file) or val (references and targets)")
 
 
+# Each also reads what the validation will: a fault in it must not wait for the first validation.
+
+
 def retrieval_items(config):
+    data.check_subcategories(data.load_products(config.data_root, "FashionGen", "val"))
     return [
         {"image": p.images, "text": p.text, "name": p.name}
         for p in data.load_products(config.data_root, "FashionGen", "train")
@@ -46,6 +50,8 @@ def retrieval_items(config):
 
 def fashioniq_items(config):
     keys = ("image", "image2", "text", "name")
+    for garment in data.FASHIONIQ_CLASSES:
+        data.load_fashioniq(config.data_root, garment, "val", config.gallery)
     classes = (data.load_fashioniq(config.data_root, c, "train", "val")[0] for c in data.FASHIONIQ_CLASSES)
     return [{key: query[key] for key in keys} for queries in classes for query in queries], {}
 
@@ -61,6 +67,7 @@ def recognition_items(config):
 def polyvore_items(config):
     """One item per distinct outfit: its questions with their blank, whichever item the row asks for."""
     outfits, n_categories = data.load_polyvore(config.data_root, config.split, "train")
+    data.load_polyvore(config.data_root, config.split, "test")
     whole = {frozenset([*o["items"], o["blank_item"]]): o["name"] for o in outfits}
     return [{"items": sorted(items), "name": name} for items, name in whole.items()], {"n_categories": n_categories}
 
@@ -103,16 +110,20 @@ def build_model(config, heads, vocab_size, n_classes=0, n_categories=0):
 
 def check_config(config):
     """Raise InputError for a task that does not exist or sizes that none has."""
+    common.check_limits(config)
     if config.task not in TASKS:
         raise InputError(f"task: found {config.task!r}, expected one of {', '.join(TASKS)}")
     if config.size not in SIZES:
         raise InputError(f"size: found {config.size!r}, expected one of {', '.join(SIZES)}")
+    if config.resnet not in RESNETS:
+        raise InputError(f"resnet: found {config.resnet!r}, expected one of {', '.join(RESNETS)}")
     if config.image_size < STRIDE or config.image_size % STRIDE:
         raise InputError(f"image_size: found {config.image_size}, expected a multiple of {STRIDE}")
 
 
 def train(config, processes):
     """The whole stage on this process. Returns {protocol: result} of the best checkpoint."""
+    check_config(config)
     main, device = processes.is_main, processes.device
     run_dir = Path(config.out_dir)
     objective, heads, load_items, draw, kind, max_tokens = TASKS[config.task]
@@ -123,22 +134,24 @@ def train(config, processes):
     vocab = checkpoint.vocabulary(config, config.init)
     tokenizer = data.wordpiece(vocab)
     model = build_model(config, heads, tokenizer.get_vocab_size(), **data_sizes)
+    if heads:
+        data.check_lengths(config, model.config.max_position_embeddings, max_tokens)
     report = checkpoint.initialise(model, config.init, bert=config.bert, resnet=config.resnet_file)
     model.to(device)
     optimizer = common.make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
 
-    start, best, totals = 0, -1.0, {}
+    start, best, totals, health = 0, -1.0, {}, common.Health(device)
     state = checkpoint.find_resume(config.resume, run_dir, model)
     if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        start, best, totals = state["step"], state["best"], state["totals"]
+        report += checkpoint.restore(state, config, model, optimizer, scaler)
+        start, best, totals = state["step"], state["best"], common.own_part(state, processes).get("totals", {})
+        health.skipped_updates = state.get("skipped_updates", 0)
+    common.same_everywhere("resume", f"a start at update {start}", "the run folder must be the same on every node")
 
     transform = data.image_transform(kind, config.image_size, train=True)
     dataset = data.Samples(items, tokenizer, transform, config.max_tokens or max_tokens, draw, config.seed)
-    batches = data.Batches(len(items), config, processes, start)
+    batches = data.Batches(len(items), config, processes, start, lambda step: config.task)
     loader = iter(data.train_loader(dataset, batches, config, device))
     if config.compile:
         model.image_encoder.compile()
@@ -146,9 +159,7 @@ def train(config, processes):
     ddp = DistributedDataParallel(model, find_unused_parameters=True) if processes.world_size > 1 else model
 
     if main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        common.write_json(run_dir / "run.json", common.describe_run(config))
-        common.cut_log(run_dir / "log.jsonl", start)
+        common.open_run(config, start)
         print(f"{config.task}: {len(items)} training items", *report, sep="\n")
 
     def save(name, step, **more):
@@ -166,13 +177,17 @@ def train(config, processes):
         }
         checkpoint.save(run_dir / name, state)
 
-    logged = start
+    def name_of(index):
+        return items[index]["name"]
+
+    logged, stop = start, common.StopSignals()
     clock, bar = time.perf_counter(), tqdm(range(start, config.max_steps), disable=not main, initial=start)
     for step in bar:
         common.set_lr(optimizer, step, config)
         common.seed_step(config.seed, step, processes.rank)
         model.train()
         optimizer.zero_grad()
+        update_loss = 0.0
         for micro in range(config.grad_accum):
             batch = data.to_device(next(loader), device)
             last = micro == config.grad_accum - 1
@@ -180,28 +195,32 @@ def train(config, processes):
                 with common.autocast(device, config.dtype):
                     loss, measured = ddp(batch, objective)
                 scaler.scale(loss / config.grad_accum).backward()
+            update_loss = update_loss + loss.detach() / config.grad_accum
             for key, value in {"loss": loss.detach(), **measured, "updates": 1}.items():
                 totals[key] = totals.get(key, 0) + value / config.grad_accum
-        scaler.step(optimizer)
-        scaler.update()
+        health.step(step, update_loss, optimizer, scaler)
 
-        done = step + 1
-        if done % config.log_interval == 0 or done == config.max_steps:
+        done, stopping = step + 1, common.any_process(bool(stop.asked))
+        logging, validating, saving = common.due(config, done, stopping)
+        if logging or saving:
+            health.check(optimizer, config, batches, name_of)
+        if logging:
             row = {"step": done, "lr": max(group["lr"] for group in optimizer.param_groups)}
             row |= common.mean_of_updates(totals, device)
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             row["samples_per_s"] = config.batch_size * (done - logged) / seconds
             logged = done
             row["memory_gb"] = common.peak_memory_gb(device)
+            if scaler.is_enabled():
+                row["skipped_updates"] = health.skipped_updates
             totals.clear()
             if main:
                 common.append_log(run_dir / "log.jsonl", row)
                 bar.set_postfix(loss=f"{row['loss']:.3f}")
-        if config.eval_interval < 0 and done == config.max_steps and main:
-            save("last.pt", done, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), totals=totals)
-        if config.eval_interval >= 0 and (
-            done == config.max_steps or (config.eval_interval and done % config.eval_interval == 0)
-        ):
+        pause = time.perf_counter()
+        if saving:
+            common.check_weights(model, done)
+        if validating:
             model.eval()
             metrics = next(iter(run_protocol(model, tokenizer, config, processes).values()))["metrics"]
             if main:
@@ -211,14 +230,22 @@ def train(config, processes):
                 best = metrics[criterion]
                 if main:
                     save("best.pt", done)
+        if saving:
+            parts = common.gather_objects({"totals": common.as_values(totals)})
             if main:
-                save("last.pt", done, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), totals=totals)
-            clock = time.perf_counter()
+                state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "parts": parts}
+                save("last.pt", done, **state, skipped_updates=health.skipped_updates)
+            clock += time.perf_counter() - pause  # speed is that of training
+        if stopping and done < config.max_steps:
+            stop.restore()
+            raise common.Stopped(f"stopped after update {done}, {run_dir / 'last.pt'}; --resume=auto goes on")
+    stop.restore()
 
     if config.eval_interval < 0:
         return {}
-    common.barrier()
-    model.load_state_dict(checkpoint.read(run_dir / "best.pt")["model"])
+    if main:  # the one that has surely the file
+        model.load_state_dict(checkpoint.read(run_dir / "best.pt")["model"])
+    common.copy_from_main(model.state_dict().values())
     model.eval()
     return run_protocol(model, tokenizer, config, processes)
 

@@ -25,9 +25,9 @@ import common
 import data
 import evaluate
 import vqvae
-from common import InputError, ModelTrainConfig, setting
+from common import FROM_0, InputError, ModelTrainConfig, setting
 from losses import OBJECTIVES
-from model import SIZES, FashionViL, ModelConfig
+from model import RESNETS, SIZES, FashionViL, ModelConfig
 
 PAPER_MIX = {"itm": 0.15, "pac": 0.15, "itc": 0.20, "mvc": 0.20, "mlm": 0.15, "mpfc": 0.15}
 
@@ -37,21 +37,24 @@ class PretrainConfig(ModelTrainConfig):
     """Settings of pre-training."""
 
     sets: tuple = setting(tuple(data.SETS), "data sets to train on")
+    skip_broken_images: bool = setting(False, data.SKIP_BROKEN)
     objectives: dict = setting(PAPER_MIX, "objectives and their probabilities, itc:0.5,mlm:0.5")
     tokenizer: str = setting("", "image tokenizer file for MPFC (vqvae.py trains one; a released encoder will do)")
-    n_attributes: int = setting(2232, "size of the pseudo-attribute vocabulary; 0: largest id of the data + 1")
+    n_attributes: int = setting(2232, "size of the pseudo-attribute vocabulary; 0: largest id of the data + 1", FROM_0)
     mask_share: float = setting(0.15, "share of the words that MLM asks for")
     pac_scale: float = setting(1.0, "multiplies the cosines of PAC's head")
-    itm_pool: int = setting(0, "rows of the batch among which ITM looks for its hardest negative; 0: all")
+    itm_pool: int = setting(0, "rows of the batch among which ITM looks for its hardest negative; 0: all", FROM_0)
 
 
 def check_config(config):
-    """Raise InputError for an objective that does not exist or probabilities that are none."""
+    """Raise InputError for an objective that does not exist, probabilities that are none, sizes that no model has."""
+    common.check_limits(config)
     for name in config.objectives:
         if name not in OBJECTIVES:
             raise InputError(f"objectives: found {name!r}, expected some of {', '.join(OBJECTIVES)}")
-    total = sum(config.objectives.values())
-    if min(config.objectives.values(), default=-1) < 0 or not math.isclose(total, 1.0, abs_tol=1e-6):
+    shares = list(config.objectives.values())
+    numbers = all(type(share) in (int, float) and share >= 0 for share in shares)
+    if not numbers or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
         raise InputError(f"objectives: found probabilities {config.objectives}, expected none below 0 and a sum of 1")
     if config.image_size < data.STRIDE or config.image_size % data.STRIDE:
         raise InputError(f"image_size: found {config.image_size}, expected a multiple of {data.STRIDE}")
@@ -59,6 +62,8 @@ def check_config(config):
         raise InputError(f"mask_share: found {config.mask_share}, expected a share between 0 and 1")
     if config.size not in SIZES:
         raise InputError(f"size: found {config.size!r}, expected one of {', '.join(SIZES)}")
+    if config.resnet not in RESNETS:
+        raise InputError(f"resnet: found {config.resnet!r}, expected one of {', '.join(RESNETS)}")
 
 
 def objective_at(step, config):
@@ -94,7 +99,11 @@ def load_image_tokenizer(config, device):
         return vqvae.random_tokenizer(vqvae.TokenizerConfig()).to(device)
     if not config.tokenizer:
         raise InputError("tokenizer: MPFC needs an image tokenizer; train one with vqvae.py and set --tokenizer=FILE")
-    return vqvae.load_tokenizer(config.tokenizer, device)
+    tokenizer = vqvae.load_tokenizer(config.tokenizer, device)
+    if tokenizer.config.stride != data.STRIDE:
+        found = f"patches of {tokenizer.config.stride} pixels, expected {data.STRIDE} as the ResNet's"
+        raise InputError(f"tokenizer: {config.tokenizer} has {found}; train one with vqvae.py")
+    return tokenizer
 
 
 def validate(model, products, tokenizer, config, processes):
@@ -119,23 +128,25 @@ def train(config, processes):
     image_tokenizer = load_image_tokenizer(config, device)
     n_codes = image_tokenizer.config.n_codes if image_tokenizer else ModelConfig.n_codes
     model = build_model(config, vocab_size=tokenizer.get_vocab_size(), n_attributes=n_attributes, n_codes=n_codes)
+    data.check_lengths(config, model.config.max_position_embeddings)
     report = checkpoint.initialise(model, config.init, bert=config.bert, resnet=config.resnet_file)
     model.to(device)
     optimizer = common.make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
 
-    start, best, totals = 0, -1.0, {}
+    start, best, totals, skipped, health = 0, -1.0, {}, 0, common.Health(device)
     code_counts = torch.zeros(n_codes, dtype=torch.long, device=device)  # of masked patches, for the last table
     state = checkpoint.find_resume(config.resume, run_dir, model)
     if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        start, best, totals = state["step"], state["best"], state["totals"]
-        code_counts = state["code_counts"].to(device)
+        report += checkpoint.restore(state, config, model, optimizer, scaler)
+        start, best, code_counts = state["step"], state["best"], state["code_counts"].to(device)
+        mine = common.own_part(state, processes)
+        totals, skipped = mine.get("totals", {}), mine.get("skipped_images", 0)
+        health.skipped_updates = state.get("skipped_updates", 0)
         # Used parameters carry gradients of zero between updates (below), so a resumed run must hold them too.
         for parameter in optimizer.state:
             parameter.grad = torch.zeros_like(parameter)
+    common.same_everywhere("resume", f"a start at update {start}", "the run folder must be the same on every node")
 
     batches = data.Batches(len(products), config, processes, start, lambda step: objective_at(step, config))
     dataset = data.Pretraining(products, tokenizer, n_attributes, config)
@@ -148,9 +159,7 @@ def train(config, processes):
     ddp = DistributedDataParallel(model, find_unused_parameters=True) if processes.world_size > 1 else model
 
     if main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        common.write_json(run_dir / "run.json", common.describe_run(config))
-        common.cut_log(run_dir / "log.jsonl", start)
+        common.open_run(config, start)
         micro = config.batch_size // config.grad_accum
         print(f"{len(products)} products, {len(val_products)} for validation, {tokenizer.get_vocab_size()} word pieces")
         print(*report, sep="\n")
@@ -174,7 +183,10 @@ def train(config, processes):
         }
         checkpoint.save(run_dir / name, state)
 
-    metrics, skipped, logged = {}, 0, start
+    def name_of(index):
+        return products[index].name
+
+    metrics, logged, stop = {}, start, common.StopSignals()
     clock, bar = time.perf_counter(), tqdm(range(start, config.max_steps), disable=not main, initial=start)
     for step in bar:
         objective = objective_at(step, config)
@@ -184,6 +196,7 @@ def train(config, processes):
         # Zeros, not None: a head that was used before and not in this update still moves by its momentum and decays;
         # one never used has no gradient yet and is skipped. The original does so, and it changes the numbers.
         optimizer.zero_grad(set_to_none=False)
+        update_loss = 0.0
         for micro in range(config.grad_accum):
             batch = data.to_device(next(loader), device)
             skipped += int(batch.pop("skipped").sum()) if "skipped" in batch else 0
@@ -196,16 +209,19 @@ def train(config, processes):
                 with common.autocast(device, config.dtype):
                     loss, measured = ddp(batch, OBJECTIVES[objective])
                 scaler.scale(loss / config.grad_accum).backward()
+            update_loss = update_loss + loss.detach() / config.grad_accum
             # sums stay on the device until a log line reads them
             row = totals.setdefault(objective, {})
             for key, value in {"loss": loss.detach(), **measured}.items():
                 row[key] = row.get(key, 0) + value / config.grad_accum
             row["updates"] = row.get("updates", 0) + 1 / config.grad_accum
-        scaler.step(optimizer)
-        scaler.update()
+        health.step(step, update_loss, optimizer, scaler)
 
-        done = step + 1
-        if done % config.log_interval == 0 or done == config.max_steps:
+        done, stopping = step + 1, common.any_process(bool(stop.asked))
+        logging, validating, saving = common.due(config, done, stopping)
+        if logging or saving:
+            health.check(optimizer, config, batches, name_of)
+        if logging:
             row = {"step": done, "lr": optimizer.param_groups[0]["lr"]}
             for name, sums in totals.items():
                 means = common.mean_of_updates(sums, device)
@@ -215,27 +231,37 @@ def train(config, processes):
             logged = done
             row["memory_gb"] = common.peak_memory_gb(device)
             if config.skip_broken_images:
-                row["skipped_images"] = skipped
+                row["skipped_images"] = sum(common.gather_objects(skipped))
+            if scaler.is_enabled():
+                row["skipped_updates"] = health.skipped_updates
             totals.clear()
             if main:
                 common.append_log(run_dir / "log.jsonl", row)
                 bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k.endswith("_loss")})
                 if wandb:
                     wandb.log(row, step=done)
-        if done == config.max_steps or (config.eval_interval > 0 and done % config.eval_interval == 0):
-            if config.eval_interval >= 0:
-                model.eval()
-                metrics = validate(model, val_products, tokenizer, config, processes)
-            if main and metrics:
+        pause = time.perf_counter()
+        if saving:
+            common.check_weights(model, done)
+        if validating:
+            model.eval()
+            metrics = validate(model, val_products, tokenizer, config, processes)
+            if main:
                 common.append_log(run_dir / "log.jsonl", {"step": done, **{f"val_{k}": v for k, v in metrics.items()}})
                 bar.write(f"step {done}: val mean recall {100 * metrics['mean_recall']:.1f} %")
                 if metrics["mean_recall"] > best:
                     best = metrics["mean_recall"]
                     save("best.pt", done)
+        if saving:
+            parts = common.gather_objects({"totals": common.as_values(totals), "skipped_images": skipped})
             if main:
-                state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "totals": totals}
-                save("last.pt", done, **state, code_counts=code_counts)
-            clock = time.perf_counter()
+                state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "parts": parts}
+                save("last.pt", done, **state, code_counts=code_counts, skipped_updates=health.skipped_updates)
+            clock += time.perf_counter() - pause  # speed is that of training
+        if stopping and done < config.max_steps:
+            stop.restore()
+            raise common.Stopped(f"stopped after update {done}, {run_dir / 'last.pt'}; --resume=auto goes on")
+    stop.restore()
     if main:
         print_summary(
             run_dir / "log.jsonl", trivial_answers(products, tokenizer, config, code_counts.double().cpu().numpy())

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import checkpoint
 import common
 import data
-from common import InputError, TrainConfig, all_mean, gather_rows, setting
+from common import COUNT, FROM_0, InputError, TrainConfig, all_mean, gather_rows, setting
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model
@@ -341,28 +341,27 @@ def read_sizes(state):
 class VQVAEConfig(TrainConfig):
     """Settings of the image tokenizer's training."""
 
-    batch_size: int = setting(64, "images per update, all processes together")
-    max_steps: int = setting(150_000, "updates")
-    lr: float = setting(2e-4, "learning rate")
-    warmup: int = setting(2_000, "updates until the full learning rate; 0: none")
+    batch_size: int = setting(64, "images per update, all processes together", COUNT)
+    max_steps: int = setting(150_000, "updates", COUNT)
+    lr: float = setting(2e-4, "learning rate", FROM_0)
+    warmup: int = setting(2_000, "updates until the full learning rate; 0: none", FROM_0)
     milestones: tuple = setting((100_000, 130_000), "updates at which the learning rate falls to a tenth")
     sets: tuple = setting(tuple(data.SETS), "data sets to train on")
-    ch: int = setting(128, "channels of the first level")
+    skip_broken_images: bool = setting(False, data.SKIP_BROKEN)
+    ch: int = setting(128, "channels of the first level", COUNT)
     ch_mult: tuple = setting((1, 1, 2, 2, 4, 4), "channels of each level, as multiples of ch")
-    n_blocks: int = setting(2, "residual blocks a level")
-    latent_dim: int = setting(256, "size of a code's vector")
-    n_codes: int = setting(1024, "codes in the codebook")
-    unshuffle: int = setting(1, "squares of this many pixels become channels first; 1: none, as released")
-    commitment: float = setting(0.25, "weight of the commitment loss beside L1")
-    reseed_after: int = setting(100, "a code not chosen for so many updates becomes a latent of the batch")
-    eval_images: int = setting(1_000, "FashionGen-val images held out to measure on, at most")
+    n_blocks: int = setting(2, "residual blocks a level", COUNT)
+    latent_dim: int = setting(256, "size of a code's vector", COUNT)
+    n_codes: int = setting(1024, "codes in the codebook", COUNT)
+    unshuffle: int = setting(1, "squares of this many pixels become channels first; 1: none, as released", COUNT)
+    commitment: float = setting(0.25, "weight of the commitment loss beside L1", FROM_0)
+    reseed_after: int = setting(100, "a code not chosen for so many updates becomes a latent of the batch", COUNT)
+    eval_images: int = setting(1_000, "FashionGen-val images held out to measure on, at most", COUNT)
 
 
 def check_config(config):
     """The TokenizerConfig of a VQVAEConfig. Raises InputError for sizes that cannot be, or miss the ResNet's grid."""
-    for name in ("ch", "n_blocks", "latent_dim", "n_codes", "unshuffle", "reseed_after", "eval_images"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}: found {getattr(config, name)}, expected at least 1")
+    common.check_limits(config)
     if not config.ch_mult or not all(type(m) is int and m > 0 for m in config.ch_mult):
         raise InputError(f"ch_mult: found {config.ch_mult}, expected whole numbers from 1, one a level")
     sizes = TokenizerConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TokenizerConfig)})
@@ -431,7 +430,8 @@ def draw_reconstructions(model, images, path, device, columns=8, rows=2):
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (data.MEAN, data.STD))
     both = ((both * std + mean).clamp(0, 1) * 255).round().byte().cpu().unflatten(1, (rows, columns))
     sheet = both.permute(1, 0, 4, 2, 5, 3)  # (rows, 2, S, columns, S, 3)
-    Image.fromarray(sheet.flatten(3, 4).flatten(0, 2).contiguous().numpy()).save(path)
+    with common.replacing(path) as file:
+        Image.fromarray(sheet.flatten(3, 4).flatten(0, 2).contiguous().numpy()).save(file, "PNG")
 
 
 def train(config, processes):
@@ -446,18 +446,20 @@ def train(config, processes):
     model = VQVAE(sizes).to(device)
     optimizer = common.make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    start, totals = 0, {}
+    start, totals, skipped, health, report = 0, {}, 0, common.Health(device), []
     state = checkpoint.find_resume(config.resume, run_dir)
     if state is not None:
         found, asked = state.get("tokenizer_config"), dataclasses.asdict(sizes)
         if found != asked:
             raise InputError(f"resume: the checkpoint's tokenizer is {found}, the settings ask for {asked}")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        start, totals = state["step"], {name: value.to(device) for name, value in state["totals"].items()}
+        report = checkpoint.restore(state, config, model, optimizer, scaler)
+        start, mine = state["step"], common.own_part(state, processes)
+        totals, skipped = mine.get("totals", {}), mine.get("skipped_images", 0)
+        totals = {name: torch.as_tensor(value, dtype=torch.float32, device=device) for name, value in totals.items()}
+        health.skipped_updates = state.get("skipped_updates", 0)
+    common.same_everywhere("resume", f"a start at update {start}", "the run folder must be the same on every node")
 
-    batches = data.Batches(len(products), config, processes, start)
+    batches = data.Batches(len(products), config, processes, start, lambda step: "reconstruction")
     loader = iter(data.train_loader(Photos(products, config), batches, config, device))
     if config.compile:
         model.encoder.compile()
@@ -465,21 +467,22 @@ def train(config, processes):
     # DDP also copies rank 0's buffers, the codebook among them, to all before every forward: no drift by rounding
     ddp = DistributedDataParallel(model) if processes.world_size > 1 else model
     if main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        common.write_json(run_dir / "run.json", common.describe_run(config))
-        common.cut_log(run_dir / "log.jsonl", start)
+        common.open_run(config, start)
         n = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in ("encoder", "decoder")}
-        print(f"{len(products)} products, {len(held_out)} images held out; parameters: {n}; {sizes}")
+        print(*report, f"{len(products)} products, {len(held_out)} images held out; parameters: {n}; {sizes}", sep="\n")
     wandb = common.start_wandb(config) if main else None
 
-    metrics, skipped, logged = {}, 0, start
+    def name_of(index):
+        return products[index].name
+
+    metrics, logged, stop = {}, start, common.StopSignals()
     clock, bar = time.perf_counter(), tqdm(range(start, config.max_steps), disable=not main, initial=start)
     for step in bar:
         common.set_lr(optimizer, step, config)
         common.seed_step(config.seed, step, 0)  # rank 0's on every process: re-seeding must draw the same everywhere
         model.train()
         optimizer.zero_grad()
-        seen = []
+        seen, update_loss = [], 0.0
         for micro in range(config.grad_accum):
             batch = data.to_device(next(loader), device)
             skipped += int(batch["skipped"].sum()) if "skipped" in batch else 0
@@ -491,18 +494,20 @@ def train(config, processes):
                 l1 = F.l1_loss(reconstruction.float(), images)
                 loss = l1 + config.commitment * commitment
                 scaler.scale(loss / config.grad_accum).backward()
+            update_loss = update_loss + loss.detach() / config.grad_accum
             seen.append((z.flatten(0, 1), codes.flatten()))
             # sums stay on the device until a log line reads them
             for name, value in (("l1", l1), ("commitment", commitment)):
                 totals[name] = totals.get(name, 0) + value.detach() / config.grad_accum
-        scaler.step(optimizer)
-        scaler.update()
+        health.step(step, update_loss, optimizer, scaler)
         z, codes = (torch.cat(parts) for parts in zip(*seen, strict=True))
         totals["counts"] = totals.get("counts", 0) + model.update_codebook(z, codes, config.reseed_after)
 
-        done = step + 1
-        finished = done == config.max_steps
-        if done % config.log_interval == 0 or finished:
+        done, stopping = step + 1, common.any_process(bool(stop.asked))
+        logging, validating, saving = common.due(config, done, stopping)
+        if logging or saving:
+            health.check(optimizer, config, batches, name_of)
+        if logging:
             counts = totals.pop("counts")
             updates = float(counts.sum()) / len(z) / processes.world_size  # since the last log line
             row = {"step": done, "lr": optimizer.param_groups[0]["lr"]}
@@ -513,7 +518,9 @@ def train(config, processes):
             row["images_per_s"] = config.batch_size * (done - logged) / seconds
             row["memory_gb"] = common.peak_memory_gb(device)
             if config.skip_broken_images:
-                row["skipped_images"] = skipped
+                row["skipped_images"] = sum(common.gather_objects(skipped))
+            if scaler.is_enabled():
+                row["skipped_updates"] = health.skipped_updates
             totals.clear()
             logged = done
             if main:
@@ -521,7 +528,10 @@ def train(config, processes):
                 bar.set_postfix({name: f"{row[name]:.3f}" for name in ("l1", "commitment", "perplexity")})
                 if wandb:
                     wandb.log(row, step=done)
-        if finished or (config.eval_interval > 0 and done % config.eval_interval == 0):
+        pause = time.perf_counter()
+        if saving:
+            common.check_weights(model, done)
+        if validating:
             if main:
                 metrics = validate(model, held_out, device)
                 common.append_log(run_dir / "log.jsonl", {"step": done, **{f"val_{k}": v for k, v in metrics.items()}})
@@ -531,6 +541,9 @@ def train(config, processes):
                     f"perplexity {metrics['perplexity']:.0f}, {metrics['codes_used']} of {sizes.n_codes} codes used"
                 )
                 draw_reconstructions(model, held_out, run_dir / "reconstructions.png", device)
+        if saving:
+            parts = common.gather_objects({"totals": common.as_values(totals), "skipped_images": skipped})
+            if main:
                 state = {
                     "kind": "tokenizer",
                     "model": model.state_dict(),
@@ -539,10 +552,15 @@ def train(config, processes):
                     "step": done,
                     "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(),
-                    "totals": totals,
+                    "parts": parts,
+                    "skipped_updates": health.skipped_updates,
                 }
                 checkpoint.save(run_dir / "last.pt", state)
-            clock = time.perf_counter()
+            clock += time.perf_counter() - pause  # speed is that of training
+        if stopping and done < config.max_steps:
+            stop.restore()
+            raise common.Stopped(f"stopped after update {done}, {run_dir / 'last.pt'}; --resume=auto goes on")
+    stop.restore()
     return model, metrics
 
 

@@ -1,0 +1,293 @@
+"""Kill training runs at random moments, resume them, and compare their ends bit for bit with undisturbed runs.
+
+    python tests/soak.py --minutes=20                     # kills; prints a line per run, and figures at the end
+    python tests/soak.py --mutate --minutes=10            # random damage to annotation files and checkpoints instead
+    --seed=1                                              # other moments, other damage
+
+`tests/test_resume.py` does a few of the same with the functions below."""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+TIMES = ("samples_per_s", "images_per_s", "memory_gb")  # of a log line, no two runs agree on them
+SIZES = "--size=tiny --resnet=resnet18 --width=8 --image_size=64 --init=random --lr=1e-3 --lr_factor=1 --seed=5"
+EXACT = "--dropout=0.1 --dtype=bfloat16 --grad_accum=2 --workers=1 --log_interval=3 --save_interval=2 --warmup=3"
+STEPS = {"pretrain": 36, "fashioniq": 24}
+SCRIPT = {
+    "pretrain": "pretrain.py --n_attributes=0 --batch_size=16 --eval_interval=18 --milestones=20",
+    "fashioniq": "finetune.py configs/demo_finetune.py --task=fashioniq --batch_size=8 --eval_interval=12",
+}
+# SIGKILL to oneself at the {n}th time that last.pt is about to get its name; then the stage, as from the command line
+IN_SAVE = """
+import os, runpy, sys
+replace, left = os.replace, [{n}]
+def killing(source, target):
+    left[0] -= str(target).endswith("last.pt")
+    if not left[0]:
+        os.kill(os.getpid(), 9)
+    replace(source, target)
+os.replace, sys.argv = killing, sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def make_data(folder):
+    """A small catalogue and an image tokenizer in `folder`."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "prepare")]
+    from demo import make_catalogue
+
+    import checkpoint
+    import vqvae
+
+    make_catalogue(folder / "data", products=150, size=64)
+    sizes = vqvae.TokenizerConfig(ch=8, ch_mult=(1, 1, 1, 1), n_blocks=1, latent_dim=8, n_codes=16, unshuffle=4)
+    torch.manual_seed(0)
+    checkpoint.save(folder / "tokenizer.pt", {"kind": "tokenizer", "model": vqvae.random_tokenizer(sizes).state_dict()})
+
+
+def start(task, processes, folder, out, launcher=None, restarts=0):
+    """Popen of a stage that resumes where it can; `folder` as `make_data` left it, `out` the run folder."""
+    script, *words = SCRIPT[task].split()
+    launcher = launcher or [sys.executable]
+    if processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher.append(f"--max-restarts={restarts}")
+    words += [*SIZES.split(), *EXACT.split(), f"--max_steps={STEPS[task]}", f"--data_root={folder / 'data'}"]
+    words += [f"--out_dir={out}", "--resume=auto"] + [f"--tokenizer={folder / 'tokenizer.pt'}"] * (task == "pretrain")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "output.txt", "a") as output:
+        command = [*launcher, str(ROOT / script), *words]
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output, start_new_session=True)
+
+
+def finish(process, out):
+    """Wait for a run's good end."""
+    try:
+        code = process.wait(600)
+    finally:
+        kill(process)  # nothing where it has ended; a test that is stopped leaves no process behind
+    assert code == 0, (out / "output.txt").read_text()[-3000:]
+
+
+def children(pid):
+    """The processes below `pid`, as Linux lists them; torchrun's workers are in sessions of their own."""
+    found = []
+    for task in Path("/proc", str(pid), "task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in task.read_text().split():
+                found += [int(child), *children(child)]
+    return found
+
+
+def kill(process):
+    """SIGKILL to a run and everything below it."""
+    if process.poll() is None:
+        for pid in [process.pid, *children(process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def reached(out):
+    """The last step in the log of a run folder, 0 before the first."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"]
+    return 0
+
+
+def wait_for(process, out, step):
+    """Wait until the log has reached `step`; False where the run ended before."""
+    while reached(out) < step:
+        if process.poll() is not None:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def run_with_kills(task, processes, folder, out, kills, rng):
+    """A run with `kills` SIGKILLs at random moments, each past a random step, or in a save, or during the start."""
+    done, last = 0, STEPS[task] - 9
+    for step in sorted(rng.randrange(last) for _ in range(kills)):
+        in_save = processes == 1 and rng.random() < 0.3
+        launcher = [sys.executable, "-c", IN_SAVE.format(n=rng.randint(1, 3))] if in_save else None
+        process = start(task, processes, folder, out, launcher)
+        if in_save:
+            process.wait(600)
+            done += process.returncode == -signal.SIGKILL
+        elif wait_for(process, out, step):
+            time.sleep(rng.uniform(0, 0.4))
+            done += process.poll() is None
+            kill(process)
+    finish(start(task, processes, folder, out), out)
+    return done
+
+
+def read_log(folder):
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def same(a, b, where=""):
+    """Assert that two trees of a checkpoint are equal to the bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{where}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def same_runs(a, b):
+    """Assert that two run folders hold the same run: checkpoints but for the settings, log lines, final results."""
+    for name in ("last.pt", "best.pt"):
+        if (a / name).exists() or (b / name).exists():
+            states = [torch.load(folder / name, weights_only=True) for folder in (a, b)]
+            for state in states:
+                del state["config"]
+            same(*states)
+    assert read_log(a) == read_log(b)
+    if (a / "results.json").exists():
+        results = [json.loads((folder / "results.json").read_text()) for folder in (a, b)]
+        for result in results:
+            del result["checkpoint"], result["seconds"]
+        assert results[0] == results[1]
+    left = [path.name for path in b.iterdir() if path.name.endswith((".tmp", ".before"))]
+    assert left in ([], ["last.pt.tmp"], ["log.jsonl.tmp"]), left  # what a kill in a write leaves, never under the name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the two loops
+
+
+def soak(folder, seconds, rng):
+    """Runs with kills until the time is over; returns figures."""
+    whole, runs, kills, end = {}, 0, 0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        task, processes = rng.choice(list(SCRIPT)), rng.choice((1, 1, 2))
+        if (task, processes) not in whole:
+            out = whole[task, processes] = folder / f"whole_{task}_{processes}"
+            finish(start(task, processes, folder, out), out)
+        out = folder / "killed"
+        done = run_with_kills(task, processes, folder, out, rng.randint(1, 6), rng)
+        same_runs(whole[task, processes], out)
+        shutil.rmtree(out)
+        runs, kills = runs + 1, kills + done
+        print(f"{task}, {processes} processes, {done} kills: bit-identical", flush=True)
+    return f"{runs} runs, {kills} kills, all ends bit-identical"
+
+
+TOKENS = (b"-1", b"null", b"[]", b"{}", b'"', b"1e999", b"9" * 30, b"\\ud800", b"true", b"\n")
+
+
+def damage(content, rng):
+    """A few random changes of bytes: flipped, cut out, doubled, numbers grown, or the end cut off."""
+    content = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 5, 20))):
+        a = rng.randrange(max(1, len(content)))
+        b = min(len(content), a + rng.choice((1, 1, 4, 50, 1000)))
+        kind = rng.randrange(6)
+        if kind == 0:
+            content[a:b] = bytes(rng.randrange(256) for _ in range(b - a))
+        elif kind == 1:
+            del content[a:b]
+        elif kind == 2:
+            content[a:a] = content[a:b] * rng.choice((1, 1, 100))
+        elif kind == 3:
+            content[a:b] = rng.choice(TOKENS)
+        elif kind == 4 and rng.random() < 0.2:
+            del content[a:]
+        else:
+            content[a:b] = bytes(255 - byte for byte in content[a:b])
+    return bytes(content)
+
+
+def mutate(folder, seconds, rng):
+    """Readers over damaged files until the time is over; returns figures. Anything but an InputError or a good end of
+    under 60 s and 1 GB is an error, with the damaged file kept in `folder`."""
+    import checkpoint
+    import data
+    import evaluate  # noqa: F401  # imports must not count as time or memory of the first reading
+    from common import InputError
+
+    root = folder / "data"
+    annotations = [path for path in root.rglob("*.json") if path.parent != root]
+    images = list((root / "FashionGen" / "val").iterdir())
+    weights = [folder / "tokenizer.pt"]
+    for name, kind in (("model.pt", {}), ("old.pt", {"_use_new_zipfile_serialization": False})):
+        import pretrain
+
+        model = pretrain.build_model(pretrain.PretrainConfig(size="tiny", resnet="resnet18", width=8), vocab_size=90)
+        state = {"format": 1, "kind": "fashionvil", "task": "pretrain", "model": model.state_dict(), "step": 3}
+        optimizer = {"state": {}, "param_groups": []}
+        torch.save({**state, "vocab": "[PAD]\n", "config": {}, "optimizer": optimizer}, folder / name, **kind)
+        weights.append(folder / name)
+
+    def read(path):
+        if path in annotations:
+            return data.check(root, open_images=False)
+        if path in images:
+            return data.open_image(path)
+        checkpoint.find_resume(str(path), folder)
+        return checkpoint.load_model(path)
+
+    counts, slowest, end = {}, 0.0, time.monotonic() + seconds
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    while time.monotonic() < end:
+        path = rng.choice(rng.choice((annotations, images, weights)))
+        whole, begin = path.read_bytes(), time.monotonic()
+        path.write_bytes(damage(whole, rng))
+        signal.alarm(60)  # a hang ends here, by the signal
+        try:
+            result = read(path)
+            outcome = "faults listed" if path in annotations and result[1] else "read"
+        except InputError as error:
+            assert "\n" not in str(error), error
+            outcome = "refused"
+        signal.alarm(0)
+        path.write_bytes(whole)
+        key = f"{'annotations' if path in annotations else 'images' if path in images else 'checkpoints'} {outcome}"
+        counts[key], slowest = counts.get(key, 0) + 1, max(slowest, time.monotonic() - begin)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert peak < 1_000_000, f"{peak} kB"
+    memory = f"peak memory {peak / 1e6:.2f} GB, {before / 1e6:.2f} at the start"
+    return f"{dict(sorted(counts.items()))}, slowest {slowest:.1f} s, {memory}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mutate", action="store_true")
+    given = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="soak_"))
+    make_data(folder)
+    loop = mutate if given.mutate else soak
+    print(f"seed {given.seed}, {folder}: {loop(folder, 60 * given.minutes, random.Random(given.seed))}")
+    shutil.rmtree(folder)  # kept where something failed
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,435 @@
+"""Bad input: each kind ends in one line that names file, entry and cure, before the first update, and leaves nothing.
+
+And what looks odd but is fine: it trains. `***` in an expected message stands for anything."""
+
+import json
+import os
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_finetune import small as small_finetune
+from test_pretrain import small as small_pretrain
+
+import checkpoint
+import data
+import finetune
+import pretrain
+import vqvae
+from common import InputError, Processes
+
+ONE = Processes(0, 1, torch.device("cpu"))
+TRAIN, VAL = "FashionGen/train_info.json", "FashionGen/val_info.json"
+
+
+@pytest.fixture
+def root(catalogue, tmp_path):
+    """A copy of the catalogue whose images are links, so that a test may spoil what it likes."""
+    for folder, _, files in os.walk(catalogue):
+        target = tmp_path / "data" / Path(folder).relative_to(catalogue)
+        target.mkdir(parents=True)
+        for name in files:
+            if name.endswith((".json", ".txt")):
+                (target / name).write_bytes(Path(folder, name).read_bytes())
+            else:
+                (target / name).symlink_to(Path(folder, name))
+    return tmp_path / "data"
+
+
+def edit(file, entry, **changes):
+    """Change keys of an entry of an annotation file (None: remove; entry None: of all)."""
+
+    def apply(root):
+        rows = json.loads((root / file).read_text())
+        for row in rows if entry is None else [rows[entry]]:
+            row.update(changes)
+            for key in [key for key, value in changes.items() if value is None]:
+                del row[key]
+        (root / file).write_text(json.dumps(rows))
+
+    return apply
+
+
+def put(file, content):
+    """Replace a file's content; bytes, text or something for JSON."""
+
+    def apply(root):
+        text = content if isinstance(content, str | bytes) else json.dumps(content)
+        (root / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    return apply
+
+
+def refuse(call, message, root):
+    """`call()` raises one line that is `message`, {root} and *** filled in."""
+    expected = ".*".join(re.escape(part) for part in message.format(root=root).split("***"))
+    with pytest.raises(InputError) as error:
+        call()
+    assert re.fullmatch(expected, str(error.value)), f"\n{error.value}\n{message}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings
+
+SETTINGS = [
+    (dict(batch_size=0), "batch_size: found 0, expected 1 or more"),
+    (dict(batch_size=100_000), "batch_size: found 100000, but the data has only *** products"),
+    (dict(grad_accum=0), "grad_accum: found 0, expected 1 or more"),
+    (dict(grad_accum=3), "batch_size: found 16, expected a multiple of processes x grad_accum = 1 x 3"),
+    (dict(max_steps=0), "max_steps: found 0, expected 1 or more"),
+    (dict(log_interval=0), "log_interval: found 0, expected 1 or more"),
+    (dict(save_interval=-1), "save_interval: found -1, expected 0 or more"),
+    (dict(eval_interval=-2), "eval_interval: found -2, expected -1 or more"),
+    (dict(workers=-1), "workers: found -1, expected 0 or more"),
+    (dict(seed=-1), "seed: found -1, expected 0 to 9223372036854775807"),
+    (dict(lr=float("nan")), "lr: found nan, expected 0 or more"),
+    (dict(weight_decay=float("inf")), "weight_decay: found inf, expected 0 or more"),
+    (dict(dropout=1.5), "dropout: found 1.5, expected 0.0 to 1.0"),
+    (dict(width=0), "width: found 0, expected 1 or more"),
+    (dict(n_attributes=-1), "n_attributes: found -1, expected 0 or more"),
+    (dict(n_attributes=3), "*** ***: attributes id ***, expected below 3; check the label file or n_attributes"),
+    (dict(milestones=("a",)), "milestones: found ('a',), expected whole numbers of updates"),
+    (dict(dtype="half"), "dtype: found 'half', expected float32, bfloat16 or float16"),
+    (dict(size="huge"), "size: found 'huge', expected one of ***"),
+    (dict(resnet="resnet9"), "resnet: found 'resnet9', expected one of resnet18, resnet34, resnet50"),
+    (dict(image_size=100), "image_size: found 100, expected a multiple of 32"),
+    (dict(image_size=736), "image_size: found 736, expected at most 704 for 512 positions"),
+    (dict(max_tokens=2), "max_tokens: found 2, expected 3 to 512, the positions of the model"),
+    (dict(max_tokens=513), "max_tokens: found 513, expected 3 to 512, the positions of the model"),
+    (dict(sets=()), "sets: found (), expected some of FashionGen, BigFACAD, Fashion200k, PolyvoreOutfits, each once"),
+    (dict(sets=("Wear",)), "sets: found 'Wear', expected some of ***"),
+    (dict(sets=("FashionGen",) * 2), "sets: found ('FashionGen', 'FashionGen'), expected some of ***, each once"),
+    (dict(objectives={}), "objectives: found probabilities {{}}, expected none below 0 and a sum of 1"),
+    (dict(objectives={"itx": 1.0}), "objectives: found 'itx', expected some of itc, itm, mlm, mpfc, mvc, pac"),
+    (dict(objectives={"itc": 0.5}), "objectives: found probabilities {{'itc': 0.5}}, expected none below 0 and a ***"),
+    (dict(objectives={"itc": "much"}), "objectives: found probabilities ***, expected none below 0 and a sum of 1"),
+    (dict(objectives={"itc": float("nan")}), "objectives: found probabilities {{'itc': nan}}, expected ***"),
+    (dict(resume="gone.pt"), "gone.pt: ***: No such file or directory"),
+    (
+        dict(data_root="/nowhere"),
+        "/nowhere/FashionGen/train_info.json: cannot be read as JSON (***); fetch the file ***",
+    ),
+]
+
+
+@pytest.mark.parametrize("changes, message", SETTINGS)
+def test_settings(changes, message, catalogue, tmp_path):
+    config = small_pretrain(catalogue, tmp_path / "run", **{"objectives": {"itc": 1.0}, **changes})
+    refuse(lambda: pretrain.train(config, ONE), message, catalogue)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_batch_that_processes_cannot_share(catalogue, tmp_path):
+    config = small_pretrain(catalogue, tmp_path / "run", objectives={"itc": 1.0})
+    message = "batch_size: found 16, expected a multiple of processes x grad_accum = 3 x 1"
+    refuse(lambda: pretrain.train(config, Processes(0, 3, torch.device("cpu"))), message, catalogue)
+    assert not os.listdir(tmp_path)
+
+
+def test_an_image_tokenizer_of_another_grid(catalogue, tmp_path):
+    sizes = vqvae.TokenizerConfig(ch=8, ch_mult=(1, 1, 1), n_blocks=1, latent_dim=8, n_codes=16, unshuffle=4)
+    file = tmp_path / "tokenizer.pt"
+    checkpoint.save(file, {"kind": "tokenizer", "model": vqvae.random_tokenizer(sizes).state_dict()})
+    config = small_pretrain(catalogue, tmp_path / "run", tokenizer=str(file))
+    message = f"tokenizer: {file} has patches of 16 pixels, expected 32 as the ResNet's; train one with vqvae.py"
+    refuse(lambda: pretrain.train(config, ONE), message, catalogue)
+    assert os.listdir(tmp_path) == ["tokenizer.pt"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(task="fashionik"), "task: found 'fashionik', expected one of ***"),
+        (dict(task="polyvore", split="both"), "split: found 'both', expected disjoint or nondisjoint"),
+        (dict(task="fashioniq", gallery="all"), "gallery: found 'all', expected original or val"),
+        (dict(task="fashioniq", eval_batch_size=0), "eval_batch_size: found 0, expected 1 or more"),
+        (dict(task="fashioniq", batch_size=7, grad_accum=2), "batch_size: found 7, expected a multiple of *** = 1 x 2"),
+        (dict(task="fashioniq", init="gone.pt"), "gone.pt: ***: No such file or directory"),
+    ],
+)
+def test_settings_of_fine_tuning(changes, message, catalogue, tmp_path):
+    config = small_finetune(changes["task"], catalogue, tmp_path / "run")
+    for name, value in changes.items():
+        setattr(config, name, value)
+    refuse(lambda: finetune.train(config, ONE), message, catalogue)
+    assert not os.listdir(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# annotation files
+
+ENTRY = "{root}/FashionGen/train_info.json: entry 1 (id ***): "
+ONE_SUCH = "; 1 such in the file, python data.py --data_root={root} lists them"
+IDS = "expected ids from 0 to 999999"
+IQ, SPLIT = "FashionIQ/captions/cap.shirt.val.json", "FashionIQ/image_splits/split.shirt.val.json"
+OCIR, ITEMS = "PolyvoreOutfits/ocir_disjoint_train.json", "PolyvoreOutfits/polyvore_item_metadata.json"
+FILES = [  # task ("": pre-training), what is done to the data, message
+    ("", edit(TRAIN, 1, title=None), ENTRY + "key 'title': found None, expected str" + ONE_SUCH),
+    ("", edit(TRAIN, 1, title=5), ENTRY + "key 'title': found 5, expected str" + ONE_SUCH),
+    ("", edit(TRAIN, 1, id=None), ENTRY + "key 'id': found None, expected int or str" + ONE_SUCH),
+    ("", edit(TRAIN, 1, id=True), ENTRY + "key 'id': found True, expected int or str" + ONE_SUCH),
+    ("", edit(TRAIN, 1, id="a\nb"), ENTRY + r"found 'FashionGen a\nb', expected no control characters" + ONE_SUCH),
+    ("", edit(TRAIN, None, id=7), ENTRY + "this id stood before; ids must be unique; *** such in the file***"),
+    ("", edit(TRAIN, 1, images="a.jpg"), ENTRY + "key 'images': found 'a.jpg', expected list" + ONE_SUCH),
+    ("", edit(TRAIN, 1, images=[]), ENTRY + "key 'images': found [], expected file names" + ONE_SUCH),
+    ("", edit(TRAIN, 1, images=[""]), ENTRY + "key 'images': found [''], expected file names" + ONE_SUCH),
+    ("", edit(TRAIN, 1, images=["../../a.jpg"]), ENTRY + "image path '../../a.jpg' leaves the folder ***" + ONE_SUCH),
+    ("", edit(TRAIN, 1, images=["/etc/hosts"]), ENTRY + "image path '/etc/hosts' leaves the folder ***" + ONE_SUCH),
+    ("", edit(TRAIN, 1, images=["a\0b"]), ENTRY + r"found 'a\x00b', expected no control characters" + ONE_SUCH),
+    ("", edit(TRAIN, 1, images=["\ud800"]), ENTRY + r"found '\ud800', expected no control characters" + ONE_SUCH),
+    ("", edit(TRAIN, 1, attributes_id=[-1]), ENTRY + "key 'attributes_id': found -1, " + IDS + ONE_SUCH),
+    ("", edit(TRAIN, 1, attributes_id=[10**12]), ENTRY + "key 'attributes_id': found 1000000000000, " + IDS + ONE_SUCH),
+    ("", edit(TRAIN, 1, attributes_id=[0, 1.5]), ENTRY + "key 'attributes_id': found 1.5, " + IDS + ONE_SUCH),
+    ("", edit(TRAIN, 1, category_id=-2), ENTRY + "key 'category_id': found -2, expected an id from 0 to 999999***"),
+    ("", edit(TRAIN, 1, subcategory_id="x"), ENTRY + "key 'subcategory_id': found 'x', expected an id from 0 to ***"),
+    ("", put(TRAIN, [5]), "{root}/" + TRAIN + ": entry 0 (id missing): found 5, expected an object" + ONE_SUCH),
+    ("", put(TRAIN, []), "{root}/" + TRAIN + ": found an empty list, expected a filled list"),
+    ("", put(TRAIN, {"a": 1}), "{root}/" + TRAIN + ": found a filled dict, expected a filled list"),
+    (
+        "",
+        put(TRAIN, '[{"id": 1'),
+        "{root}/" + TRAIN + ": cannot be read as JSON (Expecting ',' delimiter: line 1 column 10 (char 9)); "
+        "fetch the file again",
+    ),
+    (
+        "",
+        put(TRAIN, b"[\xff]"),
+        "{root}/" + TRAIN + ": cannot be read as JSON ('utf-8' codec ***); fetch the file again",
+    ),
+    (
+        "",
+        put(TRAIN, "[" * 100_000),
+        "{root}/" + TRAIN + ": cannot be read as JSON (*** recursion ***); fetch the file ***",
+    ),
+    ("", edit(VAL, 1, description=7), "{root}/" + VAL + ": entry 1 (id ***): key 'description': found 7, ***"),
+    ("fashiongen_category", edit(VAL, 3, category_id=None), "FashionGen ***: no category_id, which this task needs"),
+    (
+        "fashiongen_subcategory",
+        edit(VAL, None, subcategory_id=None),
+        "FashionGen ***: no subcategory_id, which this task needs",
+    ),
+    (
+        "fashiongen_retrieval",
+        edit(VAL, 3, subcategory_id=None),
+        "FashionGen ***: no subcategory_id, which this task ***",
+    ),
+    ("fashioniq", put(IQ, []), "{root}/" + IQ + ": found an empty list, expected a filled list"),
+    ("fashioniq", put(IQ, [7]), "{root}/" + IQ + ": entry 0: key 'target': found None, expected str"),
+    ("fashioniq", edit(IQ, 2, candidate=None), "{root}/" + IQ + ": entry 2: key 'candidate': found None, expected str"),
+    (
+        "fashioniq",
+        edit(IQ, 2, captions=[1, 2]),
+        "{root}/" + IQ + ": entry 2: key 'captions': found [1, 2], expected texts",
+    ),
+    (
+        "fashioniq",
+        edit(IQ, 2, candidate="../a"),
+        "{root}/" + IQ + ": entry 2: image path '../a.jpg' leaves the folder ***",
+    ),
+    ("fashioniq", put(SPLIT, ["a"]), "{root}/" + SPLIT + ": target *** stands in no row of the gallery (*** such)"),
+    ("fashioniq", put(SPLIT, [["a"]]), "{root}/" + SPLIT + ": entry 0: found ['a'], expected the name of an image"),
+    (
+        "fashioniq",
+        edit(IQ, None, fake_data=True),
+        "{root}/" + IQ + ": no query in it; expected rows that are not all fake_data",
+    ),
+    ("polyvore", edit(OCIR, 0, question=[]), "{root}/" + OCIR + ": entry 0: item [] is not in *** question is empty"),
+    (
+        "polyvore",
+        edit(OCIR, 0, question=[["a"]]),
+        "{root}/" + OCIR + ": entry 0: found ['a'], expected the name of an ***",
+    ),
+    (
+        "polyvore",
+        edit(OCIR, 0, blank="lost"),
+        "{root}/" + OCIR + ": entry 0: item ['lost'] is not in polyvore_item_***",
+    ),
+    (
+        "polyvore",
+        put(ITEMS, {"1": {"category_id": "x"}}),
+        "{root}/" + ITEMS + ": item '1': category_id: found 'x', ***",
+    ),
+    (
+        "polyvore",
+        put(ITEMS, {"1": {"category_id": 5}}),
+        "{root}/" + ITEMS + ": item '1': key 'category_id': found 5, ***",
+    ),
+    (
+        "polyvore",
+        edit("PolyvoreOutfits/ocir_disjoint_test.json", None, fake_data=True),
+        "{root}/PolyvoreOutfits/ocir_disjoint_test.json: no outfit to ask for in it; expected rows that are ***",
+    ),
+]
+
+
+@pytest.mark.parametrize("task, spoil, message", FILES)
+def test_annotation_files(task, spoil, message, root, tmp_path):
+    spoil(root)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    if task:
+        refuse(lambda: finetune.train(small_finetune(task, root, tmp_path / "run"), ONE), message, root)
+    else:
+        config = small_pretrain(root, tmp_path / "run", objectives={"itc": 1.0})
+        refuse(lambda: pretrain.train(config, ONE), message, root)
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_an_outfit_of_one_item(root, tmp_path):
+    row = json.loads((root / OCIR).read_text())[0]
+    edit(OCIR, 0, question=[row["blank"]])(root)
+    message = (
+        "{root}/" + OCIR + f": entry 0: blank '{row['blank']}' is the only item of the question, expected two items"
+    )
+    refuse(lambda: finetune.train(small_finetune("polyvore", root, tmp_path / "run"), ONE), message, root)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# images, found when first opened
+
+
+def png(width, height):
+    """A PNG that claims this size and has no pixels."""
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"")),
+        (b"IEND", b""),
+    )
+    chunks = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+IMAGES = [
+    (None, "No such file or directory"),
+    (b"", "cannot identify image file ***"),
+    (b"no image", "cannot identify image file ***"),
+    (lambda whole: whole[: len(whole) // 2], "image file is truncated***"),
+    (
+        png(60_000, 60_000),
+        "Image size (3600000000 pixels) exceeds limit of *** pixels, could be decompression bomb ***",
+    ),
+    (png(12_000, 12_000), "12000 x 12000 pixels, expected at most 64,000,000"),
+    (png(9, 9), "***"),
+]
+
+
+@pytest.mark.parametrize("content, cause", IMAGES, ids=["missing", "zero", "text", "cut", "bomb", "large", "no pixels"])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "validate"])
+def test_images(stage, content, cause, root, tmp_path):
+    if stage == "validate":
+        config = small_pretrain(root, tmp_path / "run", objectives={"itc": 1.0}, max_steps=1)
+        product = data.load_products(root, "FashionGen", "val")[5]
+    elif stage == "pretrain":
+        config = small_pretrain(root, tmp_path / "run", objectives={"itc": 1.0}, sets=("Fashion200k",), batch_size=4)
+        products = data.load_products(root, "Fashion200k", "train")
+        product = products[data.Batches(len(products), config, ONE).update(0)[1][2]]
+    else:
+        config = small_finetune("fashiongen_category", root, tmp_path / "run")
+        products = data.load_products(root, "FashionGen", "train")
+        product = products[data.Batches(len(products), config, ONE).update(0)[1][2]]
+    for path in map(Path, product.images):
+        whole = path.read_bytes()
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content(whole) if callable(content) else content)
+    cure = "replace the file (pre-training also has --skip_broken_images)"
+    message = f"{product.name}: {{root}}/***: image cannot be read: {cause}; {cure}"
+    train = finetune.train if stage == "finetune" else pretrain.train
+    refuse(lambda: train(config, ONE), message, root)
+    assert sorted(os.listdir(tmp_path / "run")) == ["lock", *["log.jsonl"] * (stage == "validate"), "run.json"]
+    assert [f"{product.name}: " in fault or f"(of {product.name})" in fault for fault in data.check(root)[1]] == (
+        [True] * len(product.images)
+    )
+
+
+def test_a_data_set_without_any_image_that_can_be_read(root, tmp_path):
+    for path in (root / "Fashion200k" / "images").iterdir():
+        path.unlink()
+    changes = dict(objectives={"itc": 1.0}, sets=("Fashion200k",), batch_size=4, skip_broken_images=True)
+    config = small_pretrain(root, tmp_path / "run", **changes)
+    refuse(lambda: pretrain.train(config, ONE), "no image of the data set can be read", root)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is odd, but fine
+
+
+def test_odd_images_and_texts_train(root, tmp_path):
+    folder = root / "FashionGen" / "train"
+    red = Image.new("RGB", (80, 60), (200, 30, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    images = {"cmyk.jpg": red.convert("CMYK"), "palette.png": red.quantize(4), "grey.png": red.convert("L")}
+    images |= {"alpha.png": red.convert("RGBA"), "bits.png": red.convert("1")}
+    images |= {"deep.png": Image.fromarray(np.full((60, 80), 40_000, np.uint16)), "one.png": red.resize((1, 1))}
+    for name, image in images.items():
+        image.save(folder / name)
+    red.save(folder / "turned.jpg", exif=exif)
+    red.save(folder / "moving.gif", save_all=True, append_images=[red.transpose(Image.Transpose.ROTATE_90)])
+    texts = [
+        "",
+        " ",
+        "word " * 10_000,
+        "x" * 100_000,
+        "\U0001f457" * 50,
+        "\ud800 half a pair",
+        "\0\n\t",
+        "مرحبا 你好",
+        "a",
+    ]
+    names = [*images, "turned.jpg", "moving.gif"]
+    rows = json.loads((root / TRAIN).read_text())[: len(names)]
+    for row, name, text in zip(rows, names, texts, strict=True):
+        row |= {"images": [name], "title": text, "description": ""}
+    put(TRAIN, rows[:8])(root)
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    settings = dict(objectives={"itc": 0.5, "mlm": 0.25, "mvc": 0.25}, sets=("FashionGen",), batch_size=8, max_steps=6)
+    pretrain.train(small_pretrain(root, tmp_path / "run", **settings), ONE)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [value for row in log for key, value in row.items() if key.endswith("_loss")]
+    assert losses and all(value is not None for value in losses)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# all faults in one pass
+
+
+def test_data_check_finds_all_faults_in_one_pass(root, monkeypatch, capsys):
+    assert data.check(root)[1] == []
+    image = Path(data.load_products(root, "BigFACAD", "train")[3].images[0])
+    image.unlink()
+    image.write_bytes(b"no image")
+    for spoil in (
+        edit(TRAIN, 1, title=None),
+        edit(TRAIN, 2, attributes_id=[-1]),
+        edit(VAL, 0, subcategory_id=None),
+        put("Fashion200k/train_info.json", "[1"),
+        edit(IQ, 2, captions=["a", 2]),
+        edit(IQ, 3, candidate="lost"),
+        edit(IQ, 4, target="/lost"),
+        edit(OCIR, 1, blank="lost"),
+        edit(OCIR, 2, question=None),
+    ):
+        spoil(root)
+    monkeypatch.setattr("sys.argv", ["data.py", f"--data_root={root}", "--workers=2"])
+    with pytest.raises(InputError, match=r"data: 10 faults, listed above"):
+        data.main()
+    faults = capsys.readouterr().out.split("10 faults:\n")[1]
+    for part in (
+        "FashionGen/train_info.json: entry 1 ",
+        "FashionGen/train_info.json: entry 2 ",
+        ": no subcategory_id",
+        "Fashion200k/train_info.json: cannot be read as JSON",
+        "cap.shirt.val.json: entry 2: key 'captions'",
+        "FashionIQ/images/lost.jpg: missing (of ",
+        "cap.shirt.val.json: entry 4: image path '/lost.jpg' leaves",
+        "ocir_disjoint_train.json: entry 1: item ['lost']",
+        "ocir_disjoint_train.json: entry 2: key 'question'",
+        f"{image}: image cannot be read",
+    ):
+        assert faults.count(part) == 1, part

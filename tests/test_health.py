@@ -1,0 +1,256 @@
+"""What ends a run early: signals, broken numbers, drifting processes, full disks. What it leaves, and what it says."""
+
+import dataclasses
+import errno
+import os
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from soak import read_log, same_runs
+from test_pretrain import small
+
+import checkpoint
+import common
+import finetune
+import pretrain
+from common import InputError, Processes
+
+ONE = Processes(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def at_update(monkeypatch):
+    """at_update(number, do): `do(loss)` replaces the loss of that update (from 1) of an ITC run."""
+    original, calls = pretrain.OBJECTIVES["itc"], []
+
+    def patch(number, do):
+        def objective(model, batch):
+            loss, metrics = original(model, batch)
+            calls.append(0)
+            return (do(loss) if len(calls) == number else loss), metrics
+
+        monkeypatch.setitem(pretrain.OBJECTIVES, "itc", objective)
+
+    return patch
+
+
+def itc(catalogue, out, **changes):
+    settings = dict(objectives={"itc": 1.0}, max_steps=8, log_interval=2, eval_interval=3)
+    return small(catalogue, out, **{**settings, **changes})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_and_the_resumed_run_is_the_whole_one(catalogue, tmp_path, at_update, number):
+    pretrain.train(itc(catalogue, tmp_path / "whole"), ONE)
+    at_update(4, lambda loss: os.kill(os.getpid(), number) or loss)
+    before = signal.getsignal(number)
+    config = itc(catalogue, tmp_path / "parts", resume="auto")
+    with pytest.raises(common.Stopped, match="stopped after update 4, .*parts/last.pt; --resume=auto goes on"):
+        pretrain.train(config, ONE)
+    assert signal.getsignal(number) is before
+    assert torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["step"] == 4
+    pretrain.train(config, ONE)
+    same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_stopped_process_has_its_own_exit_code(capsys):
+    def stop():
+        raise common.Stopped("stopped after update 4")
+
+    with pytest.raises(SystemExit) as left:
+        common.run(stop)
+    assert left.value.code == common.EXIT_STOPPED == 75 and capsys.readouterr().err == "stopped after update 4\n"
+
+
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (lambda loss: loss * float("nan"), "loss nan, gradient norm nan"),
+        (lambda loss: loss + float("inf"), "loss inf, gradient norm "),
+        (lambda loss: loss + (loss - loss.detach()) * float("inf"), "loss nan, gradient norm "),
+    ],
+)
+def test_a_broken_number_stops_the_run_and_names_update_objective_rate_and_products(
+    catalogue, tmp_path, at_update, spoil, says
+):
+    config = itc(catalogue, tmp_path, warmup=8, save_interval=3, eval_interval=-1, log_interval=5)
+    at_update(4, spoil)
+    with pytest.raises(InputError) as error:
+        pretrain.train(config, ONE)
+    message = str(error.value)
+    lr = 1e-3 * common.lr_multiplier(3, 8, ())
+    assert message.startswith(f"update 4: {says}") and "\n" not in message
+    assert f"(objective itc, learning rate {lr:.3g}); the last checkpoint is older and stays" in message
+    products = pretrain.data.load_pretraining(config.data_root)
+    _, rows, _ = pretrain.data.Batches(len(products), config, ONE).update(3)
+    assert message.endswith("products: " + ", ".join(products[i].name for i in rows))
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert state["step"] == 3 and all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_a_broken_gradient_under_a_finite_loss_is_found():
+    model = torch.nn.Linear(2, 1)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", enabled=False)
+    health = common.Health(torch.device("cpu"))
+    for step, gradient in enumerate((1.0, float("inf"), float("nan"))):
+        model.weight.grad = torch.full((1, 2), gradient)
+        health.step(step, torch.tensor(0.5, dtype=torch.bfloat16), optimizer, scaler)
+    assert health.note.tolist() == [1.0, 0.5, float("inf")]
+
+
+def test_float16_counts_the_updates_that_the_scaler_skips_and_gives_up_below_scale_1():
+    model = torch.nn.Linear(2, 1)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=2.0)
+    health = common.Health(torch.device("cpu"))
+    for step in range(4):
+        scaler.scale((model.weight * 0 + float("inf")).sum() * 0 + model.weight.sum() * float("inf")).backward()
+        health.step(step, torch.tensor(1.0), optimizer, scaler)
+        optimizer.zero_grad()
+    assert health.skipped_updates == 4
+    assert health.note.tolist() == [2.0, 1.0, float("inf")]  # scales 2 and 1 were worth a try, .5 was not
+
+
+def test_float16_shows_the_skipped_updates_and_a_resume_goes_on_counting(catalogue, tmp_path, at_update):
+    config = itc(catalogue, tmp_path, dtype="float16", resume="auto")
+    at_update(1, lambda loss: loss + (loss - loss.detach()) * 3e38)  # infinite once it is scaled
+    pretrain.train(dataclasses.replace(config, max_steps=3), ONE)
+    pretrain.train(config, ONE)
+    rows = [row for row in read_log(tmp_path) if "skipped_updates" in row]
+    assert rows[0]["skipped_updates"] >= 1 and rows[-1]["skipped_updates"] >= rows[0]["skipped_updates"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several processes
+
+
+def drift_worker(rank, port, out):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(9, 9), torch.nn.BatchNorm1d(9))
+    model[1].running_mean.add_(rank)
+    common.check_weights(model, 5)  # running averages become rank 0's
+    said = [str(model[1].running_mean.max().item()), str(common.any_process(rank == 1))]
+    with torch.no_grad():
+        model[0].weight[3, 4] += 1e-7 * rank
+    for call in (
+        lambda: common.check_weights(model, 6),
+        lambda: common.same_everywhere("resume", f"a start at update {7 * rank}", "share the folder"),
+    ):
+        try:
+            call()
+        except InputError as error:
+            said.append(str(error))
+    (out / str(rank)).write_text("\n".join(said))
+    dist.destroy_process_group()
+
+
+def test_a_rank_that_drifts_is_named(tmp_path, free_port):
+    mp.spawn(drift_worker, (free_port, tmp_path), nprocs=2)
+    said = [(tmp_path / str(rank)).read_text().splitlines() for rank in range(2)]
+    assert said[0] == said[1] and said[0][:2] == ["0.0", "True"]
+    assert said[0][2].startswith("after update 6 the weights' checksums differ: rank 1 has ")
+    assert said[0][3] == "resume: rank 1 has a start at update 7, rank 0 a start at update 0; share the folder"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# disks and folders
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_its_last_checkpoint_is_good(
+    catalogue, tmp_path, at_update, monkeypatch
+):
+    pretrain.train(itc(catalogue, tmp_path / "whole", save_interval=2), ONE)
+    config = itc(catalogue, tmp_path / "parts", save_interval=2, resume="auto")
+    with monkeypatch.context() as patch, pytest.raises(InputError) as error:
+        at_update(5, lambda loss: patch.setattr(os, "fsync", full) or loss)
+        pretrain.train(config, ONE)
+    path = tmp_path / "parts" / "log.jsonl"
+    assert str(error.value) == (f"{path}: cannot be saved: No space left on device; what was there before is unharmed")
+    assert not list((tmp_path / "parts").glob("*.tmp"))
+    pretrain.train(config, ONE)
+    same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_folder_that_cannot_be_written_ends_before_the_first_update(catalogue, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out, cause in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "run", "Not a directory")):
+        with pytest.raises(InputError) as error:
+            pretrain.train(itc(catalogue, out), ONE)
+        assert str(error.value).startswith(f"{out}: cannot be saved: {cause}")
+
+
+def test_a_folder_without_permission_is_named():
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+        path = Path(folder, "last.pt")
+        checkpoint.save(path, {"kind": "tokenizer", "model": {}})
+        whole = path.read_bytes()
+        os.chmod(folder, 0o555)
+        root = os.geteuid() == 0
+        try:
+            if root:  # to whom nothing is forbidden
+                os.seteuid(65534)
+            for call, file in (
+                (lambda: checkpoint.save(path, {"kind": "tokenizer", "model": {}}), path),
+                (lambda: common.open_run(pretrain.PretrainConfig(out_dir=f"{folder}/run"), 0), f"{folder}/run"),
+                (lambda: common.append_log(f"{folder}/log.jsonl", {"step": 1}), f"{folder}/log.jsonl"),
+            ):
+                with pytest.raises(InputError, match=f"{file}: cannot be saved: Permission denied"):
+                    call()
+        finally:
+            if root:
+                os.seteuid(0)
+            os.chmod(folder, 0o755)
+        assert path.read_bytes() == whole and os.listdir(folder) == ["last.pt"]
+
+
+def test_a_new_start_keeps_the_older_run_aside(catalogue, tmp_path, capsys):
+    config = itc(catalogue, tmp_path, max_steps=2)
+    pretrain.train(config, ONE)
+    older = {name: (tmp_path / name).read_bytes() for name in ("last.pt", "best.pt", "log.jsonl")}
+    pretrain.train(dataclasses.replace(config, lr=2e-3), ONE)
+    assert "holds an older run, kept as *.before" in capsys.readouterr().out
+    for name, content in older.items():
+        assert (tmp_path / f"{name}.before").read_bytes() == content != (tmp_path / name).read_bytes()
+
+
+def test_a_resume_says_which_settings_are_new_and_uses_them(catalogue, tmp_path, capsys):
+    config = itc(catalogue, tmp_path, max_steps=2, resume="auto")
+    pretrain.train(config, ONE)
+    pretrain.train(dataclasses.replace(config, max_steps=4, lr=2e-3), ONE)
+    printed = capsys.readouterr().out
+    assert f"{tmp_path}/last.pt: resumed after update 2" in printed
+    assert "resume: lr was 0.001, is 0.002 from here on" in printed
+    assert read_log(tmp_path)[-2]["lr"] == 2e-3
+    with pytest.raises(InputError, match="last.pt: cannot be resumed: 4 updates done, but max_steps is 2"):
+        pretrain.train(config, ONE)
+
+
+def test_fine_tuning_stops_for_signals_and_broken_numbers_too(catalogue, tmp_path, monkeypatch):
+    from test_finetune import small
+
+    config = small("fashioniq", catalogue, tmp_path, eval_interval=-1, resume="auto")
+    row = list(finetune.TASKS["fashioniq"])
+    objective = row[0]
+    for effect, error, says in (
+        (lambda loss: os.kill(os.getpid(), signal.SIGTERM) or loss, common.Stopped, "stopped after update 1"),
+        (lambda loss: loss * float("nan"), InputError, r"update 2: loss nan.*objective fashioniq.*cap\..*entry"),
+    ):
+
+        def broken(model, batch, effect=effect):
+            loss, metrics = objective(model, batch)
+            return effect(loss), metrics
+
+        monkeypatch.setitem(finetune.TASKS, "fashioniq", (broken, *row[1:]))
+        with pytest.raises(error, match=says):
+            finetune.train(config, ONE)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
