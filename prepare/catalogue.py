@@ -242,7 +242,7 @@ def read_products(config):
             for path in paths:
                 data.open_image(path)
             item = items.setdefault(key, {"id": key, "images": [], **texts, "attributes_id": []})
-            item["images"] += [path for path in paths if path not in item["images"]]
+            item["images"] = list(dict.fromkeys([*item["images"], *paths]))
         except ValueError as error:  # open_image's InputError is one
             faults.append(f"{config.products}: row {number}: {error}".removesuffix(" or set --skip_broken_images"))
     return list(items.values()), faults

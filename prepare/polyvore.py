@@ -21,6 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py and data.py stand one folder up
 
 from catalogue import place, write_together, written_aside  # noqa: E402
+
 from common import InputError, load_config, run, setting  # noqa: E402
 from data import need, read_json  # noqa: E402
 
@@ -54,7 +55,9 @@ def make_row(items, blank):
 
 
 def read_questions(path, outfits):
-    """The OCIR rows of a fill_in_blank_test.json. Raises InputError where not one answer is of the question's outfit."""
+    """The OCIR rows of a fill_in_blank_test.json: the right answer is the one of the question's own outfit.
+
+    Raises InputError where that is not exactly one."""
     rows = []
     for i, row in enumerate(read_json(path, list)):
         where = f"{path}: entry {i}"
@@ -65,6 +68,13 @@ def read_questions(path, outfits):
             raise InputError(f"{where}: found {len(right)} answers of the question's outfit in test.json, expected one")
         rows.append(make_row([outfit[item] for item in question], outfit[right[0]]))
     return [row for row in rows if row]
+
+
+def texts(row):
+    """Title (the end of the item's address where it is empty), description and coarse category of a metadata row."""
+    row = {**row, "title": row.get("title") or row.get("url_name")}
+    keys = ("title", "description", "semantic_category")
+    return {key: " ".join(str(row.get(key) or "").split()) for key in keys}
 
 
 def convert(release, folder, link=False):
@@ -88,23 +98,13 @@ def convert(release, folder, link=False):
         fake = [{"question": [item], "blank": item, "fake_data": True} for item in others]
         values[folder / f"ocir_{split}_train.json"] = rows
         values[folder / f"ocir_{split}_test.json"] = [{**row, "fake_data": False} for row in asked] + fake
-        items = dict.fromkeys(item for row in [*rows, *asked, *fake] for item in [*row["question"], row["blank"]])
-        used |= items
-        print(f"{split}: {len(rows)} outfits to train on; {len(asked)} questions in {len(categories)} categories,")
-        print(
-            f"    {len(blanks) + len(others)} items in the gallery; {len(train) - len(rows)} outfits of one item left out"
-        )
+        used |= dict.fromkeys(item for row in [*rows, *asked, *fake] for item in [*row["question"], row["blank"]])
         if split == "disjoint":
             products = dict.fromkeys(item for outfit in outfits for item in outfit)
+        print(f"{split}: {len(rows)} outfits to train on ({len(train) - len(rows)} of less than two items left out),")
+        print(f"    {len(asked)} questions in {len(categories)} categories, {len(blanks) + len(others)} items to find")
     used |= products
-    kept = {}
-    for item in used:
-        row = {"category_id": category(item), **{k: v for k, v in metadata[item].items() if k != "category_id"}}
-        texts = {
-            key: " ".join(str(row.get(key) or "").split()) for key in ("title", "description", "semantic_category")
-        }
-        texts["title"] = texts["title"] or str(row.get("url_name") or "")  # one item in some has no other name
-        kept[item] = {"category_id": row["category_id"], **texts}
+    kept = {item: {"category_id": category(item), **texts(metadata[item])} for item in used}
     missing = [item for item in used if not (release / "images" / f"{item}.jpg").is_file()]
     if missing:
         raise InputError(f"{release}/images/{missing[0]}.jpg: missing ({len(missing)} such); fetch the images again")
@@ -112,14 +112,7 @@ def convert(release, folder, link=False):
         place(release / "images" / f"{item}.jpg", folder / "images" / f"{item}.jpg", link)
     values[folder / "polyvore_item_metadata.json"] = kept
     values[folder / "train_info.json"] = [
-        {
-            "id": int(item),
-            "images": f"{item}.jpg",
-            "title": kept[item]["title"],
-            "description": kept[item]["description"],
-            "attributes_id": [],
-        }
-        for item in products
+        {"id": item, "images": f"{item}.jpg", **texts(metadata[item]), "attributes_id": []} for item in products
     ]
     write_together(values)
     print(f"{len(products)} products to pre-train on, {len(used)} images")
