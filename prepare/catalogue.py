@@ -200,7 +200,7 @@ def read_rows(path):
     """The rows of a CSV or JSON-lines file as dicts. Raises InputError naming what cannot be read."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            if Path(path).suffix == ".csv":
+            if Path(path).suffix.lower() == ".csv":
                 rows = list(csv.DictReader(file, strict=True))
             else:
                 rows = [json.loads(line) for line in file if line.strip()]
@@ -275,6 +275,8 @@ def main():
     config = common.load_config(CatalogueConfig, description=__doc__.splitlines()[0])
     if bool(config.products) == bool(config.root) or config.products and not config.out:
         raise InputError("expected --products=FILE --out=FOLDER, or --root=FOLDER (--help explains)")
+    if config.out and config.root and Path(config.out).resolve().is_relative_to(Path(config.root).resolve()):
+        raise InputError(f"out: found {config.out}, expected a folder outside of {config.root} (or none: in place)")
     if not config.out:
         label(config.root, config.root, config)
     else:

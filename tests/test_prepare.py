@@ -164,11 +164,21 @@ def test_what_cannot_be_read(tmp_path, name, text, settings, message):
         products.read_products(config(products=str(tmp_path / name), **settings))
 
 
-def test_command_line_errors_are_one_line(tmp_path):
-    for flags in ([], ["--products=a.csv"], ["--products=a.csv", "--root=b"], ["--root=nowhere"]):
-        command = [sys.executable, PREPARE / "catalogue.py", *flags]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+def test_command_line_errors(tmp_path, monkeypatch):
+    done = subprocess.run([sys.executable, PREPARE / "catalogue.py"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    cases = [
+        (["--products=a.csv"], "expected --products=FILE --out=FOLDER"),
+        (["--products=a.csv", "--root=b"], "expected --products=FILE --out=FOLDER"),
+        (["--root=nowhere"], "nowhere: no annotation file"),
+        (["--root=a", "--out=a/b"], "out: found a/b, expected a folder outside of a"),  # or it would copy itself
+    ]
+    monkeypatch.chdir(tmp_path)
+    for flags, message in cases:
+        monkeypatch.setattr(sys, "argv", ["catalogue.py", *flags])
+        with pytest.raises(InputError, match=message):
+            products.main()
+    assert not list(tmp_path.iterdir())
 
 
 def test_written_aside(tmp_path):
