@@ -1,0 +1,296 @@
+"""Your own products: a CSV or JSON-lines file -> the FashionGen layout, with pseudo-attributes mined from the texts.
+
+    python prepare/catalogue.py --products=products.csv --out=data/mine --title=name --images=photos
+    python prepare/catalogue.py --root=data/datasets --out=data/relabelled   # existing sets, one new vocabulary
+    python prepare/catalogue.py --root=data/datasets                         # ... in place
+
+A row is a product; rows that share an id are one product (a row per photo is fine), and a product stands wholly in
+train or wholly in val. Settings may stand in a file of plain assignments, as those of training do.
+
+Pseudo-attributes (PAC's labels) are the words and short phrases that many, but not too many, training texts hold. No
+tagger: `phrases` and `mine` are all there is to it, and head and tail of the vocabulary are printed to be judged."""
+
+import contextlib
+import csv
+import json
+import os
+import re
+import shutil
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py and data.py stand one folder up
+
+import common  # noqa: E402
+import data  # noqa: E402
+from common import InputError, setting  # noqa: E402
+
+# Words that tell nothing of how a garment looks; no phrase crosses them. --stop_words adds those of a shop.
+STOP_WORDS = frozenset(
+    """
+a about above after all also always an and any are as at be been before best both but by can comes complete day do does
+during each easy even every everyday featuring features find for from get give gives go goes good great ha has have he
+her here him his how i if in into is it its itself just keep keeps let like look looks love loved made make makes many
+may more most much must my need new no not now of off offers on once one only or other our out over own pair perfect per
+piece please quite really s same set she should similar simple so some still style such t take than that the their them
+then there these they this those though through thus to too two under until up upon us use used using very want was way
+we wear wearing well were what when where which while who will with within without would yet you your youre
+bleach brand care clean cloth cm cold composition detergent dry height hand iron machine mild mm model product remove
+separately shade size statistics team tumble wash water wears wipe wring
+""".split()
+)
+
+
+@dataclass
+class CatalogueConfig:
+    """Settings of `python prepare/catalogue.py`."""
+
+    products: str = setting("", "CSV (first line: column names) or JSON-lines file (.jsonl) of products")
+    root: str = setting("", "instead of --products: an existing data root whose attributes_id are mined anew")
+    out: str = setting("", "data root to make; empty with --root: in place")
+    id: str = setting("id", "column of the product's id; where there is none, rows are numbered")
+    images: str = setting("images", "column of image paths: text with --separator between them, or a JSON list")
+    title: str = setting("title", "column of the title")
+    description: str = setting("description", "column of the description; may be absent, as the next two")
+    category: str = setting("category", "column of the category's name")
+    subcategory: str = setting("subcategory", "column of the sub-category's name")
+    separator: str = setting(";", "between the image paths of a row")
+    image_folder: str = setting("", "where relative image paths start; empty: the folder of --products")
+    link: bool = setting(False, "link the images instead of copying them")
+    skip_faulty: bool = setting(False, "list faulty rows and leave them out instead of stopping")
+    val_share: float = setting(0.1, "share of the products that goes to val")
+    seed: int = setting(0, "the split follows from it")
+    vocabulary: int = setting(2232, "at most so many pseudo-attributes, the most frequent ones (the paper's number)")
+    min_count: int = setting(10, "an attribute stands in the texts of at least so many training products")
+    max_share: float = setting(0.5, "... and of at most this share of them: what all have tells none apart")
+    max_words: int = setting(2, "longest phrase, in words")
+    lift: float = setting(3.0, "the parts of a phrase meet so many times as often as chance would have them meet")
+    stop_words: str = setting("", "words,to,ignore besides STOP_WORDS")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files; fashiongen.py and polyvore.py use these too
+
+
+@contextlib.contextmanager
+def written_aside(out):
+    """A hidden folder beside `out` that takes its name when the block ends well and is removed when it does not.
+
+    Raises InputError where `out` is there already and not an empty folder."""
+    out = Path(out).absolute()
+    if out.is_symlink() or out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out}: is there already, expected a new or empty folder; name another or remove it")
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        aside.replace(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # gone by now, or half-written
+
+
+def place(source, target, link=False):
+    """Copy (contents alone: a read-only original is no hindrance) or link a file to where it shall stand."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if link:
+        target.symlink_to(os.path.abspath(source))
+    else:
+        shutil.copyfile(source, target)
+
+
+def write_together(values):
+    """Write {path: JSON value}: all aside, then all renamed, so that an error on the way changes none of them."""
+    for path, value in values.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{path}.tmp").write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
+    for path in values:
+        Path(f"{path}.tmp").replace(path)
+
+
+def read_labels(root):
+    """ROOT/labels.json, the names that attributes_id, category_id and subcategory_id index; {} where there is none."""
+    path = Path(root, "labels.json")
+    return data.read_json(path, dict) if path.exists() else {}
+
+
+def number_labels(items, key):
+    """Replace each item's name under `key` by its number under `<key>_id`, in the order of names; returns the names."""
+    names = sorted({item[key] for item in items} - {""})
+    number = {name: i for i, name in enumerate(names)}
+    for item in items:
+        name = item.pop(key)
+        if name:
+            item[f"{key}_id"] = number[name]
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pseudo-attributes
+
+
+def phrases(text, stop_words=STOP_WORDS, max_words=2):
+    """The set of words and phrases of a text, in lower case; none crosses punctuation, a stop word or a number."""
+    found = set()
+    for clause in re.split(r"[^\w\s-]+", re.sub(r"['’](s\b)?", "", text.lower())):
+        run = []
+        for word in re.findall(r"[^\W_]+(?:-[^\W_]+)*", clause):
+            run = [] if word in stop_words or word.isdigit() else [*run, word][-max_words:]
+            found.update(" ".join(run[i:]) for i in range(len(run)))
+    return {phrase for phrase in found if len(phrase) > 1}
+
+
+def mine(texts, config):
+    """Sets of phrases -> the vocabulary, [(phrase, number of texts with it)], the most frequent first.
+
+    Kept: phrases of at least min_count texts and at most max_share of all; of those of several words the ones that are
+    one thing (`lift`, wherever they are cut in two); and no part that hardly any text (1 in 10) has without the whole:
+    "york" goes, "new york" stays. Raises InputError where nothing is left."""
+    count = Counter(phrase for text in texts for phrase in text)
+
+    def is_one_thing(words):
+        cuts = [(" ".join(words[:i]), " ".join(words[i:])) for i in range(1, len(words))]
+        return all(count[" ".join(words)] * len(texts) >= config.lift * count[a] * count[b] for a, b in cuts)
+
+    kept = {p for p, n in count.items() if config.min_count <= n <= config.max_share * len(texts)}
+    kept = {p for p in kept if is_one_thing(p.split())}
+    for phrase in sorted(kept):
+        words = phrase.split()
+        parts = {" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)} - {phrase}
+        kept -= {part for part in parts if count[phrase] >= 0.9 * count[part]}
+    if not kept:
+        raise InputError(f"no phrase stands in {config.min_count} of {len(texts)} training texts; lower --min_count")
+    return sorted(((p, count[p]) for p in kept), key=lambda row: (-row[1], row[0]))[: config.vocabulary]
+
+
+def label(root, out, config):
+    """Mine one vocabulary from the train splits under `root`; write all annotation files with their attributes_id, and
+    labels.json, to `out` (which may be `root`). Prints head and tail. Raises InputError on the first faulty entry."""
+    ignored, items, texts = STOP_WORDS | set(config.stop_words.lower().split(",")), {}, {}
+    for source, row in data.SETS.items():
+        for split, (file, _) in row["splits"].items():
+            if Path(root, source, file).exists():
+                products = data.load_products(root, source, split)
+                texts[source, split] = [phrases(product.text, ignored, config.max_words) for product in products]
+                items[source, split] = data.read_json(Path(root, source, file), list)
+    if not any(split == "train" for _, split in items):
+        raise InputError(f"{root}: no annotation file of a train split, expected some of {', '.join(data.SETS)}")
+    vocabulary = mine([text for (_, split), part in texts.items() if split == "train" for text in part], config)
+    number, values = {phrase: i for i, (phrase, _) in enumerate(vocabulary)}, {}
+    for (source, split), part in items.items():
+        for item, text in zip(part, texts[source, split], strict=True):
+            item["attributes_id"] = sorted(number[phrase] for phrase in text & number.keys())
+        values[Path(out, source, data.SETS[source]["splits"][split][0])] = part
+    write_together({**values, Path(out, "labels.json"): {**read_labels(root), "attributes": list(number)}})
+    counts = [len(item["attributes_id"]) for part in items.values() for item in part]
+    print(f"{len(number)} pseudo-attributes, {np.mean(counts):.1f} a product, {counts.count(0)} products without any")
+    for name, rows in (("most frequent", vocabulary[:40]), ("least frequent", vocabulary[-40:])):
+        print(f"{name}:", ", ".join(f"{phrase} {n}" for phrase, n in rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# products
+
+
+def read_rows(path):
+    """The rows of a CSV or JSON-lines file as dicts. Raises InputError naming what cannot be read."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            if Path(path).suffix.lower() == ".csv":
+                rows = list(csv.DictReader(file, strict=True))
+            else:
+                rows = [json.loads(line) for line in file if line.strip()]
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{path}: {error}; expected UTF-8, a .csv or one JSON object a line") from None
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path}: found {'a line that is no object' if rows else 'no product'}, expected products")
+    return rows
+
+
+def read_products(config):
+    """(items, faults) of the file of products: rows of one id joined, images as paths, labels still names."""
+    rows, folder = read_rows(config.products), Path(config.image_folder or Path(config.products).parent)
+    columns = dict.fromkeys(column for row in rows for column in row if column)
+    for name in ("id", "images", "title", "description", "category", "subcategory"):
+        column = getattr(config, name)
+        if column not in columns and (name in ("images", "title") or column != name):
+            found = ", ".join(columns)
+            raise InputError(f"{config.products}: no column {column!r}, found {found}; set --{name}=COLUMN")
+
+    def get(row, name):
+        value = row.get(getattr(config, name))
+        if not isinstance(value, (str, int, float, type(None))):
+            raise ValueError(f"{name}: found {value!r:.60}, expected text")
+        return "" if value is None else " ".join(str(value).split())
+
+    items, faults = {}, []
+    for number, row in enumerate(tqdm(rows, desc="reading", unit="row", disable=None), 1):
+        try:
+            images = row.get(config.images)
+            images = images if isinstance(images, list) else get(row, "images").split(config.separator)
+            paths = [folder / image for image in map(str.strip, map(str, images)) if image]
+            texts = {name: get(row, name) for name in ("title", "description", "category", "subcategory")}
+            key = get(row, "id") if config.id in columns else str(number)
+            if None in row or not (key and texts["title"] and paths):
+                raise ValueError("more cells than columns" if None in row else "id, title or images: empty")
+            if items.get(key, texts)["title"] != texts["title"]:
+                raise ValueError(f"id {key} stood before with another title; rows of one id are one product")
+            for path in paths:
+                data.open_image(path)
+            item = items.setdefault(key, {"id": key, "images": [], **texts, "attributes_id": []})
+            item["images"] = list(dict.fromkeys([*item["images"], *paths]))
+        except ValueError as error:  # open_image's InputError is one
+            faults.append(f"{config.products}: row {number}: {error}".removesuffix(" or set --skip_broken_images"))
+    return list(items.values()), faults
+
+
+def write_layout(root, config):
+    """Write config.products as FashionGen/ and labels.json under `root`. Raises InputError on faults, all printed."""
+    items, faults = read_products(config)
+    print(*faults, sep="\n", end="\n" * bool(faults))
+    if faults and not config.skip_faulty:
+        raise InputError(f"{config.products}: {len(faults)} faulty rows, listed above; mend them or set --skip_faulty")
+    n_val = max(1, round(config.val_share * len(items)))
+    if not 0 < config.val_share < 1 or n_val >= len(items):
+        raise InputError(f"val_share: found {config.val_share} of {len(items)} products; both splits need products")
+    names = {"categories": number_labels(items, "category"), "subcategories": number_labels(items, "subcategory")}
+    order = np.random.default_rng(config.seed).permutation(len(items))
+    for split, rows in (("train", order[n_val:]), ("val", order[:n_val])):
+        part = [items[i] for i in sorted(rows)]
+        for i, item in enumerate(tqdm(part, desc=f"{split} images", unit="product", disable=None)):
+            # numbered, as an id need not be a file name and two folders may hold files of one name
+            files = [f"{i:06}_{view}{path.suffix.lower()}" for view, path in enumerate(item["images"])]
+            for file, path in zip(files, item["images"], strict=True):
+                place(path, root / "FashionGen" / split / file, config.link)
+            item["images"] = files
+        write_together({root / "FashionGen" / f"{split}_info.json": part, root / "labels.json": names})
+        print(f"{split}: {len(part)} products, {sum(len(item['images']) for item in part)} images")
+
+
+def main():
+    config = common.load_config(CatalogueConfig, description=__doc__.splitlines()[0])
+    if bool(config.products) == bool(config.root) or config.products and not config.out:
+        raise InputError("expected --products=FILE --out=FOLDER, or --root=FOLDER (--help explains)")
+    if config.out and config.root and Path(config.out).resolve().is_relative_to(Path(config.root).resolve()):
+        raise InputError(f"out: found {config.out}, expected a folder outside of {config.root} (or none: in place)")
+    if not config.out:
+        label(config.root, config.root, config)
+    else:
+        with written_aside(config.out) as aside:
+            if config.products:
+                write_layout(aside, config)
+            label(config.root or aside, aside, config)
+            for folder, _, names in os.walk(config.root, followlinks=True) if config.root else ():
+                for name in names:
+                    target = aside / Path(folder, name).relative_to(config.root)
+                    if not target.exists():
+                        place(Path(folder, name), target, config.link)
+    print(f"next: python data.py --data_root={config.out or config.root}, and train with --n_attributes=0")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,129 @@
+"""The public Polyvore Outfits release -> PolyvoreOutfits/: OCIR files of both splits, products for pre-training.
+
+    python prepare/polyvore.py --release=polyvore_outfits --out=data/datasets --link
+    python prepare/catalogue.py --root=data/datasets      # then: pseudo-attributes, of all sets that are there
+
+| file | rows |
+| --- | --- |
+| ocir_<split>_train.json | an outfit of train.json each: the last item is the blank (training draws pairs anew) |
+| ocir_<split>_test.json | real: a question of fill_in_blank_test.json each, whose blank is its right answer |
+| | fake: every other item of test.json in a fine category that is asked; they only widen the gallery |
+| train_info.json | the items of disjoint/train.json: pre-training sees none of the disjoint test's |
+
+The authors' own OCIR files are not public: what is measured on these has this gallery, not the paper's."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py and data.py stand one folder up
+
+from catalogue import place, write_together, written_aside  # noqa: E402
+
+from common import InputError, load_config, run, setting  # noqa: E402
+from data import need, read_json  # noqa: E402
+
+SPLITS = ("disjoint", "nondisjoint")
+
+
+@dataclass
+class PolyvoreConfig:
+    """Settings of `python prepare/polyvore.py`."""
+
+    release: str = setting("polyvore_outfits", "folder of the release: disjoint/, nondisjoint/, images/, ...")
+    out: str = setting("data/datasets", "data root; PolyvoreOutfits/ is made in it")
+    link: bool = setting(False, "link the images instead of copying them")
+
+
+def read_outfits(path):
+    """{set id: {"SET_INDEX": item id}} of a train.json or test.json; the keys are what questions call the items."""
+    outfits = {}
+    for i, row in enumerate(read_json(path, list)):
+        where = f"{path}: entry {i}"
+        name = need(row, "set_id", str, where)
+        items = need(row, "items", list, where)
+        outfits[name] = {f"{name}_{need(x, 'index', int, where)}": need(x, "item_id", str, where) for x in items}
+    return outfits
+
+
+def make_row(items, blank):
+    """An OCIR row: the items without the blank (an outfit may hold one twice), or None where nothing is left to ask."""
+    question = [item for item in dict.fromkeys(items) if item != blank]
+    return {"question": question, "blank": blank} if question else None
+
+
+def read_questions(path, outfits):
+    """The OCIR rows of a fill_in_blank_test.json: the right answer is the one of the question's own outfit.
+
+    Raises InputError where that is not exactly one."""
+    rows = []
+    for i, row in enumerate(read_json(path, list)):
+        where = f"{path}: entry {i}"
+        question, answers = need(row, "question", list, where), need(row, "answers", list, where)
+        outfit = outfits.get(str(question[0]).rpartition("_")[0] if question else None, {})
+        right = [answer for answer in answers if answer in outfit]
+        if len(right) != 1 or not outfit.keys() >= set(question):
+            raise InputError(f"{where}: found {len(right)} answers of the question's outfit in test.json, expected one")
+        rows.append(make_row([outfit[item] for item in question], outfit[right[0]]))
+    return [row for row in rows if row]
+
+
+def texts(row):
+    """Title (the end of the item's address where it is empty), description and coarse category of a metadata row."""
+    row = {**row, "title": row.get("title") or row.get("url_name")}
+    keys = ("title", "description", "semantic_category")
+    return {key: " ".join(str(row.get(key) or "").split()) for key in keys}
+
+
+def convert(release, folder, link=False):
+    """Write the folder PolyvoreOutfits from the release. Raises InputError on what is missing or does not fit."""
+    metadata_path = release / "polyvore_item_metadata.json"
+    metadata, values, used = read_json(metadata_path, dict), {}, {}
+
+    def category(item):
+        return need(metadata.get(item), "category_id", str, f"{metadata_path}: item {item}")
+
+    for split in SPLITS:
+        train, test = (read_outfits(release / split / f"{part}.json") for part in ("train", "test"))
+        outfits = [list(outfit.values()) for outfit in train.values() if outfit]
+        rows = [row for row in (make_row(items, items[-1]) for items in outfits) if row]
+        asked = read_questions(release / split / "fill_in_blank_test.json", test)
+        blanks = dict.fromkeys(row["blank"] for row in asked)
+        gallery = dict.fromkeys(item for outfit in test.values() for item in outfit.values())
+        categories = {category(item) for item in blanks}
+        others = [item for item in gallery if item not in blanks and category(item) in categories]
+        # nobody reads a fake row's question, but the format has one
+        fake = [{"question": [item], "blank": item, "fake_data": True} for item in others]
+        values[folder / f"ocir_{split}_train.json"] = rows
+        values[folder / f"ocir_{split}_test.json"] = [{**row, "fake_data": False} for row in asked] + fake
+        used |= dict.fromkeys(item for row in [*rows, *asked, *fake] for item in [*row["question"], row["blank"]])
+        if split == "disjoint":
+            products = dict.fromkeys(item for outfit in outfits for item in outfit)
+        print(f"{split}: {len(rows)} outfits to train on ({len(train) - len(rows)} of less than two items left out),")
+        print(f"    {len(asked)} questions in {len(categories)} categories, {len(blanks) + len(others)} items to find")
+    used |= products
+    kept = {item: {"category_id": category(item), **texts(metadata[item])} for item in used}
+    missing = [item for item in used if not (release / "images" / f"{item}.jpg").is_file()]
+    if missing:
+        raise InputError(f"{release}/images/{missing[0]}.jpg: missing ({len(missing)} such); fetch the images again")
+    for item in tqdm(used, desc="images", unit="image", disable=None):
+        place(release / "images" / f"{item}.jpg", folder / "images" / f"{item}.jpg", link)
+    values[folder / "polyvore_item_metadata.json"] = kept
+    values[folder / "train_info.json"] = [
+        {"id": item, "images": f"{item}.jpg", **texts(metadata[item]), "attributes_id": []} for item in products
+    ]
+    write_together(values)
+    print(f"{len(products)} products to pre-train on, {len(used)} images")
+
+
+def main():
+    config = load_config(PolyvoreConfig, description=__doc__.splitlines()[0])
+    with written_aside(Path(config.out, "PolyvoreOutfits")) as folder:
+        convert(Path(config.release), folder, config.link)
+    print(f"next: python prepare/catalogue.py --root={config.out}  (pseudo-attributes)")
+
+
+if __name__ == "__main__":
+    run(main)
