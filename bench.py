@@ -1,20 +1,16 @@
-"""How fast it is, against the bare parts, on this machine: a table of every part asked for, and one JSON.
+"""How fast it is, against the bare parts, on this machine: a table for each part asked for, and one JSON.
 
-    python bench.py                             steps of the six objectives and the five tasks, full size, batch 8
-    python bench.py --size=mini --only=itc,mlm  some of them, at another size
-    python bench.py --memory --data --scale     peak memory of a step; input pipeline; cost over batch and gallery
-    python bench.py --eval                      the retrieval protocols on 30,000 images x 10,000 texts of width 768
+    python bench.py                            steps of the six objectives and five tasks; --size=mini --only=itc,mlm
+    python bench.py --memory --data --scale    peak memory of a step; input pipeline; cost over batch and gallery
+    python bench.py --eval                     retrieval on 30,000 images x 10,000 texts
 
 Bare parts: torchvision's ResNet, nn.TransformerEncoder on the same shapes, tables, heads where something is asked, the
-image tokenizer without gradient, fused AdamW on as many parameters; the fastest of both memory formats, with or without
-padding mask. Sides run in turns; figures are medians. Shares are of our step, padding of the text tokens, gb our peak
-memory, workers the loader processes that keep up. tflop: forward and backward of the bare side: 2 m n k of a product,
-2 x weights x positions of a convolution, 4 n^2 D of attention over n tokens of width D, each twice again backward;
-flop_use: tflop per second of our step beside what a large product of this dtype reaches here."""
+image tokenizer without gradient, fused AdamW on as many parameters; the faster memory format, with or without mask. In
+turns; medians. Of our step: shares, gb (peak), padding (of text tokens), workers (loaders that keep up), flop_use (FLOP
+a second over that of a large product). FLOP of the bare side: 2 m n k of a product, 2 x weights x positions of a
+convolution, 4 n^2 D of attention over n tokens of width D; backward twice that, once where weights are frozen."""
 
-import copy
 import dataclasses
-import itertools
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -56,7 +52,6 @@ class BenchConfig:
     pairs: int = setting(5, "runs of either side")
     data_root: str = setting("../shared/data/fashion-mini", "texts and photos of the batches")
     dtype: str = setting("float32", "float32 or bfloat16 (autocast)")
-    device: str = setting("auto", "auto, cpu or cuda")
     out: str = setting("bench.json", "all figures")
     memory: bool = setting(False, "peak memory of a step, each side in a process of its own")
     data: bool = setting(False, "input pipeline, images/s of a worker")
@@ -71,7 +66,7 @@ def timed(function, i=0):
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         clock.append(time.perf_counter())
-    return [b - a for a, b in itertools.pairwise(clock)]
+    return np.diff(clock).tolist()
 
 
 def compare(ours, bare, n):
@@ -91,27 +86,34 @@ def apart(function, *args):
 
 def prepare(config, name, build="cpu"):
     """What the stage of `name` has before its loop, and `pairs` batches; build "meta": a model of shapes alone."""
-    s = SimpleNamespace(name=name, tokenizer=None, device=common.start_processes(config.device).device)
+    s = SimpleNamespace(name=name, image_tokenizer=None, device=common.start_processes().device)
     pre, fine, vq = (str(finetune.CONFIGS / f"{file.format(name)}.py") for file in CONFIGS[config.size])
-    given, s.forget = [f"--data_root={config.data_root}", "--init=random"], name not in OBJECTIVES
-    argv, cls = ([fine, f"--task={name}"], finetune.FinetuneConfig) if s.forget else ([pre], pretrain.PretrainConfig)
-    own = common.load_config(cls, argv + given)
+    s.forget = name not in OBJECTIVES
+    argv = [*([fine, f"--task={name}"] if s.forget else [pre]), f"--data_root={config.data_root}", "--init=random"]
+    own = common.load_config(finetune.FinetuneConfig if s.forget else pretrain.PretrainConfig, argv)
     words = data.wordpiece(checkpoint.vocabulary(own, own.init))
     if s.forget:
-        s.objective, heads, load_items, draw, kind, longest = finetune.TASKS[name]
+        objective, heads, load_items, draw, kind, longest = finetune.TASKS[name]
         items, sizes = load_items(own)
-        transform, make = data.image_transform(kind, own.image_size, True), partial(finetune.build_model, heads=heads)
+        transform, make, sizes["heads"] = data.image_transform(kind, own.image_size, True), finetune.build_model, heads
         s.dataset = data.Samples(items, words, transform, own.max_tokens or longest, draw)
     else:
-        s.objective, items, make = OBJECTIVES[name], data.load_pretraining(own.data_root), pretrain.build_model
+        objective, items, make = OBJECTIVES[name], data.load_pretraining(own.data_root), pretrain.build_model
         sizes = {"n_attributes": data.count_labels(items, "attributes", own.n_attributes)}
         s.dataset = data.Pretraining(items, words, sizes["n_attributes"], own)
     if name == "mpfc":
-        s.tokenizer = vqvae.random_tokenizer(vqvae.check_config(common.load_config(vqvae.VQVAEConfig, [vq])))
-        sizes["n_codes"] = s.tokenizer.to(s.device).config.n_codes
+        s.image_tokenizer = vqvae.random_tokenizer(vqvae.check_config(common.load_config(vqvae.VQVAEConfig, [vq])))
+        sizes["n_codes"] = s.image_tokenizer.to(s.device).config.n_codes
     with torch.device(build):
         s.model = make(own, vocab_size=words.get_vocab_size(), **sizes).train()
-    rows = np.random.default_rng(0).permutation(len(items))[: config.pairs * config.batch_size]
+
+    def loss(batch):
+        if s.image_tokenizer:
+            with torch.autocast(s.device.type, enabled=False):  # as in pretrain.py
+                batch = {**batch, "image_codes": s.image_tokenizer.encode(batch["image"])}
+        return s.model(batch, objective)[0]
+
+    s.loss, rows = loss, np.random.default_rng(0).permutation(len(items))[: config.pairs * config.batch_size]
     s.batches = [data.collate([s.dataset[0, int(i), name] for i in part]) for part in np.split(rows, config.pairs)]
     if build != "meta":
         s.optimizer = common.make_optimizer(s.model.to(s.device), own)
@@ -121,14 +123,11 @@ def prepare(config, name, build="cpu"):
 
 
 def step(config, s, i):
-    """One update on batch i of `prepare`'s or `bare_side`'s s, as the loops make it; yields after each of PHASES."""
-    common.seed_step(0, i, 0)
+    """One update on batch i of `prepare`'s or `Bare`'s s as the loops make it; yields after each of PHASES."""
     batch = data.to_device(s.batches[i], s.device)
     yield
-    if s.tokenizer:
-        batch = {**batch, "image_codes": s.tokenizer.encode(batch["image"])}
     with common.autocast(s.device, config.dtype):
-        loss, _ = s.model(batch, s.objective)
+        loss = s.loss(batch)
     yield
     loss.backward()
     yield
@@ -138,40 +137,58 @@ def step(config, s, i):
 
 
 class Bare(nn.Module):
-    """The parts that the stage `s` needs, of its model's sizes; `positions` make up for the parameters they lack."""
+    """The other side of `prepare`'s s for `step`: parts of its model's sizes, in the fastest variant.
 
-    def __init__(self, s):
+    Its batches lie normalised on the device; `positions` make up for the parameters that it has fewer."""
+
+    forget = True  # gradients after an update
+
+    def __init__(self, config, s):
+        super().__init__()
         from torchvision import models  # not before data.py, which makes it importable on a CPU-only torch
 
-        super().__init__()
-        c, net, self.name, self.masked = s.model.config, getattr(models, s.model.config.resnet)(), s.name, True
-        d, channels, w = c.hidden_size, s.model.image_encoder.out_channels, c.width
+        c, n_in = s.model.config, s.model.image_encoder.out_channels
+        d, w = c.hidden_size, c.width
+        self.name, self.device, self.masked, net = s.name, s.device, True, getattr(models, c.resnet)()
         net.inplanes, net.conv1, net.bn1 = w, nn.Conv2d(3, w, 7, 2, 3, bias=False), nn.BatchNorm2d(w)
         for i, n in enumerate(RESNETS[c.resnet][0]):  # torchvision's own is of width 64
             setattr(net, f"layer{i + 1}", net._make_layer(type(net.layer1[0]), w * 2**i, n, stride=min(2, i + 1)))
         for name, parameter in s.model.image_encoder.named_parameters():
             net.get_parameter(name).requires_grad_(parameter.requires_grad)
         self.resnet = nn.Sequential(*list(net.children())[:-2]).train(s.name != "polyvore")  # no pool, no classifier
-        self.head = nn.Linear(channels, 256)
         if s.name == "polyvore":
-            return
-        sizes = (d, c.num_attention_heads, c.intermediate_size, c.dropout, "gelu", 1e-12)
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(*sizes, batch_first=True), c.num_hidden_layers)
-        torch.backends.mha.set_fastpath_enabled(False)  # SDPA in mining, too, and no nested tensors
-        self.words, self.projection, self.dense = nn.Embedding(c.vocab_size, d), nn.Linear(channels, d), nn.Linear(d, d)
-        n_out = {"itm": 2, "mlm": c.vocab_size, "mpfc": c.n_codes, "pac": c.n_attributes}.get(s.name, c.n_classes)
-        self.head = nn.Linear(d, n_out or 1)
-        if s.name == "mlm":
-            self.head.weight = self.words.weight
-        ours, bare = (sum(p.numel() for p in m.parameters()) for m in (s.model, self))
-        self.positions, self.tokenizer = nn.Parameter(torch.zeros((ours - bare) // d, d)), copy.deepcopy(s.tokenizer)
+            self.head = nn.Linear(n_in, 256)
+        else:
+            sizes = (d, c.num_attention_heads, c.intermediate_size, c.dropout, "gelu", 1e-12)
+            layer = nn.TransformerEncoderLayer(*sizes, batch_first=True)
+            self.encoder, self.words = nn.TransformerEncoder(layer, c.num_hidden_layers), nn.Embedding(c.vocab_size, d)
+            torch.backends.mha.set_fastpath_enabled(False)  # SDPA in mining, too, and no nested tensors
+            n_out = {"mlm": c.vocab_size, "mpfc": c.n_codes, "pac": c.n_attributes}.get(s.name, c.n_classes or 2)
+            self.projection, self.dense, self.head = nn.Linear(n_in, d), nn.Linear(d, d), nn.Linear(d, n_out)
+            if s.name == "mlm":
+                self.head.weight = self.words.weight
+            ours, bare = (sum(p.numel() for p in m.parameters()) for m in (s.model, self))
+            self.positions = nn.Parameter(torch.zeros((ours - bare) // d, d))
+        self.tokenizer = s.image_tokenizer and vqvae.random_tokenizer(s.image_tokenizer.config)
+        trained = [p for p in self.to(s.device).parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, fused=True)
+        self.batches = [data.to_device(batch, s.device) for batch in s.batches]
 
-    def forward(self, batch, objective=None):
-        """Every forward that the definition needs and no more -> (the log-partition as the loss, None)."""
+        def use(variant):
+            self.masked = variant[1]
+            self.to(memory_format=variant[0])
+            for batch in self.batches:
+                batch.update({k: v.contiguous(memory_format=variant[0]) for k, v in batch.items() if v.ndim == 4})
+            return min(sum(timed(partial(step, config, self))) for _ in range(2))
+
+        use(min([(f, m) for f in (torch.contiguous_format, torch.channels_last) for m in (True, False)], key=use))
+
+    def loss(self, batch):
+        """Every forward that the definition needs and no more; the log-partition takes the loss's place."""
         features = [self.resnet(batch[k]).flatten(2).transpose(1, 2) for k in ("image", "image2") if k in batch]
         pooled, patches = [f.mean(1) for f in features], features[-1]  # (B, C), (B, P, C)
         if self.name == "polyvore":
-            return (self.head(pooled[0]) @ self.head(pooled[1]).t()).logsumexp(1).mean(), None
+            return (self.head(pooled[0]) @ self.head(pooled[1]).t()).logsumexp(1).mean()
         words, padding = self.words(batch.get("masked_ids", batch["input_ids"])), batch["attention_mask"] == 0
         image, T = self.projection(pooled[0]), words.shape[1]
 
@@ -194,62 +211,35 @@ class Bare(nn.Module):
             logits = self.head(torch.cat([image, text])) if self.name == "pac" else image @ text.t()
         elif self.name in ("mvc", "fashioniq"):
             logits = image @ encode(patches)[:, T:].mean(1).t()
-        else:  # as many rows as are asked
-            asked = (
-                batch["mlm_labels"] != IGNORE
-                if self.name == "mlm"
-                else batch.get("patch_mask", image[:, 0] == image[:, 0])
-            )
+        else:  # as many rows as are asked: patches, words or one a sample
+            asked = batch.get("patch_mask", batch.get("mlm_labels", batch["attention_mask"][:, 0]) != IGNORE)
             logits = self.head(F.gelu(self.dense(encode(patches).flatten(0, 1)[: int(asked.sum())])))
-        return logits.logsumexp(1).mean(), None
-
-
-def bare_side(config, s):
-    """The other side of `prepare`'s s for `step`, in its fastest variant; its batches lie normalised on the device."""
-    b = SimpleNamespace(model=Bare(s).to(s.device), objective=None, tokenizer=None, forget=True, device=s.device)
-    b.optimizer = torch.optim.AdamW([p for p in b.model.parameters() if p.requires_grad], fused=True)
-    b.batches = [data.to_device(batch, s.device) for batch in s.batches]
-
-    def use(variant):
-        b.model.to(memory_format=variant[0]).masked = variant[1]
-        for batch in b.batches:
-            batch.update({k: v.contiguous(memory_format=variant[0]) for k, v in batch.items() if v.ndim == 4})
-        return min(sum(timed(partial(step, config, b))) for _ in range(2))
-
-    use(min(itertools.product((torch.contiguous_format, torch.channels_last), (True, False)), key=use))
-    return b
-
-
-# ---- what can be asked for: (config, ...) -> a row of its table ----------------------------------------------------
+        return logits.logsumexp(1).mean()
 
 
 def measure(config, name, side=""):
     """A training step, ours and bare in turns; side: after a few steps of that side alone, its peak memory in GB."""
     s = prepare(config, name, "meta" if side == "bare" else "cpu")
-    if side == "bare":
-        bare_side(config, s)
-        return common.peak_memory_gb(s.device)
-    for _ in range(2):
-        timed(partial(step, config, s))
-    row = {"name": name, "batch": config.batch_size, "gb": common.peak_memory_gb(s.device)}
+    if side != "bare":
+        ours, row = partial(step, config, s), {"name": name, "batch": config.batch_size}
+        compare(ours, ours, 1)  # the first step makes the optimizer's state
+        row["gb"] = common.peak_memory_gb(s.device)
     if side == "ours":
-        bare = apart(measure, config, name, "bare")
-        return row | {"bare": bare, "ratio": row["gb"] / bare}
-    b = bare_side(config, s)
-    row |= compare(partial(step, config, s), partial(step, config, b), config.pairs)
-    masks = [batch["attention_mask"].flatten() for batch in s.batches if "attention_mask" in batch]
+        bare_gb = apart(measure, config, name, "bare")
+        return row | {"bare": bare_gb, "ratio": row["gb"] / bare_gb}
+    bare = partial(step, config, Bare(config, s))
+    if side == "bare":
+        return common.peak_memory_gb(s.device)
+    row |= compare(ours, bare, config.pairs)
     with FlopCounterMode(display=False) as counter:
-        timed(partial(step, config, b))
+        timed(bare)
     n = 8192 if s.device.type == "cuda" else 2048
     x = torch.randn(n, n, device=s.device, dtype=getattr(torch, config.dtype))
-    rate = 2 * n**3 / min(timed(lambda _: x @ x)[0] for _ in range(5))
-    loading = timed(lambda i: data.collate([s.dataset[1, j, name] for j in range(config.batch_size)]))[0]
-    row |= {
-        "padding": 1 - torch.cat(masks).float().mean().item() if masks else 0.0,
-        "workers": loading / row["seconds"],
-    }
-    row |= {"tflop": counter.get_total_flops() / 1e12, "samples/s": config.batch_size / row["seconds"]}
-    return row | {"flop_use": counter.get_total_flops() / row["seconds"] / rate}
+    use = counter.get_total_flops() / row["seconds"] * min(timed(lambda _: x @ x)[0] for _ in range(5)) / (2 * n**3)
+    loading = timed(lambda _: data.collate([s.dataset[1, i, name] for i in range(config.batch_size)]))[0]
+    asked = torch.cat([batch.get("attention_mask", torch.ones(1)).flatten().float() for batch in s.batches])
+    row |= {"padding": 1 - asked.mean().item(), "workers": loading / row["seconds"], "flop_use": use}
+    return row | {"tflop": counter.get_total_flops() / 1e12, "samples/s": config.batch_size / row["seconds"]}
 
 
 def pipeline(config, chunk=64):
@@ -270,25 +260,23 @@ def pipeline(config, chunk=64):
 
 
 def gallery(config, n):
-    """Both protocols on n images and n / 3 texts, the first beside its bare products; mb above the embeddings."""
+    """Retrieval of n images and n / 3 texts, beside its bare products; mb: peak memory above the embeddings."""
     torch.manual_seed(0)
     image, text, texts = torch.randn(n, WIDTH), torch.randn(n // 3, WIDTH), torch.arange(n // 3)
-    image_id, group = torch.arange(n) % len(text), torch.randint(SUBCATEGORIES, (n // 3,))
+    images, group = torch.arange(n) % len(text), torch.randint(SUBCATEGORIES, (n // 3,))
 
-    def bare(_, block=2048):
+    def bare(_):
         for queries, others in ((image, text), (text, image)):
-            buffer = torch.empty(block, len(others))
-            for rows in queries.split(block):
+            buffer = torch.empty(2048, len(others))
+            for rows in queries.split(len(buffer)):
                 torch.mm(rows, others.t(), out=buffer[: len(rows)])
 
     before = common.peak_memory_gb(torch.device("cpu"))
-    evaluate.retrieval(image, text, image_id, texts)
-    row = {"images": n, "mb": 1000 * (common.peak_memory_gb(torch.device("cpu")) - before)}
-    row |= {"formula_mb": 2 * 512 * 4 * n / 1e6}  # two blocks of scores
-    row |= compare(lambda _: evaluate.retrieval(image, text, image_id, texts), bare, config.pairs)
-    return row | {
-        "sample_100": timed(lambda _: evaluate.sample_100(image, text, image_id, texts, group[image_id], group))[0]
-    }
+    evaluate.retrieval(image, text, images, texts)
+    row = {"images": n, "mb": 1e3 * (common.peak_memory_gb(torch.device("cpu")) - before), "formula": 8 * 512 * n / 1e6}
+    row |= compare(lambda _: evaluate.retrieval(image, text, images, texts), bare, config.pairs)
+    sampled = timed(lambda _: evaluate.sample_100(image, text, images, texts, group[images], group))[0]
+    return row | {"sample_100": sampled, "us/product": 1e6 * row["seconds"] / (n * len(text))}
 
 
 def main():
@@ -297,30 +285,23 @@ def main():
     for key, value, known in [("size", config.size, CONFIGS), *(("only", name, NAMES) for name in names)]:
         if value not in known:
             raise InputError(f"{key}: found {value!r}, expected some of {', '.join(known)}")
-    batches = [
-        (measure, dataclasses.replace(config, batch_size=n), name)
-        for name in (names if config.only else ["itc"])
-        for n in BATCHES
-    ]
-    galleries = [(gallery, config, IMAGES // k) for k in (4, 2, 1)]
-    jobs = {
+    sized = [dataclasses.replace(config, batch_size=n) for n in BATCHES]
+    jobs = {  # part: the rows of its table, each a function, its config and what else it takes
         "memory": [(measure, config, name, "ours") for name in names],
         "data": [(pipeline, config)],
-        "scale": batches + galleries,
-        "eval": galleries[-1:],
+        "scale": [(measure, c, n) for n in names for c in sized] + [(gallery, config, IMAGES // k) for k in (4, 2, 1)],
+        "eval": [(gallery, config, IMAGES)],
+        "step": [(measure, config, name) for name in names],
     }
-    jobs = {k: rows for k, rows in jobs.items() if getattr(config, k)} or {
-        "step": [(measure, config, n) for n in names]
-    }
-    results = common.describe_run(config) | {"threads": torch.get_num_threads()}
+    jobs = {part: rows for part, rows in jobs.items() if getattr(config, part, False)} or {"step": jobs["step"]}
+    results, header = common.describe_run(config) | {"threads": torch.get_num_threads()}, None
     for part, calls in jobs.items():
-        results[part], header = [], None
+        results[part] = []
         for function, *args in calls:
-            row = apart(function, *args)
+            results[part].append(row := apart(function, *args))
             if header != (header := list(row)):
-                print(f"\n{part:10}", *(f"{key:>10}" for key in header))
-            print(" " * 10, *(f"{v:>10.10}" if isinstance(v, str) else f"{v:10.4g}" for v in row.values()), flush=True)
-            results[part].append(row)
+                print(f"\n{part:8}", *(f"{key:>10}" for key in header))
+            print(" " * 8, *(f"{v:>10.10}" if isinstance(v, str) else f"{v:10.4g}" for v in row.values()), flush=True)
     common.write_json(config.out, results)
 
 
