@@ -199,7 +199,7 @@ class Bare(nn.Module):
         with torch.no_grad():
             if self.name == "itm":  # mining: text alone, without dropout
                 self.encoder.eval()
-                encode(patches[:, :0])
+                encode(patches[:, :0].detach())
                 self.encoder.train()
             if self.name == "mpfc":
                 self.tokenizer.quant_conv(self.tokenizer.encoder(batch["image"]))
