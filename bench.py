@@ -254,7 +254,7 @@ def pipeline(config, chunk=64):
         for j in part[i]:
             Image.open(dataset.products[j].images[0]).convert("RGB").resize((large, large), Image.Resampling.BILINEAR)
 
-    compare(bare, bare, config.pairs)  # files into the page cache
+    compare(bare, lambda _: dataset[0, 0, "itc"], config.pairs)  # files into the page cache, our side set up
     row = compare(lambda i: data.collate([dataset[0, j, "itc"] for j in part[i]]), bare, config.pairs)
     return {"images/s": chunk / row["seconds"], "bare": chunk / row["bare"], "ratio": 1 / row["ratio"]}
 
