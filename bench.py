@@ -289,7 +289,8 @@ def main():
     jobs = {  # part: the rows of its table, each a function, its config and what else it takes
         "memory": [(measure, config, name, "ours") for name in names],
         "data": [(pipeline, config)],
-        "scale": [(measure, c, n) for n in names for c in sized] + [(gallery, config, IMAGES // k) for k in (4, 2, 1)],
+        "scale": [(measure, c, name) for name in (names if config.only else ["itc"]) for c in sized]
+        + [(gallery, config, IMAGES // k) for k in (4, 2, 1)],
         "eval": [(gallery, config, IMAGES)],
         "step": [(measure, config, name) for name in names],
     }
