@@ -58,6 +58,7 @@ SETS = {
 }
 RECOGNITION_LABELS = {"fashiongen_category": "category", "fashiongen_subcategory": "subcategory"}
 FASHIONIQ_CLASSES = ("dress", "shirt", "toptee")
+POLYVORE_ITEMS = "polyvore_item_metadata.json"
 # Polyvore Outfits' fine category ids in the order in which the released OCIR checkpoint numbers them
 POLYVORE_CATEGORIES = tuple(
     int(n)
@@ -569,39 +570,46 @@ def load_fashioniq(root, garment, split, gallery="original"):
     return queries, names
 
 
+def load_polyvore_items(folder):
+    """({item id: its metadata}, {category id: number}) of a PolyvoreOutfits folder.
+
+    Categories are numbered in the released checkpoint's order where POLYVORE_CATEGORIES knows them all, else in
+    ascending order of their ids. Raises InputError on a file that is missing or bad."""
+    path = Path(folder, POLYVORE_ITEMS)
+    metadata = read_json(path, dict)
+    ids = {need(row, "category_id", str, f"{path}: {item}") for item, row in metadata.items()}
+    try:
+        order = sorted(map(int, ids))
+    except ValueError:
+        raise InputError(f"{path}: category_id: expected whole numbers as text") from None
+    if set(order) <= set(POLYVORE_CATEGORIES):
+        order = POLYVORE_CATEGORIES
+    return metadata, {str(category): i for i, category in enumerate(order)}
+
+
 def load_polyvore(root, split, part):
     """(outfits, n_categories) of Polyvore Outfits' OCIR files, split disjoint or nondisjoint, part train or test.
 
     An outfit: {"items": [(path, category)] of the question, "blank": its id, "blank_item": (path, category), "fake"}.
-    Categories are numbered in the released checkpoint's order where POLYVORE_CATEGORIES knows them all, else in
-    ascending order of their ids. Raises InputError on files that are missing or bad."""
+    Raises InputError on files that are missing or bad."""
     folder = Path(root, "PolyvoreOutfits")
     if split not in ("disjoint", "nondisjoint"):
         raise InputError(f"split: found {split!r}, expected disjoint or nondisjoint")
-    metadata_path = folder / "polyvore_item_metadata.json"
-    metadata = read_json(metadata_path, dict)
-    ids = {need(row, "category_id", str, f"{metadata_path}: {item}") for item, row in metadata.items()}
-    try:
-        order = sorted(map(int, ids))
-    except ValueError:
-        raise InputError(f"{metadata_path}: category_id: expected whole numbers as text") from None
-    if set(order) <= set(POLYVORE_CATEGORIES):
-        order = POLYVORE_CATEGORIES
-    number = {str(category): i for i, category in enumerate(order)}
+    metadata, number = load_polyvore_items(folder)
     path, outfits = folder / f"ocir_{split}_{part}.json", []
     for i, row in enumerate(read_json(path, list)):
         where = f"{path}: entry {i}"
         question, blank = need(row, "question", list, where), need(row, "blank", str, where)
         unknown = [item for item in [*question, blank] if item not in metadata]
         if unknown or not question:
-            raise InputError(f"{where}: item {unknown[:1]} is not in {metadata_path.name}, or the question is empty")
+            raise InputError(f"{where}: item {unknown[:1]} is not in {POLYVORE_ITEMS}, or the question is empty")
         *items, last = (
             (str(folder / "images" / f"{item}.jpg"), number[metadata[item]["category_id"]])
             for item in [*question, blank]
         )
         fake = part == "test" and need(row, "fake_data", bool, where)
         outfits.append({"items": items, "blank": blank, "blank_item": last, "fake": fake, "name": where})
-    return outfits, len(order)
+    return outfits, len(number)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
