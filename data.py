@@ -33,6 +33,7 @@ MEAN = (0.46777044, 0.44531429, 0.40661017)  # of the fashion photos, not ImageN
 STD = (0.12221994, 0.12145835, 0.14380469)
 MAX_TOKENS, FASHIONIQ_MAX_TOKENS = 75, 50  # [CLS] and [SEP] included
 STRIDE = 32  # pixels of an image per patch, along each side
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the data sets, as rows of a table
@@ -83,6 +84,7 @@ class Product:
     attributes: list
     category: int = None
     subcategory: int = None
+    title: str = ""
 
 
 def read_json(path, kind):
@@ -128,7 +130,8 @@ def parse_product(item, source, folder):
             raise ValueError(f"key {key!r}: found {item[key]!r:.60}, expected an id from 0")
     text = ".".join(get(key, str) for key in SETS[source]["text"])
     paths = [inside(folder, i) for i in images]
-    return Product(name, paths, text, attributes, item.get("category_id"), item.get("subcategory_id"))
+    labels = item.get("category_id"), item.get("subcategory_id")
+    return Product(name, paths, text, attributes, *labels, item["title"])
 
 
 def scan_products(root, source, split):
@@ -155,6 +158,35 @@ def load_products(root, source, split):
     if faults:
         raise InputError(f"{faults[0]}; {len(faults)} such in the file, python data.py --data_root={root} lists them")
     return products
+
+
+def list_images(folder):
+    """{path below `folder`: [bytes, time of change in ns]} of its images, at any depth, sorted; InputError if none."""
+    if not Path(folder).is_dir():
+        raise InputError(f"gallery: found {str(folder)!r}, expected a folder of images")
+    paths = (Path(base, name) for base, _, names in os.walk(folder) for name in names if not name.startswith("."))
+    paths = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.exists())
+    if not paths:
+        raise InputError(f"gallery: {folder}: no images in it, expected files that end in {' '.join(IMAGE_SUFFIXES)}")
+    return {str(p.relative_to(folder)): [p.stat().st_size, p.stat().st_mtime_ns] for p in paths}
+
+
+def load_titles(folder):
+    """{image path: (product id, title)} of a folder of images, {} where it is none of a data set's (SETS).
+
+    Raises InputError on an annotation file that cannot be read; entries that have faults are left out."""
+    folder, titles = Path(folder).resolve(), {}
+    source, root = folder.parent.name, folder.parent.parent
+    splits = SETS[source]["splits"] if source in SETS else {}
+    for split, (file, images) in splits.items():
+        if folder.name == images and (folder.parent / file).exists():
+            for product in scan_products(root, source, split)[0]:
+                own = product.name.removeprefix(f"{source} "), product.title
+                titles |= dict.fromkeys(product.images, own)
+    if source == "PolyvoreOutfits" and (folder.parent / POLYVORE_ITEMS).exists():
+        for item, row in load_polyvore_items(folder.parent)[0].items():
+            titles[str(folder / f"{item}.jpg")] = item, str(row.get("title", ""))
+    return titles
 
 
 def load_pretraining(root, sets=tuple(SETS)):
@@ -585,6 +617,16 @@ def load_polyvore_items(folder):
     if set(order) <= set(POLYVORE_CATEGORIES):
         order = POLYVORE_CATEGORIES
     return metadata, {str(category): i for i, category in enumerate(order)}
+
+
+def name_polyvore_categories(folder):
+    """{name or id of a category: its numbers} of a PolyvoreOutfits folder; a coarse name stands for several."""
+    metadata, number = load_polyvore_items(folder)
+    names = {}
+    for row in metadata.values():
+        for name in (row["category_id"], str(row.get("semantic_category", row["category_id"]))):
+            names.setdefault(name, set()).add(number[row["category_id"]])
+    return names
 
 
 def load_polyvore(root, split, part):
