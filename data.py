@@ -8,6 +8,7 @@ Pictures leave the loader as uint8 and are normalised on the device (`to_device`
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,6 +170,20 @@ def list_images(folder):
     if not paths:
         raise InputError(f"gallery: {folder}: no images in it, expected files that end in {' '.join(IMAGE_SUFFIXES)}")
     return {str(p.relative_to(folder)): [p.stat().st_size, p.stat().st_mtime_ns] for p in paths}
+
+
+def readable_images(folder, names):
+    """Those of `names` below `folder` that open as images; the others are printed to stderr. InputError if none."""
+    readable = []
+    for name in names:
+        try:
+            open_image(Path(folder, name))
+            readable.append(name)
+        except InputError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    if not readable:
+        raise InputError(f"{folder}: none of {len(names)} images can be read")
+    return readable
 
 
 def load_titles(folder):
@@ -619,14 +634,38 @@ def load_polyvore_items(folder):
     return metadata, {str(category): i for i, category in enumerate(order)}
 
 
-def name_polyvore_categories(folder):
-    """{name or id of a category: its numbers} of a PolyvoreOutfits folder; a coarse name stands for several."""
-    metadata, number = load_polyvore_items(folder)
-    names = {}
-    for row in metadata.values():
-        for name in (row["category_id"], str(row.get("semantic_category", row["category_id"]))):
-            names.setdefault(name, set()).add(number[row["category_id"]])
-    return names
+class PolyvoreCategories:
+    """The fine categories of a PolyvoreOutfits folder, by name and of an image, numbered as in training.
+
+    Raises InputError where there are other than `n`, the number that the checkpoint knows."""
+
+    def __init__(self, folder, n):
+        self.folder = Path(folder).resolve()
+        self.metadata, self.number = load_polyvore_items(folder)
+        if len(self.number) != n:
+            found = f"{len(self.number)} categories, but the checkpoint's CSA-Net has {n}"
+            raise InputError(f"{folder}: {found}; expected the folder of its training")
+
+    def numbers(self, name):
+        """The sorted numbers that a name or id stands for; Polyvore's coarse names stand for several.
+
+        "shoe" and "shoes" are one name. Raises InputError on one that no item has, with those that there are."""
+        alike, known = set(), set()
+        for row in self.metadata.values():
+            names = {row["category_id"], str(row.get("semantic_category", row["category_id"]))}
+            known |= names
+            if name.lower().removesuffix("s") in {n.lower().removesuffix("s") for n in names}:
+                alike.add(self.number[row["category_id"]])
+        if not alike:
+            shown = sorted(n for n in known if not n.isdigit()) or sorted(known, key=int)
+            raise InputError(f"category: found {name!r}, expected one of {', '.join(shown)}, or an id of {self.folder}")
+        return sorted(alike)
+
+    def of_image(self, path):
+        """The number of the item that an image, a path as os.path.realpath gives it, shows; -1: not in images/."""
+        folder, name = os.path.split(path)
+        item = self.metadata.get(os.path.splitext(name)[0]) if folder == f"{self.folder}/images" else None
+        return self.number[item["category_id"]] if item else -1
 
 
 def load_polyvore(root, split, part):

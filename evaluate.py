@@ -20,6 +20,7 @@ import checkpoint
 import common
 import data
 from common import InputError, setting
+from model import CSANet
 
 RETRIEVAL_KS, TGIR_KS, OCIR_KS = (1, 5, 10), (10, 50), (10, 30, 50)
 
@@ -381,23 +382,24 @@ def image_items(paths):
     return [{"image": path, "name": path} for path in paths]
 
 
+def encode(model, batch):
+    """Scaled embeddings (B, D) of images, of texts, or of both: an image with the change in words.
+
+    A CSA-Net's are those of wanted items."""
+    image, words = batch.get("image"), [batch[key] for key in ("input_ids", "attention_mask") if key in batch]
+    if words:
+        x = model.encode_text(*words) if image is None else model.encode_composed(*words, image)
+    else:
+        x = model.encode_item(image) if isinstance(model, CSANet) else model.encode_image(image)
+    return model.scaled(x)
+
+
 def embed_retrieval(model, products, tokenizer, config, processes):
     """(image (N, D), text (M, D), image_id (N,), text_id (M,)) of products, every image and every text once, scaled."""
     paths = [(i, path) for i, product in enumerate(products) for path in product.images]
-    image = embed(
-        lambda batch: model.scaled(model.encode_image(batch["image"])),
-        image_items(path for _, path in paths),
-        tokenizer,
-        config,
-        processes,
-    )
-    text = embed(
-        lambda batch: model.scaled(model.encode_text(batch["input_ids"], batch["attention_mask"])),
-        [{"text": product.text} for product in products],
-        tokenizer,
-        config,
-        processes,
-    )
+    share = (tokenizer, config, processes)
+    image = embed(partial(encode, model), image_items(path for _, path in paths), *share)
+    text = embed(partial(encode, model), [{"text": product.text} for product in products], *share)
     return image, text, torch.tensor([i for i, _ in paths]), torch.arange(len(products))
 
 
@@ -428,16 +430,9 @@ def evaluate_fashioniq(model, tokenizer, config, processes):
         place = {name: i for i, name in enumerate(names)}
         folder = Path(config.data_root, "FashionIQ", "images")
         share = (tokenizer, config, processes, "scale", data.FASHIONIQ_MAX_TOKENS)
-        gallery = embed(
-            lambda batch: model.scaled(model.encode_image(batch["image"])),
-            image_items(str(folder / f"{name}.jpg") for name in names),
-            *share,
-        )
-        query = embed(
-            lambda b: model.scaled(model.encode_composed(b["input_ids"], b["attention_mask"], b["image"])),
-            [{k: q[k] for k in ("image", "text", "name")} for q in queries],
-            *share,
-        )
+        paths = (str(folder / f"{name}.jpg") for name in names)
+        gallery = embed(partial(encode, model), image_items(paths), *share)
+        query = embed(partial(encode, model), [{k: q[k] for k in ("image", "text", "name")} for q in queries], *share)
         target = torch.tensor([place[q["target"]] for q in queries])
         classes[garment] = (query, gallery, target, torch.arange(len(names)))
         shown = [{"images": [q["image"]], "text": q["text"]} for q in queries]
@@ -472,20 +467,12 @@ def evaluate_polyvore(model, tokenizer, config, processes):
         )
     blanks = {outfit["blank"]: outfit["blank_item"] for outfit in outfits}
     place = {name: i for i, name in enumerate(blanks)}
-    blank = embed(
-        lambda batch: model.scaled(model.encode_item(batch["image"])),
-        image_items(path for path, _ in blanks.values()),
-        tokenizer,
-        config,
-        processes,
-        "scale",
-    )
+    share = (tokenizer, config, processes, "scale")
+    blank = embed(partial(encode, model), image_items(path for path, _ in blanks.values()), *share)
     real = [outfit for outfit in outfits if not outfit["fake"]]
     # An image is projected once; what the wanted category changes comes after it and costs next to nothing.
     items = {path: category for outfit in real for path, category in outfit["items"]}
-    item = embed(
-        lambda batch: model.encode_item(batch["image"]), image_items(items), tokenizer, config, processes, "scale"
-    )
+    item = embed(lambda batch: model.encode_item(batch["image"]), image_items(items), *share)
     row = {path: i for i, path in enumerate(items)}
     queries = []
     for outfit in real:
@@ -522,7 +509,7 @@ PROTOCOLS = {
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 CELL, GAP, LINE = 200, 18, 19  # pixels: a picture's side, between cells, a line of text
-TEXT_LINES, SHOWN = 3, 5  # lines of text below a picture; results of a query
+TEXT_LINES, SHOWN = 4, 5  # lines of text below a picture; results of a query
 RIGHT, WRONG = (26, 150, 65), (215, 48, 39)  # colours of frames
 
 
