@@ -624,9 +624,9 @@ def labelled_pictures(items, predictions, labels, config):
 
     def draw(i):
         said, true = (names.get(int(x[i]), f"class {x[i]}") for x in (predictions, labels))
-        text = f"true: {true}" if failed[i] else items[i]["text"]
         frame = WRONG if failed[i] else RIGHT
-        return None, [{"images": [items[i]["image"]], "label": said, "text": text, "frame": frame}]
+        label, text = f"predicted: {said}", f"true: {true}"
+        return None, [{"images": [items[i]["image"]], "label": label, "text": text, "frame": frame}]
 
     return failed, draw
 
