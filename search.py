@@ -39,8 +39,7 @@ def open_index(path, folder, fingerprint, embed, skip_broken=False):
         old, found = json.loads(note.read_text()), np.load(vectors, mmap_mode="r")
         if (old["fingerprint"], old["files"], len(old["ids"])) == (fingerprint, files, len(found)):
             return found, old["ids"]
-        why = "files added, removed or changed" if old["fingerprint"] == fingerprint else "another checkpoint"
-        why = f"stale ({why})"
+        why = f"stale ({'files added, removed or changed' if old['fingerprint'] == fingerprint else 'new checkpoint'})"
     except (OSError, ValueError, KeyError, TypeError):
         why = "not there yet" if not note.exists() else "damaged"
     print(f"index {vectors}: {why}; embedding {len(files)} images", file=sys.stderr)

@@ -180,8 +180,8 @@ def test_index_is_reused_and_remade(files, gallery, capsys):
     torch.nn.init.normal_(model.bert.embeddings.projection.weight)
     other = save(gallery.parent / "other.pt", model, "pretrain", info["vocab"])
     rows(other, gallery, "--text=red")
-    assert "stale (another checkpoint)" in capsys.readouterr().err
-    assert "stale (another checkpoint)" in said()
+    assert "stale (new checkpoint)" in capsys.readouterr().err
+    assert "stale (new checkpoint)" in said()
     Path(f"{gallery}.index.json").write_text("{")
     assert "damaged" in said() and said() == ""
     index.write_bytes(index.read_bytes()[:200])
