@@ -3,6 +3,7 @@
     python bench.py                            steps of the six objectives and five tasks; --size=mini --only=itc,mlm
     python bench.py --memory --data --scale    peak memory of a step; input pipeline; cost over batch and gallery
     python bench.py --eval                     retrieval on 30,000 images x 10,000 texts
+    python bench.py --search                   a search among 100,000 items; an index beside the bare encoder
 
 Bare parts: torchvision's ResNet, nn.TransformerEncoder on the same shapes, tables, heads where something is asked, the
 image tokenizer without gradient, fused AdamW on as many parameters; the faster memory format, with or without mask. In
@@ -12,9 +13,11 @@ convolution, 4 n^2 D of attention over n tokens of width D; backward twice that,
 
 import dataclasses
 import multiprocessing
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from pathlib import Path
 from statistics import median
 from types import GeneratorType, SimpleNamespace
 
@@ -31,10 +34,11 @@ import data
 import evaluate
 import finetune
 import pretrain
+import search
 import vqvae
 from common import InputError, setting
 from losses import IGNORE, OBJECTIVES
-from model import RESNETS
+from model import RESNETS, FashionViL, ModelConfig
 
 CONFIGS = {size: (size, f"{size}_finetune", f"vqvae_{size}") for size in ("mini", "demo")}
 CONFIGS["full"] = ("fashionall", "{}", "vqvae_fashionall")  # of pre-training, a task, the image tokenizer
@@ -57,6 +61,7 @@ class BenchConfig:
     data: bool = setting(False, "input pipeline, images/s of a worker")
     scale: bool = setting(False, "seconds per sample over the batch; retrieval over the gallery")
     eval: bool = setting(False, "retrieval protocols")
+    search: bool = setting(False, "search among 100,000 items, and the build of an index")
 
 
 def timed(function, i=0):
@@ -279,6 +284,36 @@ def gallery(config, n):
     return row | {"sample_100": sampled, "us/product": 1e6 * row["seconds"] / (n * len(text))}
 
 
+@torch.no_grad()
+def searching(config, items=100_000, photos=64):
+    """A row: median time of a search (scores, best 10) among `items` vectors mapped from a file, after a first one has
+    loaded it; images/s of an index build on made-up JPEGs of 256 px beside the encoder's on decoded images."""
+    rng, row = np.random.default_rng(0), {"items": items}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "vectors.npy")
+        np.save(path, rng.standard_normal((items, WIDTH), dtype=np.float32))
+        vectors, queries = np.load(path, mmap_mode="r"), rng.standard_normal((21, WIDTH, 1), dtype=np.float32)
+        times = [timed(lambda q: search.best((vectors @ q).max(1), 10), query)[0] for query in queries]
+        row |= {"load_ms": 1e3 * times[0], "search_ms": 1e3 * median(times[1:])}
+        gallery = Path(folder, "gallery")
+        gallery.mkdir()
+        for i in range(photos):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((256, 256)).save(gallery / f"{i}.jpg")
+        encode = partial(evaluate.encode, FashionViL(ModelConfig(heads=("contrastive",))).eval())
+        settings = evaluate.EvalConfig(image_size=224, eval_batch_size=32, workers=0)
+        processes = common.Processes(0, 1, torch.device("cpu"))
+        embed = partial(evaluate.embed, encode, tokenizer=None, config=settings, processes=processes)
+        images = data.load_images(sorted(gallery.iterdir()), 224)
+        turns = iter(range(1_000))  # every build is the first
+        row |= compare(
+            lambda _: search.open_index(Path(folder, f"index{next(turns)}"), gallery, "", embed),
+            lambda _: [encode({"image": part}) for part in images.split(32)],
+            min(config.pairs, 3),
+        )
+    return row | {"images/s": photos / row["seconds"]}
+
+
 def main():
     config = common.load_config(BenchConfig, description=__doc__)
     names = config.only.split(",") if config.only else NAMES
@@ -292,6 +327,7 @@ def main():
         "scale": [(measure, c, name) for name in (names if config.only else ["itc"]) for c in sized]
         + [(gallery, config, IMAGES // k) for k in (4, 2, 1)],
         "eval": [(gallery, config, IMAGES)],
+        "search": [(searching, config)],
         "step": [(measure, config, name) for name in names],
     }
     jobs = {part: rows for part, rows in jobs.items() if getattr(config, part, False)} or {"step": jobs["step"]}

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ MAX_PIXELS = 64_000_000  # of an image file; what is larger takes a gigabyte on 
 MAX_LABEL = 1_000_000  # no attribute or category id reaches it; heads have a row for every id up to the largest
 SKIP_BROKEN = "replace a product whose image cannot be read by the next one, and count it"
 STRIDE = 32  # pixels of an image per patch, along each side
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the data sets, as rows of a table
@@ -66,6 +68,7 @@ SETS = {
 }
 RECOGNITION_LABELS = {"fashiongen_category": "category", "fashiongen_subcategory": "subcategory"}
 FASHIONIQ_CLASSES = ("dress", "shirt", "toptee")
+POLYVORE_ITEMS = "polyvore_item_metadata.json"
 # Polyvore Outfits' fine category ids in the order in which the released OCIR checkpoint numbers them
 POLYVORE_CATEGORIES = tuple(
     int(n)
@@ -90,6 +93,7 @@ class Product:
     attributes: list
     category: int = None
     subcategory: int = None
+    title: str = ""
 
 
 def read_json(path, kind):
@@ -144,7 +148,8 @@ def parse_product(item, source, folder):
             raise ValueError(f"key {key!r}: found {item[key]!r:.60}, expected an id from 0 to {MAX_LABEL - 1}")
     text = ".".join(get(key, str) for key in SETS[source]["text"])
     paths = [inside(folder, i) for i in images]
-    return Product(name, paths, text, attributes, item.get("category_id"), item.get("subcategory_id"))
+    labels = item.get("category_id"), item.get("subcategory_id")
+    return Product(name, paths, text, attributes, *labels, item["title"])
 
 
 def scan_products(root, source, split):
@@ -171,6 +176,49 @@ def load_products(root, source, split):
     if faults:
         raise InputError(f"{faults[0]}; {len(faults)} such in the file, python data.py --data_root={root} lists them")
     return products
+
+
+def list_images(folder):
+    """{path below `folder`: [bytes, time of change in ns]} of its images, at any depth, sorted; InputError if none."""
+    if not Path(folder).is_dir():
+        raise InputError(f"gallery: found {str(folder)!r}, expected a folder of images")
+    paths = (Path(base, name) for base, _, names in os.walk(folder) for name in names if not name.startswith("."))
+    paths = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.exists())
+    if not paths:
+        raise InputError(f"gallery: {folder}: no images in it, expected files that end in {' '.join(IMAGE_SUFFIXES)}")
+    return {str(p.relative_to(folder)): [p.stat().st_size, p.stat().st_mtime_ns] for p in paths}
+
+
+def readable_images(folder, names):
+    """Those of `names` below `folder` that open as images; the others are printed to stderr. InputError if none."""
+    readable = []
+    for name in names:
+        try:
+            open_image(Path(folder, name))
+            readable.append(name)
+        except InputError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    if not readable:
+        raise InputError(f"{folder}: none of {len(names)} images can be read")
+    return readable
+
+
+def load_titles(folder):
+    """{image path: (product id, title)} of a folder of images, {} where it is none of a data set's (SETS).
+
+    Raises InputError on an annotation file that cannot be read; entries that have faults are left out."""
+    folder, titles = Path(folder).resolve(), {}
+    source, root = folder.parent.name, folder.parent.parent
+    splits = SETS[source]["splits"] if source in SETS else {}
+    for split, (file, images) in splits.items():
+        if folder.name == images and (folder.parent / file).exists():
+            for product in scan_products(root, source, split)[0]:
+                own = product.name.removeprefix(f"{source} "), product.title
+                titles |= dict.fromkeys(product.images, own)
+    if source == "PolyvoreOutfits" and (folder.parent / POLYVORE_ITEMS).exists():
+        for item, row in load_polyvore_items(folder.parent)[0].items():
+            titles[str(folder / f"{item}.jpg")] = item, str(row.get("title", ""))
+    return titles
 
 
 def load_pretraining(root, sets=tuple(SETS)):
@@ -656,45 +704,87 @@ def load_fashioniq(root, garment, split, gallery="original", faults=None):
     return queries, names
 
 
-def load_polyvore(root, split, part, faults=None):
-    """(outfits, n_categories) of Polyvore Outfits' OCIR files, split disjoint or nondisjoint, part train or test.
+def load_polyvore_items(folder, faults=None):
+    """({item id: its metadata}, {category id, an int: number}) of a PolyvoreOutfits folder.
 
-    An outfit: {"items": [(path, category)] of the question, "blank": its id, "blank_item": (path, category), "fake"}.
     Categories are numbered in the released checkpoint's order where POLYVORE_CATEGORIES knows them all, else in
-    ascending order of their ids. Raises InputError on files that are missing or bad; see `noting`."""
-    folder = Path(root, "PolyvoreOutfits")
-    if split not in ("disjoint", "nondisjoint"):
-        raise InputError(f"split: found {split!r}, expected disjoint or nondisjoint")
-    path = folder / "polyvore_item_metadata.json"
-    category = {}
+    ascending order of their ids. Raises InputError on a file that is missing or bad; see `noting`."""
+    path, metadata = Path(folder, POLYVORE_ITEMS), {}
     for item, row in read_json(path, dict).items():
         with noting(faults):
             text = need(row, "category_id", str, f"{path}: item {item!r:.60}")
             if not re.fullmatch("[0-9]{1,9}", text):
                 raise InputError(f"{path}: item {item!r:.60}: category_id: found {text!r:.60}, expected a whole number")
-            category[item] = int(text)
-    order = sorted(set(category.values()))
+            metadata[item] = row
+    order = sorted({int(row["category_id"]) for row in metadata.values()})
     if set(order) <= set(POLYVORE_CATEGORIES):
         order = POLYVORE_CATEGORIES
-    number = {c: i for i, c in enumerate(order)}
-    metadata, path, outfits = path, folder / f"ocir_{split}_{part}.json", []
+    return metadata, {category: i for i, category in enumerate(order)}
+
+
+class PolyvoreCategories:
+    """The fine categories of a PolyvoreOutfits folder, by name and of an image, numbered as in training.
+
+    Raises InputError where there are other than `n`, the number that the checkpoint knows."""
+
+    def __init__(self, folder, n):
+        self.folder = Path(folder).resolve()
+        self.metadata, self.number = load_polyvore_items(folder)
+        if len(self.number) != n:
+            found = f"{len(self.number)} categories, but the checkpoint's CSA-Net has {n}"
+            raise InputError(f"{folder}: {found}; expected the folder of its training")
+
+    def numbers(self, name):
+        """The sorted numbers that a name or id stands for; Polyvore's coarse names stand for several.
+
+        "shoe" and "shoes" are one name. Raises InputError on one that no item has, with those that there are."""
+        alike, known = set(), set()
+        for row in self.metadata.values():
+            names = {row["category_id"], str(row.get("semantic_category", row["category_id"]))}
+            known |= names
+            if name.lower().removesuffix("s") in {n.lower().removesuffix("s") for n in names}:
+                alike.add(self.number[int(row["category_id"])])
+        if not alike:
+            shown = sorted(n for n in known if not n.isdigit()) or sorted(known, key=int)
+            raise InputError(f"category: found {name!r}, expected one of {', '.join(shown)}, or an id of {self.folder}")
+        return sorted(alike)
+
+    def of_image(self, path):
+        """The number of the item that an image, a path as os.path.realpath gives it, shows; -1: not in images/."""
+        folder, name = os.path.split(path)
+        item = self.metadata.get(os.path.splitext(name)[0]) if folder == f"{self.folder}/images" else None
+        return self.number[int(item["category_id"])] if item else -1
+
+
+def load_polyvore(root, split, part, faults=None):
+    """(outfits, n_categories) of Polyvore Outfits' OCIR files, split disjoint or nondisjoint, part train or test.
+
+    An outfit: {"items": [(path, category)] of the question, "blank": its id, "blank_item": (path, category), "fake"}.
+    Raises InputError on files that are missing or bad; see `noting`."""
+    folder = Path(root, "PolyvoreOutfits")
+    if split not in ("disjoint", "nondisjoint"):
+        raise InputError(f"split: found {split!r}, expected disjoint or nondisjoint")
+    metadata, number = load_polyvore_items(folder, faults)
+    path, outfits = folder / f"ocir_{split}_{part}.json", []
     for i, row in enumerate(read_json(path, list)):
         where = f"{path}: entry {i}"
         with noting(faults):
             question, blank = need(row, "question", list, where), need(row, "blank", str, where)
             images = [image_of(folder / "images", item, where) for item in [*question, blank]]
-            unknown = [item for item in [*question, blank] if item not in category]
+            unknown = [item for item in [*question, blank] if item not in metadata]
             if unknown or not question:
-                raise InputError(f"{where}: item {unknown[:1]} is not in {metadata.name}, or the question is empty")
+                raise InputError(f"{where}: item {unknown[:1]} is not in {POLYVORE_ITEMS}, or the question is empty")
             if part == "train" and set(question) == {blank}:
                 raise InputError(f"{where}: blank {blank!r:.60} is the only item of the question, expected two items")
-            *items, last = zip(images, (number[category[item]] for item in [*question, blank]), strict=True)
+            *items, last = zip(
+                images, (number[int(metadata[item]["category_id"])] for item in [*question, blank]), strict=True
+            )
             fake = part == "test" and need(row, "fake_data", bool, where)
             outfits.append({"items": items, "blank": blank, "blank_item": last, "fake": fake, "name": where})
     with noting(faults):
         if all(outfit["fake"] for outfit in outfits):
             raise InputError(f"{path}: no outfit to ask for in it; expected rows that are not all fake_data")
-    return outfits, len(order)
+    return outfits, len(number)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,18 +5,22 @@ A protocol returns {"metrics": {name: 0..1}, "chance": same keys, "counts": {nam
 compute the metrics again from resampled queries (`bootstrap`). Ranks start at 1; equal scores rank in gallery order.
 """
 
+import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import checkpoint
 import common
 import data
 from common import InputError, setting
+from model import CSANet
 
 RETRIEVAL_KS, TGIR_KS, OCIR_KS = (1, 5, 10), (10, 50), (10, 30, 50)
 
@@ -352,7 +356,7 @@ def bootstrap(metric, outcomes, baseline=None, draws=1000, seed=0):
 
 
 @torch.no_grad()
-def embed(encode, items, tokenizer, config, processes, kind="crop", max_tokens=data.MAX_TOKENS):
+def embed(encode, items, tokenizer, config, processes, kind="crop", max_tokens=data.MAX_TOKENS, progress=False):
     """`encode(batch)` (B, ...) of every item, once, in item order: (len(items), ...) float32, on every process's CPU.
 
     items as data.Samples takes them. The processes share the work; what they return is gathered and put in order."""
@@ -363,9 +367,11 @@ def embed(encode, items, tokenizer, config, processes, kind="crop", max_tokens=d
     share = {"num_workers": config.workers, "worker_init_fn": common.leave_group}
     loader = DataLoader(dataset, config.eval_batch_size, collate_fn=data.collate, **share)
     rows = []
-    for batch in loader:
-        with common.autocast(processes.device, config.dtype):
-            rows.append(encode(data.to_device(batch, processes.device)).float())
+    with tqdm(total=len(mine), unit=" items", disable=not progress) as bar:
+        for batch in loader:
+            with common.autocast(processes.device, config.dtype):
+                rows.append(encode(data.to_device(batch, processes.device)).float())
+            bar.update(len(rows[-1]))
     rows = common.gather_rows(torch.cat(rows)).cpu()
     out = torch.empty_like(rows)
     out[common.gather_rows(torch.tensor(mine, device=processes.device)).cpu()] = rows
@@ -377,23 +383,25 @@ def image_items(paths):
     return [{"image": path, "name": path} for path in paths]
 
 
+def encode(model, batch):
+    """Scaled embeddings (B, D) of images, of texts, or of both: an image with the change in words.
+
+    A CSA-Net's are those of wanted items."""
+    image, words = batch.get("image"), [batch[key] for key in ("input_ids", "attention_mask") if key in batch]
+    if words:
+        x = model.encode_text(*words) if image is None else model.encode_composed(*words, image)
+    else:
+        x = model.encode_item(image) if isinstance(model, CSANet) else model.encode_image(image)
+    return model.scaled(x)
+
+
 def embed_retrieval(model, products, tokenizer, config, processes):
     """(image (N, D), text (M, D), image_id (N,), text_id (M,)) of products, every image and every text once, scaled."""
     paths = [(i, path) for i, product in enumerate(products) for path in product.images]
-    image = embed(
-        lambda batch: model.scaled(model.encode_image(batch["image"])),
-        [{"image": path, "name": products[i].name} for i, path in paths],
-        tokenizer,
-        config,
-        processes,
-    )
-    text = embed(
-        lambda batch: model.scaled(model.encode_text(batch["input_ids"], batch["attention_mask"])),
-        [{"text": product.text} for product in products],
-        tokenizer,
-        config,
-        processes,
-    )
+    share = (tokenizer, config, processes)
+    items = [{"image": path, "name": products[i].name} for i, path in paths]
+    image = embed(partial(encode, model), items, *share)
+    text = embed(partial(encode, model), [{"text": product.text} for product in products], *share)
     return image, text, torch.tensor([i for i, _ in paths]), torch.arange(len(products))
 
 
@@ -408,30 +416,32 @@ def evaluate_retrieval(model, tokenizer, config, processes):
     if data.check_subcategories(products):
         group = torch.tensor([product.subcategory for product in products])
         results["sample-100"] = sample_100(image, text, image_id, text_id, group[image_id], group, config.seed)
+    texts = [{"text": product.text} for product in products]
+    images = [{"images": [path], "text": product.text} for product in products for path in product.images]
+    photos = [{"images": cell["images"]} for cell in images]  # a query does not give the answer away
+    ways = [(image, text, image_id, text_id, photos, texts), (text, image, text_id, image_id, texts, images)]
+    results["full gallery"]["pictures"] = partial(ranked_pictures, ways)
     return results
 
 
 def evaluate_fashioniq(model, tokenizer, config, processes):
     """TGIR on FashionIQ val: each gallery image and each query embedded once."""
-    classes = {}
+    classes, cells = {}, []
     for garment in data.FASHIONIQ_CLASSES:
         queries, names = data.load_fashioniq(config.data_root, garment, "val", config.gallery)
         place = {name: i for i, name in enumerate(names)}
         folder = Path(config.data_root, "FashionIQ", "images")
         share = (tokenizer, config, processes, "scale", data.FASHIONIQ_MAX_TOKENS)
-        gallery = embed(
-            lambda batch: model.scaled(model.encode_image(batch["image"])),
-            image_items(str(folder / f"{name}.jpg") for name in names),
-            *share,
-        )
-        query = embed(
-            lambda b: model.scaled(model.encode_composed(b["input_ids"], b["attention_mask"], b["image"])),
-            [{k: q[k] for k in ("image", "text", "name")} for q in queries],
-            *share,
-        )
+        paths = (str(folder / f"{name}.jpg") for name in names)
+        gallery = embed(partial(encode, model), image_items(paths), *share)
+        query = embed(partial(encode, model), [{k: q[k] for k in ("image", "text", "name")} for q in queries], *share)
         target = torch.tensor([place[q["target"]] for q in queries])
         classes[garment] = (query, gallery, target, torch.arange(len(names)))
-    return {f"gallery {config.gallery}": composed_retrieval(classes)}
+        shown = [{"images": [q["image"]], "text": q["text"]} for q in queries]
+        cells.append((shown, [{"images": [str(folder / f"{name}.jpg")], "text": name} for name in names]))
+    result = composed_retrieval(classes)
+    sets = [(*tensors, *shown) for tensors, shown in zip(classes.values(), cells, strict=True)]
+    return {f"gallery {config.gallery}": {**result, "pictures": partial(ranked_pictures, sets)}}
 
 
 def evaluate_recognition(model, tokenizer, config, processes):
@@ -445,7 +455,9 @@ def evaluate_recognition(model, tokenizer, config, processes):
         for path in product.images
     ]
     logits = embed(model.classify, items, tokenizer, config, processes)
-    return {"every image": recognition(logits, torch.tensor([item["label"] for item in items]))}
+    result = recognition(logits, torch.tensor([item["label"] for item in items]))
+    pictures = partial(labelled_pictures, items, *result["outcomes"]["samples"].unbind(dim=1), config)
+    return {"every image": {**result, "pictures": pictures}}
 
 
 def evaluate_polyvore(model, tokenizer, config, processes):
@@ -457,20 +469,12 @@ def evaluate_polyvore(model, tokenizer, config, processes):
         )
     blanks = {outfit["blank"]: outfit["blank_item"] for outfit in outfits}
     place = {name: i for i, name in enumerate(blanks)}
-    blank = embed(
-        lambda batch: model.scaled(model.encode_item(batch["image"])),
-        image_items(path for path, _ in blanks.values()),
-        tokenizer,
-        config,
-        processes,
-        "scale",
-    )
+    share = (tokenizer, config, processes, "scale")
+    blank = embed(partial(encode, model), image_items(path for path, _ in blanks.values()), *share)
     real = [outfit for outfit in outfits if not outfit["fake"]]
     # An image is projected once; what the wanted category changes comes after it and costs next to nothing.
     items = {path: category for outfit in real for path, category in outfit["items"]}
-    item = embed(
-        lambda batch: model.encode_item(batch["image"]), image_items(items), tokenizer, config, processes, "scale"
-    )
+    item = embed(lambda batch: model.encode_item(batch["image"]), image_items(items), *share)
     row = {path: i for i, path in enumerate(items)}
     queries = []
     for outfit in real:
@@ -482,8 +486,16 @@ def evaluate_polyvore(model, tokenizer, config, processes):
         queries.append(fused.mean(0).cpu())
     target = torch.tensor([place[outfit["blank"]] for outfit in real])
     blank_category = torch.tensor([category for _, category in blanks.values()])
-    result = ocir(torch.stack(queries), target, blank, torch.arange(len(blank)), blank_category)
-    return {f"{config.split}, same category": result}
+    outfit, blank_id = torch.stack(queries), torch.arange(len(blank))
+    result = ocir(outfit, target, blank, blank_id, blank_category)
+    shown = [{"images": [path for path, _ in o["items"]], "text": "what goes with these?"} for o in real]
+    shown_blanks = [{"images": [path], "text": name} for name, (path, _) in blanks.items()]
+    sets = []
+    for c in blank_category[target].unique():
+        asked, mine = (blank_category[target] == c).nonzero().flatten(), (blank_category == c).nonzero().flatten()
+        cells = [shown[i] for i in asked.tolist()], [shown_blanks[i] for i in mine.tolist()]
+        sets.append((outfit[asked], blank[mine], target[asked], blank_id[mine], *cells))
+    return {f"{config.split}, same category": {**result, "pictures": partial(ranked_pictures, sets)}}
 
 
 # task: (evaluation; the metric that selects the best checkpoint; outcomes -> metrics; what the checkpoint must have)
@@ -494,6 +506,146 @@ PROTOCOLS = {
     "fashiongen_subcategory": (evaluate_recognition, "accuracy", recognition_scores, ("recognition",)),
     "polyvore": (evaluate_polyvore, "mean_recall", category_recalls, ("csa_net",)),
 }
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+CELL, GAP, LINE = 200, 18, 19  # pixels: a picture's side, between cells, a line of text
+TEXT_LINES, SHOWN = 4, 5  # lines of text below a picture; results of a query
+RIGHT, WRONG = (26, 150, 65), (215, 48, 39)  # colours of frames
+
+
+def wrap(text, font, width, n_lines):
+    """Words of `text` in at most `n_lines` lines of `width` pixels; what does not fit is cut and ends in "..."."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines[-1:] = [longer] if font.getlength(longer) <= width or not lines[-1] else [lines[-1], word]
+    if len(lines) > n_lines:
+        lines = [*lines[: n_lines - 1], f"{lines[n_lines - 1]}..."]
+    for i, line in enumerate(lines):
+        while font.getlength(line) > width:
+            line = line.removesuffix("...")[:-1] + "..."
+        lines[i] = line
+    return lines
+
+
+def draw_cell(page, x, y, cell):
+    """One cell of a sheet at (x, y): pictures in a square, or text in it; below it the label, then the text.
+
+    cell: "images" (paths), "text", "label" and "frame" (a colour), each of which may be absent."""
+    draw, small, large = ImageDraw.Draw(page), ImageFont.load_default(15), ImageFont.load_default(17)
+    paths, text = cell.get("images", []), cell.get("text", "")
+    if not paths:
+        draw.rectangle((x, y, x + CELL - 1, y + CELL - 1), fill=(240, 240, 240))
+        for i, line in enumerate(wrap(text, large, CELL - 16, (CELL - 16) // (LINE + 3))):
+            draw.text((x + 8, y + 8 + i * (LINE + 3)), line, "black", large)
+        text = ""
+    tiles = math.ceil(math.sqrt(len(paths)))  # along each side
+    for i, path in enumerate(paths):
+        side = CELL // tiles
+        picture = ImageOps.pad(data.open_image(path), (side, side), color="white")
+        page.paste(picture, (x + i % tiles * side, y + i // tiles * side))
+    if cell.get("frame"):
+        draw.rectangle((x - 6, y - 6, x + CELL + 5, y + CELL + 5), outline=cell["frame"], width=5)
+    lines = wrap(text, small, CELL, TEXT_LINES)
+    draw.text((x, y + CELL + 8), cell.get("label", ""), "black", large)
+    for i, line in enumerate(lines):
+        draw.text((x, y + CELL + 8 + LINE + 4 + i * LINE), line, (70, 70, 70), small)
+
+
+def draw_sheet(path, title, rows):
+    """A contact sheet as PNG: rows of (query cell or None, [result cells]), the query left of a line, SHOWN results
+    beside each other. Cells as `draw_cell` takes them; search.py draws its page by this too.
+
+    Raises InputError where a picture cannot be read or the file cannot be written; no half file is left."""
+    has_query = any(query for query, _ in rows)
+    left = GAP + has_query * (CELL + 2 * GAP)  # of the results
+    deep = CELL + 8 + LINE + 4 + TEXT_LINES * LINE + GAP  # a line of cells
+    lines = [max(1, math.ceil(len(results) / SHOWN)) for _, results in rows]
+    width = left + SHOWN * (CELL + GAP)
+    font = ImageFont.load_default(20)
+    heading = wrap(title, font, width - 2 * GAP, 2)
+    top = GAP + len(heading) * 28 + GAP // 2
+    page = Image.new("RGB", (width, top + sum(lines) * deep), "white")
+    draw = ImageDraw.Draw(page)
+    for i, line in enumerate(heading):
+        draw.text((GAP, GAP + i * 28), line, "black", font)
+    for (query, results), n in zip(rows, lines, strict=True):
+        if query:
+            draw_cell(page, GAP, top, query)
+            x = GAP + CELL + GAP
+            draw.line((x, top, x, top + n * deep - GAP), fill=(180, 180, 180), width=2)
+        for i, cell in enumerate(results):
+            draw_cell(page, left + i % SHOWN * (CELL + GAP), top + i // SHOWN * deep, cell)
+        top += n * deep
+    aside = Path(f"{path}.tmp")
+    try:
+        page.save(aside, format="PNG")
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def check_page(path):
+    """Raise InputError where a sheet could not be written to `path`: said before the work, not after it."""
+    if Path(path).suffix != ".png" or not Path(path).absolute().parent.is_dir():
+        raise InputError(f"out: found {str(path)!r}, expected the name of a .png in a folder that exists")
+
+
+def ranked_pictures(sets):
+    """(failed (Q,) bool, draw): whether a query's right item is past the SHOWN best, and draw(i) -> (query, [results]).
+
+    sets: [(query (q, D), gallery (G, D), query_id (q,), gallery_id (G,), query cells, gallery cells)], Q queries in
+    all; each ranks its own set's gallery, right is what has its id."""
+    ranks = [best_ranks(*tensors) for *tensors, _, _ in sets]
+    places = [(s, i) for s, own in enumerate(ranks) for i in range(len(own))]
+
+    def draw(place):
+        s, i = places[place]
+        query, gallery, query_id, gallery_id, query_cells, gallery_cells = sets[s]
+        scores = gallery @ query[i]
+        cells = []
+        for rank, g in enumerate(scores.sort(descending=True, stable=True).indices[:SHOWN].tolist(), 1):
+            right = bool(gallery_id[g] == query_id[i])
+            label = f"{rank}   {scores[g]:.2f}{'   right' if right else ''}"
+            cells.append({**gallery_cells[g], "label": label, "frame": RIGHT if right else None})
+        return {**query_cells[i], "label": f"right one: rank {ranks[s][i]} of {len(gallery)}"}, cells
+
+    return torch.cat(ranks) > SHOWN, draw
+
+
+def labelled_pictures(items, predictions, labels, config):
+    """As `ranked_pictures`, for recognition: a cell an image, its predicted and its true label, named by labels.json
+    of the data root where there is one."""
+    path = Path(config.data_root, "labels.json")
+    plural = {"category": "categories", "subcategory": "subcategories"}[data.RECOGNITION_LABELS[config.task]]
+    names = dict(enumerate(data.read_json(path, dict).get(plural, []) if path.exists() else []))
+    failed = predictions != labels
+
+    def draw(i):
+        said, true = (names.get(int(x[i]), f"class {x[i]}") for x in (predictions, labels))
+        frame = WRONG if failed[i] else RIGHT
+        label, text = f"predicted: {said}", f"true: {true}"
+        return None, [{"images": [items[i]["image"]], "label": label, "text": text, "frame": frame}]
+
+    return failed, draw
+
+
+def show(protocol, result, config, path):
+    """PNG of `config.show` random queries (by `config.seed`) of one protocol's result, a failure among them if any."""
+    failed, draw = result["pictures"]()
+    order = torch.randperm(len(failed), generator=torch.Generator().manual_seed(config.seed))
+    chosen, failures = order[: config.show], order[failed[order]]
+    if len(failures) and not failed[chosen].any():
+        chosen = torch.cat([chosen[:-1], failures[:1]])
+    rows = [draw(i) for i in chosen.tolist()]
+    if rows[0][0] is None:  # recognition: samples side by side
+        rows = [(None, [cell for _, cells in rows for cell in cells])]
+    title = f"{config.task}, {protocol}: {len(chosen)} of {len(failed)} queries, drawn at random; right ones in green"
+    draw_sheet(path, title, rows)
+    print(f"written: {path} ({int(failed[chosen].sum())} of {len(chosen)} without a right one in view)")
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -519,7 +671,19 @@ class EvalConfig:
     device: str = setting("auto", "auto, cpu or cuda")
     seed: int = setting(0, "of sample-100's candidates and of the bootstrap")
     bert: str = setting("", "BERT folder or hub name for the vocabulary of a released checkpoint")
-    out: str = setting("", "JSON to write; empty: CHECKPOINT.TASK.json")
+    show: int = setting(0, "draw this many queries with their best results as a page; 0: none")
+    out: str = setting("", "JSON to write, with --show the page, a .png; empty: CHECKPOINT.TASK.json or .png")
+
+
+def read_tokenizer(path, model, config):
+    """The WordPiece tokenizer of checkpoint `path`. Raises InputError where there is none or it is not the model's."""
+    tokenizer = data.wordpiece(checkpoint.vocabulary(config, path))
+    if tokenizer.get_vocab_size() != model.config.vocab_size:
+        found = f"a vocabulary of {tokenizer.get_vocab_size()} words"
+        raise InputError(
+            f"{path}: {found}, expected {model.config.vocab_size}; set --vocab=FILE to the one of its training"
+        )
+    return tokenizer
 
 
 def evaluate_checkpoint(path, config, processes):
@@ -532,12 +696,7 @@ def evaluate_checkpoint(path, config, processes):
         image_size=config.image_size or trained.get("image_size", 224),
         max_tokens=config.max_tokens or trained.get("max_tokens", 0),
     )
-    tokenizer = None if "csa_net" in needs else data.wordpiece(checkpoint.vocabulary(config, path))  # reads no text
-    if tokenizer and tokenizer.get_vocab_size() != model.config.vocab_size:
-        found = f"a vocabulary of {tokenizer.get_vocab_size()} words"
-        raise InputError(
-            f"{path}: {found}, expected {model.config.vocab_size}; set --vocab=FILE to the one of its training"
-        )
+    tokenizer = None if "csa_net" in needs else read_tokenizer(path, model, config)  # a CSA-Net reads no text
     if tokenizer:
         data.check_lengths(config, model.config.max_position_embeddings)
     return run_protocol(model, tokenizer, config, processes)
@@ -585,14 +744,20 @@ def main():
         raise InputError(f"task: found {config.task!r}, expected one of {', '.join(PROTOCOLS)}")
     if not config.checkpoint:
         raise InputError("checkpoint: none given, expected --checkpoint=FILE")
+    out = config.out or f"{config.checkpoint}.{config.task}{'.png' if config.show else '.json'}"
+    if config.show < 0:
+        raise InputError(f"show: found {config.show}, expected a number of queries, or 0 for no page")
+    if config.show:
+        check_page(out)
     processes = common.start_processes(config.device)
     started = time.perf_counter()
     results = evaluate_checkpoint(config.checkpoint, config, processes)
     baseline = evaluate_checkpoint(config.baseline, config, processes) if config.baseline else None
     if processes.is_main:
-        out = config.out or f"{config.checkpoint}.{config.task}.json"
-        seconds = time.perf_counter() - started
-        report(results, config, config.checkpoint, out, seconds, baseline, config.bootstrap)
+        seconds, table = time.perf_counter() - started, str(Path(out).with_suffix(".json")) if config.show else out
+        report(results, config, config.checkpoint, table, seconds, baseline, config.bootstrap)
+        if config.show:
+            show(*next(iter(results.items())), config, out)
 
 
 if __name__ == "__main__":

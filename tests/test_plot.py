@@ -1,0 +1,93 @@
+"""plot.py: what it reads of a run's log, and its one-line errors."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import common
+import plot
+from common import InputError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with a log as pretrain.py writes it: objectives come and go, one loss was not finite."""
+    common.append_log(
+        tmp_path / "log.jsonl", {"step": 50, "lr": 1e-3, "itc_loss": 3.5, "itc_acc": 0.1, "itc_updates": 9}
+    )
+    common.append_log(
+        tmp_path / "log.jsonl", {"step": 100, "itm_loss": 0.7, "itc_loss": float("nan"), "memory_gb": 0.6}
+    )
+    common.append_log(tmp_path / "log.jsonl", {"step": 100, "val_mean_recall": 0.5})
+    common.append_log(tmp_path / "log.jsonl", {"step": 150, "itc_loss": 2, "samples_per_s": 100.0})
+    return tmp_path
+
+
+EXPECTED = {
+    "itc_loss": ([50, 150], [3.5, 2]),
+    "itc_acc": ([50], [0.1]),
+    "itm_loss": ([100], [0.7]),
+    "val_mean_recall": ([100], [0.5]),
+}
+
+
+def test_curves(run):
+    assert plot.read_curves(run) == plot.read_curves(run / "log.jsonl") == EXPECTED
+    assert plot.order(EXPECTED) == ["itc_loss", "itm_loss", "itc_acc", "val_mean_recall"]
+
+
+def test_a_last_line_cut_short_is_left_out(run):
+    with open(run / "log.jsonl", "a") as file:
+        file.write('{"step": 200, "itc_lo')
+    assert plot.read_curves(run) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "cannot be read .*expected a run folder"),
+        ('{"step": 1, "loss": 2}\nnoise\n{"step": 2, "loss": 2}\n', "log.jsonl:2: found 'noise'"),
+        ('{"loss": 2}\n{"step": 2, "loss": 2}\n', "log.jsonl:1"),
+        ("", "nothing is logged yet"),
+        ('{"step": 1, "lr": 0.1}\n', "nothing is logged yet"),
+    ],
+)
+def test_errors_are_one_line(text, message, tmp_path):
+    if text is not None:
+        (tmp_path / "log.jsonl").write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        plot.read_curves(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_without_matplotlib(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match="^matplotlib is missing.*pip install -r requirements-dev.txt$"):
+        plot.main([str(run), "--out", str(run / "a.png")])
+    assert not (run / "a.png").exists()
+    assert "matplotlib" in (ROOT / "requirements-dev.txt").read_text()
+
+
+def test_draws(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "log.jsonl").write_text(json.dumps({"step": 10, "itc_loss": 1.0, "loss": 3}))
+    plot.main([str(run), str(other), "--out", str(tmp_path / "curves.png")])
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and not list(tmp_path.glob("*.tmp"))
+    with pytest.raises(InputError, match="cannot be written"):
+        plot.main([str(run), "--out", "/nowhere/a.png"])
+
+
+def test_the_lint_hook_runs_what_ci_runs():
+    """.pre-commit-config.yaml: the version of requirements-dev.txt and the two commands of .ci/run."""
+    hook, dev = (ROOT / ".pre-commit-config.yaml").read_text(), (ROOT / "requirements-dev.txt").read_text()
+    pinned = re.search(r"^ruff==.+$", dev, re.M)[0]
+    assert set(re.findall(r"ruff==[\w.]+", hook)) == {pinned}
+    entries = re.findall(r"entry: (.+)", hook)
+    assert len(entries) == 2 and all(f"\n{entry}\n" in (ROOT / ".ci" / "run").read_text() for entry in entries)

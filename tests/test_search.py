@@ -1,0 +1,315 @@
+"""search.py on a small made-up catalogue: four kinds of query, the index, reranking, the sheet, one-line errors."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import data
+import search
+from common import InputError
+from model import SIZES, CSANet, FashionViL, ModelConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+def save(path, model, task, vocab, **more):
+    """A checkpoint as pretrain.py and finetune.py write it, of random weights."""
+    config = {"image_size": 64, **more.pop("config", {})}
+    state = {"kind": "csa_net" if isinstance(model, CSANet) else "fashionvil", "task": task, "config": config}
+    state |= {"model": model.state_dict(), "model_config": dataclasses.asdict(model.config), "vocab": vocab, "step": 1}
+    checkpoint.save(path, {**state, **more})
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(catalogue, tmp_path_factory):
+    """Checkpoints "C" (FashionViL) and "O" (CSA-Net) of random weights."""
+    out, vocab = tmp_path_factory.mktemp("checkpoints"), (catalogue / "vocab.txt").read_text()
+    torch.manual_seed(0)
+    sizes = {**SIZES["tiny"], "vocab_size": data.wordpiece(vocab).get_vocab_size()}
+    config = ModelConfig(resnet="resnet18", width=8, n_codes=4, n_attributes=4, **sizes)
+    n = len(data.load_polyvore_items(catalogue / "PolyvoreOutfits")[1])
+    return {
+        "C": save(out / "c.pt", FashionViL(config), "pretrain", vocab),
+        "O": save(out / "o.pt", CSANet(config, n), "polyvore", vocab, config={"data_root": str(catalogue)}),
+    }
+
+
+@pytest.fixture
+def gallery(catalogue, tmp_path):
+    """Twelve images without any annotation, one of them in a folder below."""
+    folder = tmp_path / "my photos"
+    (folder / "below").mkdir(parents=True)
+    for i, path in enumerate(sorted((catalogue / "FashionGen" / "val").glob("*.jpg"))[:12]):
+        (folder / ("below" if not i else "") / path.name).write_bytes(path.read_bytes())
+    (folder / "notes.txt").write_text("no image")
+    (folder / "._hidden.jpg").write_text("no image either")
+    return folder
+
+
+def rows(checkpoint, gallery, *words):
+    return search.search(search.parse(["--checkpoint", checkpoint, "--gallery", str(gallery), "--workers=0", *words]))
+
+
+def by_hand(path, kind="crop"):
+    return data.normalize(data.image_transform(kind, 64, train=False)(data.open_image(path))[None])
+
+
+def brute_force(query, gallery, model, encode, kind="crop"):
+    """{path: cosine}, the query (1, D) against each image embedded alone."""
+    paths = sorted(p for p in gallery.rglob("*.jpg") if not p.name.startswith("."))
+    with torch.no_grad():
+        return {str(p): torch.cosine_similarity(query, encode(by_hand(p, kind))).item() for p in paths}
+
+
+def check_ranking(found, expected):
+    assert [r["rank"] for r in found] == list(range(1, len(found) + 1))
+    assert [r["score"] for r in found] == sorted((r["score"] for r in found), reverse=True)
+    assert {r["path"]: r["score"] for r in found} == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "composed"])
+def test_scores_are_the_cosines_of_the_model(kind, files, gallery):
+    model, info = checkpoint.load_model(files["C"])
+    photo = gallery / "below" / sorted(p.name for p in (gallery / "below").iterdir())[0]
+    words = data.tokenize(info["vocab"], ["a red dress"])
+    with torch.no_grad():
+        query, line = {
+            "text": lambda: (model.encode_text(**words), ["--text", "a red dress"]),
+            "image": lambda: (model.encode_image(by_hand(photo)), ["--image", str(photo)]),
+            "composed": lambda: (
+                model.encode_composed(**words, image=by_hand(photo)),
+                ["--image", str(photo), "--text", "a red dress"],
+            ),
+        }[kind]()
+    expected = brute_force(query, gallery, model, model.encode_image)
+    if kind != "text":
+        del expected[str(photo)]  # the query itself is no result
+    found = rows(files["C"], gallery, *line, "--top=99")
+    check_ranking(found, expected)
+    assert len(rows(files["C"], gallery, *line, "--top=3")) == 3
+
+
+def test_outfit_ranks_the_wanted_category(files, catalogue, tmp_path):
+    folder, model = catalogue / "PolyvoreOutfits", checkpoint.load_model(files["O"])[0]
+    metadata, number = data.load_polyvore_items(folder)
+    outfit = [
+        folder / "images" / f"{item}.jpg"
+        for item in json.loads((folder / "ocir_disjoint_test.json").read_text())[0]["question"]
+    ]
+    category = {item: number[row["category_id"]] for item, row in metadata.items()}
+    name = metadata[outfit[0].stem]["semantic_category"]
+    wanted = category[outfit[0].stem]
+    with torch.no_grad():
+        parts = [
+            model.encode_query(by_hand(p, "scale"), torch.tensor([category[p.stem]]), torch.tensor([wanted])) / 4
+            for p in outfit
+        ]
+        query = torch.stack(parts).mean(0)
+        expected = {}
+        for path in (folder / "images").glob("*.jpg"):
+            if category[path.stem] == wanted and path not in outfit:
+                item = torch.nn.functional.normalize(model.encode_item(by_hand(path, "scale")))
+                expected[str(path)] = float((query * item).sum())
+    index = f"--index={tmp_path / 'index'}"
+    line = [index, "--top=9999", "--category", f"{name.upper()}s", "--outfit"]  # plural and case do not matter
+    found = rows(files["O"], folder / "images", *line, *map(str, outfit))
+    check_ranking(found, expected)
+    assert found[0]["title"] == metadata[found[0]["id"]]["title"]
+    # the same photos from elsewhere, with their categories said; a file name may hold a "="
+    copies = [tmp_path / f"a={i}.jpg" for i in range(len(outfit))]
+    for copy, path in zip(copies, outfit, strict=True):
+        copy.write_bytes(path.read_bytes())
+    said = [f"{c}={metadata[p.stem]['category_id']}" for c, p in zip(copies, outfit, strict=True)]
+    again = rows(files["O"], folder / "images", *line, *said)
+    assert {r["path"]: r["score"] for r in again}.items() >= {r["path"]: r["score"] for r in found}.items()
+    with pytest.raises(InputError, match="say what it is"):
+        rows(files["O"], folder / "images", *line, str(copies[0]))
+    with pytest.raises(InputError, match=f"found 'umbrella', expected one of .*{name}"):
+        rows(files["O"], folder / "images", index, "--category=umbrella", "--outfit", str(outfit[0]))
+
+
+def test_a_coarse_category_asks_each_image_as_its_own(files, catalogue, tmp_path):
+    """Polyvore's coarse names stand for several fine categories."""
+    folder = tmp_path / "PolyvoreOutfits"
+    (folder / "images").mkdir(parents=True)
+    metadata = {
+        item: {**row, "semantic_category": "anything"}
+        for item, row in data.load_polyvore_items(catalogue / "PolyvoreOutfits")[0].items()
+    }
+    (folder / data.POLYVORE_ITEMS).write_text(json.dumps(metadata))
+    some = list({row["category_id"]: item for item, row in metadata.items()}.values())[:4]
+    for item in some:
+        (folder / "images" / f"{item}.jpg").write_bytes(
+            (catalogue / "PolyvoreOutfits" / "images" / f"{item}.jpg").read_bytes()
+        )
+    outfit = str(folder / "images" / f"{some[0]}.jpg")
+    coarse = rows(files["O"], folder / "images", "--category=anything", "--outfit", outfit)
+    assert {r["id"] for r in coarse} == set(some[1:])
+    for r in coarse:
+        fine = rows(files["O"], folder / "images", "--category", metadata[r["id"]]["category_id"], "--outfit", outfit)
+        assert [(f["id"], f["score"]) for f in fine] == [(r["id"], pytest.approx(r["score"], abs=1e-6))]
+
+
+def test_index_is_reused_and_remade(files, gallery, capsys):
+    def said(*words):
+        rows(files["C"], gallery, "--text=red", *words)
+        return capsys.readouterr().err
+
+    index = Path(f"{gallery}.index.npy")
+    assert "not there yet; embedding 12 images" in said()
+    kept = index.stat().st_mtime_ns
+    assert said() == "" and index.stat().st_mtime_ns == kept
+    (gallery / "new.png").write_bytes(next((gallery / "below").iterdir()).read_bytes())
+    assert "stale (files added, removed or changed); embedding 13" in said() and said() == ""
+    (gallery / "new.png").unlink()
+    assert "stale (files" in said() and said() == ""
+    os.utime(next(gallery.glob("*.jpg")), ns=(1, 1))
+    assert "stale (files" in said() and said() == ""
+    torch.manual_seed(1)
+    model, info = checkpoint.load_model(files["C"])
+    torch.nn.init.normal_(model.bert.embeddings.projection.weight)
+    other = save(gallery.parent / "other.pt", model, "pretrain", info["vocab"])
+    rows(other, gallery, "--text=red")
+    assert "stale (new checkpoint)" in capsys.readouterr().err
+    assert "stale (new checkpoint)" in said()
+    Path(f"{gallery}.index.json").write_text("{")
+    assert "damaged" in said() and said() == ""
+    index.write_bytes(index.read_bytes()[:200])
+    assert "damaged" in said() and said() == ""
+    assert np.load(index).shape == (12, 64)
+    assert sorted(p.name for p in gallery.parent.iterdir() if "index" in p.name) == [
+        "my photos.index.json",
+        "my photos.index.npy",
+    ]
+
+
+def test_interrupted_index_is_not_half_there(files, gallery, monkeypatch, capsys):
+    rows(files["C"], gallery, "--text=red")
+    (gallery / "new.jpg").write_bytes(next((gallery / "below").iterdir()).read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr(search.common, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            rows(files["C"], gallery, "--text=red")
+    capsys.readouterr()
+    assert len(rows(files["C"], gallery, "--text=red", "--top=99")) == 13
+    assert "not there yet" in capsys.readouterr().err
+    assert not list(gallery.parent.glob("*.tmp"))
+
+
+def test_index_elsewhere(files, gallery, tmp_path):
+    for name in ("kept", "kept.npy"):
+        rows(files["C"], gallery, "--text=red", f"--index={tmp_path / name}")
+    assert (tmp_path / "kept.npy").exists() and (tmp_path / "kept.json").exists()
+    assert not Path(f"{gallery}.index.npy").exists()
+    for place in (tmp_path / "nowhere" / "index", tmp_path / "kept.npy" / "index"):
+        with pytest.raises(InputError, match="cannot be written .*set --index=PATH"):
+            rows(files["C"], gallery, "--text=red", f"--index={place}")
+
+
+def test_ids_and_titles_of_a_data_set(files, catalogue, tmp_path):
+    listed = {i["images"][0]: i for i in json.loads((catalogue / "FashionGen" / "val_info.json").read_text())}
+    found = rows(files["C"], catalogue / "FashionGen" / "val", "--text=red", f"--index={tmp_path / 'i'}")
+    for r in found:
+        item = listed[Path(r["path"]).name]
+        assert (r["id"], r["title"]) == (str(item["id"]), item["title"])
+
+
+def test_images_without_json_have_their_names(files, gallery):
+    ids = {r["id"]: r["title"] for r in rows(files["C"], gallery, "--text=red", "--top=99")}
+    assert len(ids) == 12 and set(ids.values()) == {""}
+    assert sum(name.startswith("below/") for name in ids) == 1 and not any(name.endswith(".jpg") for name in ids)
+
+
+def test_rerank_is_the_itm_head_s_order(files, gallery, monkeypatch):
+    monkeypatch.setattr(search, "RERANKED", 5)
+    model, info = checkpoint.load_model(files["C"])
+    plain = rows(files["C"], gallery, "--text=a red dress", "--top=12")
+    found = rows(files["C"], gallery, "--text=a red dress", "--top=12", "--rerank")
+    words = data.tokenize(info["vocab"], ["a red dress"])
+    for r in found[:5]:
+        with torch.no_grad():
+            hidden = model.encode_joint(**words, image=by_hand(r["path"]))
+            logits = model.heads["itm"](model.bert.pool(hidden))
+        assert r["itm"] == pytest.approx(logits.softmax(1)[0, 1].item(), abs=1e-5)
+    assert [r["itm"] for r in found[:5]] == sorted((r["itm"] for r in found[:5]), reverse=True)
+    assert {r["path"] for r in found[:5]} == {r["path"] for r in plain[:5]}
+    assert [r["path"] for r in found[5:]] == [r["path"] for r in plain[5:]] and "itm" not in found[5]
+    assert len(rows(files["C"], gallery, "--text=a red dress", "--top=2", "--rerank")) == 2
+
+
+def test_equal_scores_keep_the_gallery_s_order():
+    scores = np.array([0.5, 0.7, 0.7, -np.inf, 0.5], np.float32)
+    assert search.best(scores, 10) == [1, 2, 0, 4] and search.best(scores, 2) == [1, 2]
+
+
+def test_broken_images_stop_it_or_are_left_out(files, gallery, capsys):
+    (gallery / "broken.jpg").write_bytes(b"no JPEG")
+    with pytest.raises(InputError, match="broken.jpg.*--skip_broken_images"):
+        rows(files["C"], gallery, "--text=red")
+    assert not Path(f"{gallery}.index.json").exists()
+    found = rows(files["C"], gallery, "--text=red", "--skip_broken_images", "--top=99")
+    assert len(found) == 12 and "left out" in capsys.readouterr().err
+    assert rows(files["C"], gallery, "--text=red", "--skip_broken_images", "--top=99") == found
+    assert capsys.readouterr().err == ""
+
+
+def test_command_line(files, gallery, capsys):
+    """JSON alone on standard output, and a sheet of the right size with every image on it."""
+    sheet = gallery.parent / "sheet.png"
+    line = ["--checkpoint", files["C"], "--gallery", str(gallery), "--text", "red", "--top=7", "--workers=0"]
+    search.main([*line, "--json", "--out", str(sheet)])
+    found = json.loads(capsys.readouterr().out)
+    assert [set(r) for r in found] == [{"rank", "score", "id", "title", "path"}] * 7
+    search.main(line)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 7 and all(r["path"] in text for r, text in zip(found, printed, strict=True))
+    page = np.asarray(Image.open(sheet).convert("RGB"))
+    assert page.shape[1] > 5 * search.evaluate.CELL and (page != 255).any(2).mean() > 0.3
+    assert not sheet.with_name("sheet.png.tmp").exists()
+
+
+WRONG = {
+    "no query": (["C", "G"], "query: expected --text"),
+    "outfit without category": (["C", "G", "--outfit", "a.jpg"], "query: expected"),
+    "category without outfit": (["C", "G", "--text=a", "--category=shoes"], "query: expected"),
+    "outfit and text": (["C", "G", "--text=a", "--outfit", "a.jpg", "--category=shoes"], "query: expected"),
+    "rerank of an image": (["C", "G", "--image=a.jpg", "--rerank"], "rerank: the ITM head"),
+    "no results": (["C", "G", "--text=a", "--top=0"], "top: found 0"),
+    "no number": (["C", "G", "--text=a", "--top=x"], "--top"),
+    "unknown": (["C", "G", "--text=a", "--colour=red"], "colour"),
+    "sheet of another kind": (["C", "G", "--text=a", "--out=a.gif"], "ends in|name of a .png"),
+    "sheet nowhere": (["C", "G", "--text=a", "--out=/nowhere/a.png"], "folder that exists"),
+    "missing image": (["C", "G", "--image=/nowhere.jpg"], "/nowhere.jpg: image cannot be read"),
+    "missing gallery": (["C", "/nowhere", "--text=a"], "gallery: found '/nowhere'"),
+    "empty gallery": (["C", "E", "--text=a"], "no images in it"),
+    "missing checkpoint": (["/nowhere.pt", "G", "--text=a"], "/nowhere.pt"),
+    "text for an outfit model": (["O", "G", "--text=a"], "expected one trained for a task with contrastive"),
+    "outfit for a text model": (["C", "G", "--outfit", "a.jpg", "--category=shoe"], "with csa_net"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_errors_are_one_line(case, files, gallery, tmp_path):
+    (first, folder, *more), message = WRONG[case]
+    (tmp_path / "empty").mkdir()
+    folder = {"G": gallery, "E": tmp_path / "empty"}.get(folder, folder)
+    with pytest.raises(InputError, match=message) as error:
+        rows(files.get(first, first), folder, *more)
+    assert "\n" not in str(error.value)
+
+
+def test_error_on_the_command_line(files, gallery):
+    words = ["--checkpoint", files["C"], "--gallery", str(gallery), "--image", str(gallery / "none.jpg")]
+    done = subprocess.run([sys.executable, ROOT / "search.py", *words], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
