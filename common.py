@@ -135,18 +135,26 @@ def _convert(value, kind, where):
     return value
 
 
+def _literal(text):
+    """45000 as a number; FashionGen, which is no literal, as it stands."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def _parse(text, kind, where):
-    """Command-line text as the field type: True/False, 1e-5, 45000,90000 or itc:0.5,mlm:0.5."""
+    """Command-line text as the field type: True/False, 1e-5, 45000,90000, FashionGen,BigFACAD or itc:0.5,mlm:0.5."""
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if kind is tuple:
-            return tuple(ast.literal_eval(part) for part in text.split(",") if part)
+            return tuple(_literal(part) for part in text.split(",") if part)
         if kind is dict:
             pairs = [part.partition(":") for part in text.split(",") if part]
             return {name: float(value) if colon else 1.0 for name, colon, value in pairs}
         return kind(text)
-    except (ValueError, KeyError, SyntaxError):
+    except (ValueError, KeyError):
         raise InputError(f"{where}: found {text!r}, expected {kind.__name__}") from None
 
 
@@ -439,7 +447,9 @@ class Health:
 def seed_step(seed, step, rank):
     """Seed dropout of one update from (seed, step, rank): any update can be run again without those before it."""
     state = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
-    torch.manual_seed(state)
+    torch.default_generator.manual_seed(state)  # torch.manual_seed keeps a stack trace per call where there is no GPU
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(state)
 
 
 def autocast(device, dtype):

@@ -17,12 +17,12 @@ pac_scale = 16.0
 objectives = {"itm": 0.30, "mlm": 0.22, "itc": 0.18, "mpfc": 0.15, "pac": 0.08, "mvc": 0.07}
 
 batch_size = 32
-max_steps = 2_600
+max_steps = 2_000
 lr = 1e-3
 lr_factor = 1.0
 weight_decay = 1e-4
 warmup = 100
-milestones = (2_100, 2_450)
+milestones = (1_600, 1_900)
 dropout = 0.0
 
 eval_interval = 0

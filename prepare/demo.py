@@ -270,7 +270,7 @@ def make_vocab():
 
     Taken from the tables, not the texts: all catalogues share it, so a model trained on one fits the next."""
     tables = (list(COLOURS), PATTERNS, PARTS, KINDS, SUBCATEGORIES, FABRICS, BRANDS, TITLES, FEATURES, FILLERS, CHANGES)
-    words = set(re.findall(r"[a-z]+", re.sub(r"\{\w+\}", "", json.dumps(tables)) + STEMS))
+    words = set(re.findall(r"[a-z]+", re.sub(r"\{\w+\}", "", json.dumps(tables)) + STEMS)) | {"and"}
     # A word whose stem is a word too is left out: it becomes two pieces, and whole-word masking has work to do.
     split = {w for w in words for s in SUFFIXES if w.endswith(s) and len(w) - len(s) > 2 and w[: -len(s)] in words}
     pieces = [*CHARACTERS, *("##" + c for c in CHARACTERS), *("##" + s for s in SUFFIXES), *sorted(words - split)]

@@ -75,6 +75,9 @@ def test_hardest_negatives_are_of_another_product():
     assert index.tolist() == [2, 2, 1] and exists.all()
     _, exists = losses.hardest_negatives(image, text, torch.tensor([7, 7, 7]))
     assert not exists.any()
+    # a pool of two rows: image 0 and 1 choose between texts 0 and 1, image 2 has only its own
+    index, exists = losses.hardest_negatives(image, text, torch.tensor([0, 1, 2]), pool=2)
+    assert index[:2].tolist() == [1, 0] and exists.tolist() == [True, True, False]
 
 
 def test_mining_keeps_pairs_without_a_negative_and_restores_training_mode():
