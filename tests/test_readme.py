@@ -1,0 +1,50 @@
+"""Every command of the README's shell blocks runs as it stands, training with few steps, or says what it needs."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FEWER = {"vqvae.py": ["--max_steps=3"], "pretrain.py": ["--max_steps=3"], "finetune.py": ["--max_steps=3"]}
+IN_CI = {"bash demo.sh": "bash demo.sh --max_steps=3", "pip install -r requirements-dev.txt": "python -m pytest"}
+
+
+def commands():
+    """[(command, its comment)] of the README's ```bash blocks, in order."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = [line for block in blocks for line in block.splitlines() if line.strip()]
+    return [tuple(part.strip() for part in line.partition(" #")[::2]) for line in lines]
+
+
+def test_the_marked_ones_need_what_ci_lacks():
+    found = commands()
+    assert len(found) >= 15
+    for command, comment in found:
+        if any(command.startswith(start) for start in IN_CI):
+            assert IN_CI[next(s for s in IN_CI if command.startswith(s))] in (ROOT / ".ci" / "run").read_text()
+        elif "needs" not in comment:
+            assert re.match(r"python \S+\.py ", command) and (ROOT / command.split()[1]).exists()
+            assert "torchrun" not in command and "fashionall" not in command
+
+
+@pytest.mark.slow
+def test_the_others_run(tmp_path):
+    """One after another, as a reader would: later ones need what earlier ones wrote."""
+    for name in ("prepare", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for command, comment in commands():
+        if "needs" in comment or any(command.startswith(start) for start in IN_CI):
+            continue
+        command += "".join(f" {word}" for word in FEWER.get(command.split()[1], []))
+        result = subprocess.run(command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert result.returncode == 0, f"{command}\n{result.stderr[-2000:]}"
+    for picture in ("page.png", "curves.png", "sheet.png", "changed.png", "outfit.png"):
+        assert (tmp_path / picture).stat().st_size > 1_000
