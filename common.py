@@ -136,11 +136,8 @@ def _convert(value, kind, where):
 
 
 def _literal(text):
-    """45000 as a number; FashionGen, which is no literal, as it stands."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    """45000 as a number; FashionGen, a bare name, as it stands."""
+    return text if text.isidentifier() else ast.literal_eval(text)
 
 
 def _parse(text, kind, where):
@@ -154,7 +151,7 @@ def _parse(text, kind, where):
             pairs = [part.partition(":") for part in text.split(",") if part]
             return {name: float(value) if colon else 1.0 for name, colon, value in pairs}
         return kind(text)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, SyntaxError):
         raise InputError(f"{where}: found {text!r}, expected {kind.__name__}") from None
 
 

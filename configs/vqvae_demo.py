@@ -4,7 +4,7 @@ data_root = "data/demo"
 
 # encoder and codebook: patches of 32 pixels; less than half the cost of the ResNet they help to train
 image_size = 64
-ch = 16
+ch = 12
 ch_mult = (1, 2, 4, 4)
 n_blocks = 1
 latent_dim = 64

@@ -244,7 +244,11 @@ def read_products(config):
             item = items.setdefault(key, {"id": key, "images": [], **texts, "attributes_id": []})
             item["images"] = list(dict.fromkeys([*item["images"], *paths]))
         except ValueError as error:  # open_image's InputError is one
-            faults.append(f"{config.products}: row {number}: {error}".removesuffix(" or set --skip_broken_images"))
+            faults.append(
+                f"{config.products}: row {number}: {error}".removesuffix(
+                    " (pre-training also has --skip_broken_images)"
+                )
+            )
     return list(items.values()), faults
 
 

@@ -38,12 +38,13 @@ def test_flop_of_the_bare_parts(name, catalogue):
         bare.loss(bare.batches[0]).backward()
     batch, c = s.batches[0], s.model.config
     images = 1 + ("image2" in batch)
-    # resnet18 of width 32 at 64 px by hand: 2 x weights x positions; the stem, then stages at 16, 8, 4, 2 pixels a side
-    stages = [(32, 32, 16, 0), (32, 64, 8, 32 * 64), (64, 128, 4, 64 * 128), (128, 256, 2, 128 * 256)]
-    stem = 2 * 3 * 49 * 32 * 32**2
+    # resnet18 at 64 px by hand: 2 x weights x positions; the stem, then stages at 16, 8, 4, 2 pixels a side
+    w = c.width
+    stages = [(w, w, 16, 0), (w, 2 * w, 8, 2 * w * w), (2 * w, 4 * w, 4, 8 * w * w), (4 * w, 8 * w, 2, 32 * w * w)]
+    stem = 2 * 3 * 49 * w * 32**2
     stages = [2 * side**2 * (9 * (a * b + 3 * b * b) + short) for a, b, side, short in stages]
     if name == "polyvore":  # the last stage has no gradient of its weights, and hands one on
-        heads = 3 * 2 * 256 * 256 * 2 * 2 + 3 * 2 * 2 * 2 * 256
+        heads = 3 * 2 * 8 * w * 256 * 2 * 2 + 3 * 2 * 2 * 2 * 256
         assert counter.get_total_flops() == 2 * 2 * (2 * stem + 3 * sum(stages[:3]) + 2 * stages[3]) + heads
         return
     total = images * 2 * (2 * stem + 3 * sum(stages))

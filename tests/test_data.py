@@ -174,6 +174,7 @@ class Settings:
     workers: int = 0
     image_size: int = 64
     max_tokens: int = 0
+    mask_share: float = 0.15
     skip_broken_images: bool = False
 
 

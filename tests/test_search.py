@@ -106,7 +106,7 @@ def test_outfit_ranks_the_wanted_category(files, catalogue, tmp_path):
         folder / "images" / f"{item}.jpg"
         for item in json.loads((folder / "ocir_disjoint_test.json").read_text())[0]["question"]
     ]
-    category = {item: number[row["category_id"]] for item, row in metadata.items()}
+    category = {item: number[int(row["category_id"])] for item, row in metadata.items()}
     name = metadata[outfit[0].stem]["semantic_category"]
     wanted = category[outfit[0].stem]
     with torch.no_grad():
