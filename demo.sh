@@ -31,4 +31,4 @@ for task in sys.argv[1:]:
     scratch, ours = (100 * run[protocol]["metrics"][metric] for run in runs)
     print(f"{task:24} {metric:12} {100 * runs[0][protocol]['chance'][metric]:7.1f} {scratch:8.1f} {ours:12.1f}")
 END
-python search.py --checkpoint runs/demo/best.pt --gallery data/demo/FashionGen/val --text "red striped dress" --out runs/demo/search.png
+python search.py --checkpoint runs/demo/best.pt --gallery data/demo/FashionGen/val --text "black and red striped dress" --top 5 --out runs/demo/search.png

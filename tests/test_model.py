@@ -150,3 +150,11 @@ def test_pac_head_is_a_cosine():
 def test_impossible_configs_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny(**changes)
+
+
+def test_initial_weights_keep_berts_proportion():
+    """std .02 at width 768, as BERT; twice that at 192, for the sum of 192 terms is half as wide."""
+    for size, std in (("base", 0.02), ("mini", 0.04)):
+        config = ModelConfig(resnet="resnet18", width=8, vocab_size=50, **{**SIZES[size], "num_hidden_layers": 1})
+        weights = FashionViL(config).bert.encoder["layer"][0].intermediate["dense"].weight
+        assert float(weights.detach().std()) == pytest.approx(std, rel=0.02)
