@@ -24,6 +24,7 @@ import checkpoint
 import common
 import data
 import evaluate
+import pictures
 from common import InputError
 
 RERANKED = 50  # best results that --rerank scores again
@@ -174,7 +175,7 @@ def parse(argv=None):
     if given.top < 1:
         raise InputError(f"top: found {given.top}, expected at least 1")
     if given.out:
-        evaluate.check_page(given.out)
+        pictures.check_page(given.out)
     pairs = [(word, "") if Path(word).exists() else word.rpartition("=")[::2] for word in given.outfit]
     given.outfit = [(path, name) if path else (name, "") for path, name in pairs]
     given.sources = [path for path, _ in given.outfit] or [given.image] * bool(given.image)
@@ -191,9 +192,8 @@ def main(argv=None):
         cells.append({"images": [r["path"]], "text": r["title"] or r["id"], "label": label})
     print(json.dumps(rows, indent=1) if given.json else "\n".join(lines))
     if given.out:
-        text = f"wanted: {given.category}" if given.outfit else given.text
-        query = {"images": given.sources, "text": text, "label": "query"}
-        evaluate.draw_sheet(given.out, f"best {len(rows)} of {given.gallery}", [(query, cells)])
+        query = {"images": given.sources, "text": f"wanted: {given.category}" if given.outfit else given.text}
+        pictures.draw_sheet(given.out, f"best {len(rows)} of {given.gallery}", [({**query, "label": "query"}, cells)])
 
 
 if __name__ == "__main__":

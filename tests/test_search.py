@@ -274,7 +274,7 @@ def test_command_line(files, gallery, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 7 and all(r["path"] in text for r, text in zip(found, printed, strict=True))
     page = np.asarray(Image.open(sheet).convert("RGB"))
-    assert page.shape[1] > 5 * search.evaluate.CELL and (page != 255).any(2).mean() > 0.3
+    assert page.shape[1] > 5 * search.pictures.CELL and (page != 255).any(2).mean() > 0.3
     assert not sheet.with_name("sheet.png.tmp").exists()
 
 
