@@ -363,7 +363,9 @@ def embed(encode, items, tokenizer, config, processes, kind="crop", max_tokens=d
     mine = order[processes.rank :: processes.world_size]
     transform = data.image_transform(kind, config.image_size, train=False)
     dataset = data.Samples([items[i] for i in mine], tokenizer, transform, config.max_tokens or max_tokens)
-    share = {"num_workers": config.workers, "worker_init_fn": common.leave_group}
+    # a process of a gloo group has threads, and a fork beside them hung once in 20 minutes of tests/soak.py
+    workers = 0 if common.in_group() and processes.device.type == "cpu" else config.workers
+    share = {"num_workers": workers, "worker_init_fn": common.leave_group}
     loader = DataLoader(dataset, config.eval_batch_size, collate_fn=data.collate, **share)
     rows = []
     with tqdm(total=len(mine), unit=" items", disable=not progress) as bar:
