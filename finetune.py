@@ -49,6 +49,7 @@ def retrieval_items(config):
 
 
 def fashioniq_items(config):
+    """One item per training triplet of the three classes: reference, target, both captions; no data sizes."""
     keys = ("image", "image2", "text", "name")
     for garment in data.FASHIONIQ_CLASSES:
         data.load_fashioniq(config.data_root, garment, "val", config.gallery)
@@ -74,25 +75,12 @@ def polyvore_items(config):
 
 # task: loss, heads of the model (none: CSA-Net), training items, how a visit draws from an item, image transform,
 # longest text
+RECOGNITION = (losses.recognition, ("recognition",), recognition_items, data.draw_product, "crop", data.MAX_TOKENS)
 TASKS = {
     "fashiongen_retrieval": (losses.itc, ("contrastive",), retrieval_items, data.draw_product, "crop", data.MAX_TOKENS),
     "fashioniq": (losses.tgir, ("contrastive",), fashioniq_items, None, "scale", data.FASHIONIQ_MAX_TOKENS),
-    "fashiongen_category": (
-        losses.recognition,
-        ("recognition",),
-        recognition_items,
-        data.draw_product,
-        "crop",
-        data.MAX_TOKENS,
-    ),
-    "fashiongen_subcategory": (
-        losses.recognition,
-        ("recognition",),
-        recognition_items,
-        data.draw_product,
-        "crop",
-        data.MAX_TOKENS,
-    ),
+    "fashiongen_category": RECOGNITION,
+    "fashiongen_subcategory": RECOGNITION,
     "polyvore": (losses.ocir, (), polyvore_items, data.draw_pair, "scale", data.MAX_TOKENS),
 }
 
