@@ -113,8 +113,8 @@ def itm(model, batch):
     text, target = (
         (batch["itm_text"], batch["itm_target"]) if "itm_text" in batch else mine_negatives(model, features, batch)
     )
-    hidden = model.encode_joint(batch["input_ids"][text], batch["attention_mask"][text], features)
-    logits = model.heads["itm"](model.bert.pool(hidden)).float()
+    pooled = model.encode_pair(batch["input_ids"][text], batch["attention_mask"][text], features)
+    logits = model.heads["itm"](pooled).float()
     accuracy = (logits.argmax(1) == target).float().mean()
     return F.cross_entropy(logits, target), {"itm_acc": accuracy, "itm_matched": target.float().mean()}
 
@@ -128,7 +128,9 @@ def mlm(model, batch):
     asked = batch["mlm_labels"] != IGNORE
     if not bool(asked.any()):
         raise ValueError("mlm: no token of the batch is asked; every label is -100")
-    hidden = model.encode_joint(batch["masked_ids"], batch["attention_mask"], batch["image"])
+    features = model.patches(batch["image"])
+    everywhere = F.pad(asked, (0, features.shape[1]))  # (B, T + P)
+    hidden = model.encode_joint(batch["masked_ids"], batch["attention_mask"], features, asked=everywhere)
     logits = model.heads["mlm"](hidden[:, : asked.shape[1]][asked])  # (asked, vocabulary)
     return _classify(logits, batch["mlm_labels"][asked], "mlm")
 
@@ -142,8 +144,9 @@ def mpfc(model, batch):
     mask, codes = batch["patch_mask"], batch["image_codes"]
     if mask.shape != codes.shape or not bool(mask.any()):
         raise ValueError(f"mpfc: patch_mask {tuple(mask.shape)}, codes {tuple(codes.shape)}, {int(mask.sum())} masked")
-    hidden = model.encode_joint(batch["input_ids"], batch["attention_mask"], batch["image"], mask)
-    logits = model.heads["mpfc"](hidden[:, batch["input_ids"].shape[1] :][mask])  # (masked, codes)
+    ids, T = batch["input_ids"], batch["input_ids"].shape[1]
+    hidden = model.encode_joint(ids, batch["attention_mask"], batch["image"], mask, asked=F.pad(mask, (T, 0)))
+    logits = model.heads["mpfc"](hidden[:, T:][mask])  # (masked, codes)
     return _classify(logits, codes[mask], "mpfc")
 
 

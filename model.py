@@ -153,7 +153,7 @@ class Embeddings(nn.Module):
         return self.projection(features) + positions + self.token_type_embeddings_visual.weight[0]
 
     def forward(self, tokens):
-        """(B, T + P, D) text first, patches after: one LayerNorm and dropout over both."""
+        """(..., D), of text and of patches: one LayerNorm and dropout over both."""
         return F.dropout(self.LayerNorm(tokens), self.dropout, self.training)
 
 
@@ -176,14 +176,23 @@ class Layer(nn.Module):
     def _residual(self, module, x, residual):
         return module["LayerNorm"](F.dropout(module["dense"](x), self.dropout, self.training) + residual)
 
-    def forward(self, x, mask):
-        """x (B, L, D); mask (B, 1, 1, L) bool, True = attended to, or None = all."""
-        B, L, D = x.shape
-        qkv = self.attention["self"]
-        q, k, v = (qkv[n](x).view(B, L, self.heads, -1).transpose(1, 2) for n in ("query", "key", "value"))
+    def forward(self, x, mask, rows, wanted=None):
+        """x (N, D): the tokens that stand at `rows` (N,) of a flattened (B, L) grid; mask (B, 1, 1, L) bool, True =
+        attended to -> the outputs of x, or of x[wanted] (M,) alone."""
+        (B, *_, L), qkv = mask.shape, self.attention["self"]
+
+        def spread(name, x, rows):  # (N, D) -> (B, heads, L, D / heads)
+            projected = qkv[name](x)
+            grid = projected.new_zeros(B * L, x.shape[1]).index_copy(0, rows, projected)
+            return grid.view(B, L, self.heads, -1).transpose(1, 2)
+
+        k, v = spread("key", x, rows), spread("value", x, rows)
+        if wanted is not None:
+            x, rows = x[wanted], rows[wanted]
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B, heads, L, D/heads)
-        x = self._residual(self.attention["output"], y.transpose(1, 2).reshape(B, L, D), x)
+        y = F.scaled_dot_product_attention(spread("query", x, rows), k, v, attn_mask=mask, dropout_p=dropout)
+        y = y.transpose(1, 2).reshape(B * L, -1).index_select(0, rows)  # (N, D)
+        x = self._residual(self.attention["output"], y, x)
         return self._residual(self.output, F.gelu(self.intermediate["dense"](x)), x)
 
 
@@ -195,9 +204,7 @@ class Bert(nn.Module):
         self.embeddings = Embeddings(config, image_channels)
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
         self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
-        std = (
-            0.02 * (768 / config.hidden_size) ** 0.5
-        )  # BERT's .02, kept in proportion: narrow ones learn slowly from it
+        std = 0.02 * (768 / config.hidden_size) ** 0.5  # BERT's, kept in proportion: narrow ones learn slowly from it
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=std)
@@ -211,13 +218,23 @@ class Bert(nn.Module):
             text, image = getattr(self.embeddings, table), getattr(self.embeddings, table + "_visual")
             image.load_state_dict(text.state_dict())
 
-    def forward(self, tokens, mask):
-        """tokens (B, L, D) from `embeddings.text` / `.image`; mask (B, L), 0 = padding, or None -> (B, L, D)."""
-        x = self.embeddings(tokens)
-        mask = None if mask is None else mask.bool()[:, None, None, :]
-        for layer in self.encoder["layer"]:
-            x = layer(x, mask)
-        return x
+    def forward(self, tokens, mask=None, asked=None):
+        """tokens (B, L, D) from `embeddings.text` / `.image` -> hidden states (B, L, D).
+
+        mask (B, L): 0 = attended to by none, as padding; None: all are. asked (B, L) bool: whose hidden states are
+        wanted, the others' come out as 0; None: all are. What is neither attended to nor asked for is not computed,
+        nor, in the last layer, what is not asked for."""
+        B, L, D = tokens.shape
+        mask = torch.ones(B, L, dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
+        asked = torch.ones_like(mask) if asked is None else asked
+        rows = (mask | asked).flatten().nonzero().squeeze(1)  # (N,)
+        wanted = asked.flatten()[rows].nonzero().squeeze(1)  # (M,)
+        x = self.embeddings(tokens.reshape(B * L, D).index_select(0, rows))
+        *layers, last = self.encoder["layer"]
+        for layer in layers:
+            x = layer(x, mask[:, None, None, :], rows)
+        x = last(x, mask[:, None, None, :], rows, wanted)
+        return x.new_zeros(B * L, D).index_copy(0, rows[wanted], x).view(B, L, D)
 
     def pool(self, hidden):
         """(B, L, D) -> (B, D): BERT's pooler on the first token."""
@@ -298,45 +315,51 @@ class FashionViL(nn.Module):
 
     def encode_image(self, image):
         """Image alone: projection only, no positions, no Transformer -> mean over patches (B, D)."""
-        return self.bert.embeddings.projection(self.patches(image)).mean(1)
+        return self.bert.embeddings.projection(self.patches(image).mean(1))
 
     def encode_text(self, input_ids, attention_mask):
         """Text alone, (B, T) int64 and (B, T), 0 = padding -> mean over tokens, [CLS] and [SEP] too, (B, D)."""
-        hidden = self.bert(self.bert.embeddings.text(input_ids), attention_mask)
+        hidden = self.bert(self.bert.embeddings.text(input_ids), attention_mask, attention_mask.bool())
         return masked_mean(hidden, attention_mask)
 
-    def encode_joint(self, input_ids, attention_mask, image, patch_mask=None):
+    def encode_joint(self, input_ids, attention_mask, image, patch_mask=None, asked=None):
         """Text + patches through the Transformer -> hidden states (B, T + P, D).
 
-        patch_mask (B, P) bool, True = masked: those patches' features are zero before the projection (MPFC)."""
+        patch_mask (B, P) bool, True = masked: those patches' features are zero before the projection (MPFC).
+        asked (B, T + P) bool: the positions whose hidden states are wanted, as for `Bert.forward`."""
         features = self.patches(image)
         if patch_mask is not None:
             features = features.masked_fill(patch_mask.unsqueeze(-1), 0.0)
-        return self._joint(input_ids, attention_mask, self.bert.embeddings.image(features))
+        return self._joint(input_ids, attention_mask, features, features.new_ones(features.shape[:2]), asked)
+
+    def encode_pair(self, input_ids, attention_mask, image):
+        """Text + patches as `encode_joint` -> BERT's pooler on [CLS] (B, D), which ITM and recognition classify."""
+        features = self.patches(image)
+        first = torch.arange(input_ids.shape[1] + features.shape[1], device=features.device) == 0
+        return self.bert.pool(
+            self.encode_joint(input_ids, attention_mask, features, asked=first.expand(len(features), -1))
+        )
 
     def encode_composed(self, input_ids, attention_mask, image, patch_keep=None):
-        """Image + change in words -> mean over the patch outputs (B, D).
+        """Image + change in words -> mean over the patch outputs (B, D), as the paper's composed embedding.
 
-        patch_keep (B, P) bool, as many True in every row: the other patches are left out of attention and mean, so
-        they are not computed. Tokens are left out by a 0 in attention_mask. Raises ValueError on unequal rows."""
-        patches = self.bert.embeddings.image(self.patches(image))  # (B, P, D)
-        if patch_keep is not None:
-            counts = patch_keep.sum(1)
-            if not bool((counts == counts[0]).all()):
-                raise ValueError(f"patch_keep: rows keep {counts.tolist()} patches, expected the same number in each")
-            patches = patches[patch_keep].view(len(patches), -1, patches.shape[-1])  # (B, kept, D)
-        hidden = self._joint(input_ids, attention_mask, patches)
-        return hidden[:, input_ids.shape[1] :].mean(1)  # patch half only, as the paper's composed embedding
+        patch_keep (B, P) bool: the other patches are left out of attention and mean, as tokens are by a 0 in
+        attention_mask."""
+        features = self.patches(image)
+        keep = features.new_ones(features.shape[:2]).bool() if patch_keep is None else patch_keep
+        T = input_ids.shape[1]
+        hidden = self._joint(input_ids, attention_mask, features, keep, F.pad(keep, (T, 0)))
+        return masked_mean(hidden[:, T:], keep)
 
-    def _joint(self, input_ids, attention_mask, patches):
-        tokens = torch.cat([self.bert.embeddings.text(input_ids), patches], 1)  # (B, T + P, D)
-        mask = torch.cat([attention_mask, attention_mask.new_ones(patches.shape[:2])], 1)
-        return self.bert(tokens, mask)
+    def _joint(self, input_ids, attention_mask, features, keep, asked):
+        embeddings = self.bert.embeddings
+        tokens = torch.cat([embeddings.text(input_ids), embeddings.image(features)], 1)  # (B, T + P, D)
+        return self.bert(tokens, torch.cat([attention_mask.bool(), keep.bool()], 1), asked)
 
     def classify(self, batch):
         """Recognition logits (B, n_classes) of a batch's image, input_ids and attention_mask."""
-        hidden = self.encode_joint(batch["input_ids"], batch["attention_mask"], batch["image"])
-        return self.heads["recognition"](self.bert.pool(hidden)).float()
+        pooled = self.encode_pair(batch["input_ids"], batch["attention_mask"], batch["image"])
+        return self.heads["recognition"](pooled).float()
 
     def scaled(self, x):
         """Embeddings (B, D) -> `s * x / ||x||`, whose products are the contrastive logits."""

@@ -69,8 +69,8 @@ def best(scores, top):
 
 def match(model, batch):
     """(B,) the ITM head's probability that text and image of a row belong together."""
-    hidden = model.encode_joint(batch["input_ids"], batch["attention_mask"], batch["image"])
-    return model.heads["itm"](model.bert.pool(hidden)).float().softmax(-1)[:, 1]
+    pooled = model.encode_pair(batch["input_ids"], batch["attention_mask"], batch["image"])
+    return model.heads["itm"](pooled).float().softmax(-1)[:, 1]
 
 
 def fuse_outfit(model, items, given, categories):

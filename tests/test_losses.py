@@ -147,7 +147,7 @@ def five_steps(rank, world_size):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         values = []
         for step in range(5):
-            batch = random_batch(seed=step)
+            batch = random_batch(seed=30 + step)  # no ReLU's input lies within rounding of zero, where its slope jumps
             n = 8 // world_size
             # negatives are given, and lie on the process's own side
             batch["itm_text"] = torch.where(batch["itm_target"].bool(), torch.arange(8), torch.arange(8) ^ 1)

@@ -49,7 +49,8 @@ def test_layers_equal_torchs_encoder_layers():
     model = FashionViL(config).eval()
     x, lengths = torch.randn(3, 9, config.hidden_size), torch.tensor([9, 4, 7])
     mask = torch.arange(9)[None] < lengths[:, None]
-    ours = theirs = model.bert.embeddings(x)
+    theirs, rows = model.bert.embeddings(x), mask.flatten().nonzero().squeeze(1)
+    ours = theirs[mask]  # (20, D): padding is not computed
     for layer in model.bert.encoder["layer"]:
         other = nn.TransformerEncoderLayer(
             config.hidden_size,
@@ -72,8 +73,23 @@ def test_layers_equal_torchs_encoder_layers():
         for to, source in pairs:
             to.load_state_dict(source.state_dict())
         theirs = other(theirs, src_key_padding_mask=~mask)
-        ours = layer(ours, mask[:, None, None, :])
-    assert (ours - theirs)[mask].abs().max() < 1e-5
+        before, ours = ours, layer(ours, mask[:, None, None, :], rows)
+    assert (ours - theirs[mask]).abs().max() < 1e-5
+    wanted = torch.tensor([0, 9, 14])
+    assert (layer(before, mask[:, None, None, :], rows, wanted) - ours[wanted]).abs().max() < 1e-6
+
+
+def test_hidden_states_that_are_asked_for_are_those_of_all():
+    model = tiny()
+    ids, image = torch.randint(5, 50, (3, 11)), torch.randn(3, 3, 64, 64)
+    mask = torch.arange(11)[None] < torch.tensor([11, 4, 7])[:, None]
+    asked = torch.rand(3, 15, generator=torch.Generator().manual_seed(0)) < 0.3  # some of them padding
+    assert (asked[:, :11] & ~mask).any()
+    with torch.no_grad():
+        every, some = (model.encode_joint(ids, mask, image, asked=a) for a in (None, asked))
+        pooled = model.bert.pool(every)
+        assert (model.encode_pair(ids, mask, image) - pooled).abs().max() < 1e-6
+    assert (some - every)[asked].abs().max() < 1e-6 and not some[~asked].any()
 
 
 def test_padding_and_batch_do_not_change_an_embedding():
@@ -93,15 +109,13 @@ def test_dropped_patches_are_those_that_attention_and_mean_leave_out():
     model = tiny()
     ids, mask = torch.randint(5, 50, (2, 6)), torch.ones(2, 6, dtype=torch.long)
     image = torch.randn(2, 3, 64, 64)
-    keep = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 1]]).bool()
+    keep = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 1]]).bool()
     with torch.no_grad():
         embeddings = model.bert.embeddings
         tokens = torch.cat([embeddings.text(ids), embeddings.image(model.patches(image))], 1)
         hidden = model.bert(tokens, torch.cat([mask, keep.long()], 1))
         expected = masked_mean(hidden[:, 6:], keep)
         assert (model.encode_composed(ids, mask, image, keep) - expected).abs().max() < 1e-5
-    with pytest.raises(ValueError, match=r"\[3, 2\]"):
-        model.encode_composed(ids, mask, image, torch.tensor([[1, 0, 1, 1], [0, 1, 0, 1]]).bool())
 
 
 def test_four_ways_in_depend_on_what_they_should():
