@@ -7,6 +7,7 @@ Pictures leave the loader as uint8 and are normalised on the device (`to_device`
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import math
 import os
@@ -257,6 +258,7 @@ def check_subcategories(products):
 # ---------------------------------------------------------------------------------------------------------------------
 # images
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # texts are encoded before loaders fork; no warning of it
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `open_image` has a lower limit
 
 
@@ -268,10 +270,15 @@ def open_image(path):
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,}")
-            ImageOps.exif_transpose(image, in_place=True)
+            if image.format != "JPEG" or image.info.keys() & {
+                "exif",
+                "xmp",
+            }:  # to look for them takes a sixth of a load
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # 16-bit grey: convert would clip, not scale
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # Pillow's readers raise nearly anything on broken files
         cause = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
         cure = "replace the file (pre-training also has --skip_broken_images)"
@@ -279,18 +286,46 @@ def open_image(path):
 
 
 def image_transform(kind, size, train):
-    """PIL image -> uint8 (3, size, size), as recipe 3's table.
+    """(PIL image, np.random.Generator) -> uint8 array (size, size, 3), as recipe 3's table.
 
     kind "crop" (pre-training, FashionGen): resize to 256/224 of `size`, random or centre crop; "scale" (FashionIQ,
-    OCIR): random resized crop in training, plain resize else. Training flips half of the images."""
+    OCIR): random resized crop in training, plain resize else. Training flips half of the images; the generator can be
+    None where nothing is drawn."""
+    fit = {"crop": resize_and_crop, "scale": crop_and_resize}[kind]
+    return functools.partial(_transform, fit, size, train)
+
+
+def _transform(fit, size, train, image, rng=None):
+    image = fit(image, size, rng if train else None)
+    if train and rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(image)
+
+
+def resize_and_crop(image, size, rng):
+    """A PIL image resized to 256/224 of `size`, then cropped at random (rng None: the centre).
+
+    In one step, which computes only what is kept: the pixels of two steps at 224 (all fractions exact), alike else."""
     large = round(size * 256 / 224)
-    if kind == "crop":
-        steps = [v2.Resize((large, large)), v2.RandomCrop(size) if train else v2.CenterCrop(size)]
-    elif train:
-        steps = [v2.RandomResizedCrop(size, scale=(0.8, 1.0), ratio=(0.75, 1.3))]
-    else:
-        steps = [v2.Resize((size, size))]
-    return v2.Compose([*steps, *([v2.RandomHorizontalFlip()] if train else []), v2.PILToTensor()])
+    left, top = [round((large - size) / 2)] * 2 if rng is None else rng.integers(large - size + 1, size=2).tolist()
+    x, y = image.width / large, image.height / large
+    box = (left * x, top * y, (left + size) * x, (top + size) * y)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box)
+
+
+def crop_and_resize(image, size, rng):
+    """A random part of a PIL image (.8 to 1 of it, sides .75 to 1.3; rng None: all of it) resized to size x size."""
+    if rng is None:
+        return image.resize((size, size), Image.Resampling.BILINEAR)
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator; leave the caller's alone
+        # the CPU's alone: torch.manual_seed also queues a call, with its stack, for GPUs that a worker never starts
+        torch.default_generator.manual_seed(int(rng.integers(2**63)))
+        return v2.RandomResizedCrop(size, scale=(0.8, 1.0), ratio=(0.75, 1.3))(image)
+
+
+def stack_images(arrays):
+    """uint8 arrays (H, W, 3) -> tensor (B, 3, H, W), channels last in memory, as convolutions like them."""
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
 def normalize(images):
@@ -302,7 +337,7 @@ def normalize(images):
 def load_images(paths, size):
     """Image files -> float32 (B, 3, size, size), as the evaluation of pre-training sees them."""
     transform = image_transform("crop", size, train=False)
-    return normalize(torch.stack([transform(open_image(path)) for path in paths]))
+    return normalize(stack_images([transform(open_image(path)) for path in paths]))
 
 
 def to_device(batch, device):
@@ -344,15 +379,33 @@ def wordpiece(vocab):
     return tokenizers.BertWordPieceTokenizer(ids, lowercase=True)
 
 
-def encode(tokenizer, text, max_tokens=MAX_TOKENS):
-    """Text -> (ids, words): [CLS] ... [SEP], at most max_tokens; words[i] = token i's word number, None for specials.
+def encode(tokenizer, texts, max_tokens=MAX_TOKENS):
+    """Texts -> a list of (ids, words): [CLS] ... [SEP], at most max_tokens; words[i] = token i's word, -1 for specials.
 
     A text of any length, empty or of unknown characters is fine: it is cut, or is only [CLS] [SEP], or holds [UNK]."""
-    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which JSON can hold, is no text
-    encoding = tokenizer.encode(text, add_special_tokens=False)
-    keep = max_tokens - 2
+    # half a surrogate pair, which JSON can hold, is no text
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]
     cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
-    return [cls, *encoding.ids[:keep], sep], [None, *encoding.word_ids[:keep], None]
+    encodings, keep = tokenizer.encode_batch(texts, add_special_tokens=False), max_tokens - 2
+    return [([cls, *e.ids[:keep], sep], [-1, *e.word_ids[:keep], -1]) for e in encodings]
+
+
+class Texts:
+    """The word pieces of many texts, encoded once: encoding one anew at every visit takes a quarter of a sample's time.
+
+    texts[i] is as of `encode`. Memory: 6 bytes for each of max_tokens, shared by the workers."""
+
+    def __init__(self, tokenizer, texts, max_tokens, chunk=4096):
+        self.ids = np.zeros((len(texts), max_tokens), np.int32)
+        self.words, self.lengths = np.zeros(self.ids.shape, np.int16), np.zeros(len(texts), np.int16)
+        for start in range(0, len(texts), chunk):
+            for i, (ids, words) in enumerate(encode(tokenizer, texts[start : start + chunk], max_tokens), start):
+                n = self.lengths[i] = len(ids)
+                self.ids[i, :n], self.words[i, :n] = ids, words
+
+    def __getitem__(self, i):
+        n = self.lengths[i]
+        return self.ids[i, :n].tolist(), self.words[i, :n].tolist()
 
 
 def check_lengths(config, positions, max_tokens=MAX_TOKENS):
@@ -383,7 +436,7 @@ def pad_texts(rows):
 def tokenize(vocab, texts, max_tokens=MAX_TOKENS):
     """Texts and the text of a vocab.txt -> {"input_ids", "attention_mask"} (B, longest) int64."""
     tokenizer = wordpiece(vocab)
-    return pad_texts([encode(tokenizer, text, max_tokens)[0] for text in texts])
+    return pad_texts([ids for ids, _ in encode(tokenizer, texts, max_tokens)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -395,14 +448,14 @@ def mask_words(ids, words, tokenizer, rng, share=0.15):
 
     A word is chosen with p = share; of the chosen 80 % become [MASK], 10 % random tokens (each piece anew), 10 % stay.
     A text in which no word was chosen gets one at random, so that every text asks; one without words asks its [SEP]."""
-    n_words = 1 + max((w for w in words if w is not None), default=-1)
+    n_words = 1 + max(words)
     chosen = rng.random(n_words) < share
     if n_words and not chosen.any():
         chosen[rng.integers(n_words)] = True
     fate = rng.random(n_words)
     masked, labels = list(ids), [-100] * len(ids)
     for i, word in enumerate(words):
-        if word is None or not chosen[word]:
+        if word < 0 or not chosen[word]:
             continue
         labels[i] = ids[i]
         if fate[word] < 0.8:
@@ -456,8 +509,8 @@ class Pretraining(Dataset):
 
     def __init__(self, products, tokenizer, n_attributes, config):
         self.products, self.tokenizer, self.n_attributes = products, tokenizer, n_attributes
-        self.max_tokens, self.seed, self.skip_broken = config.max_tokens, config.seed, config.skip_broken_images
-        self.mask_share = config.mask_share
+        self.seed, self.skip_broken, self.mask_share = config.seed, config.skip_broken_images, config.mask_share
+        self.texts = Texts(tokenizer, [product.text for product in products], config.max_tokens or MAX_TOKENS)
         self.transform = image_transform("crop", config.image_size, train=True)
         self.side = config.image_size // STRIDE
 
@@ -478,7 +531,7 @@ class Pretraining(Dataset):
     def sample(self, epoch, index, objective):
         rng = np.random.default_rng([self.seed, epoch, index])
         product = self.products[index]
-        ids, words = encode(self.tokenizer, product.text, self.max_tokens or MAX_TOKENS)
+        ids, words = self.texts[index]
         sample = {"input_ids": ids, "product_id": index}
         views = rng.permutation(product.images)  # the last differs from the first wherever there are two
         paths = [views[0], views[-1]] if objective == "mvc" else [views[0]]
@@ -499,14 +552,11 @@ class Pretraining(Dataset):
 
 
 def open_augmented(name, paths, transform, rng):
-    """The transformed images, uint8 (3, S, S) each; an unreadable one is an InputError with the product's name."""
-    with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator; leave the caller's alone
-        # the CPU's alone: torch.manual_seed also queues a call, with its stack, for GPUs that a worker never starts
-        torch.default_generator.manual_seed(int(rng.integers(2**63)))
-        try:
-            return [transform(open_image(path)) for path in paths]
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
+    """The transformed images, uint8 arrays (S, S, 3); an unreadable one is an InputError with the product's name."""
+    try:
+        return [transform(open_image(path), rng) for path in paths]
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def attribute_weights(attributes, n):
@@ -529,6 +579,8 @@ def collate(samples):
             batch[key] = pad(column, -100)
         elif key == "text_drop":
             batch[key] = pad(column, False, torch.bool)
+        elif key in ("image", "image2"):
+            batch[key] = stack_images(column)
         elif key != "input_ids":
             batch[key] = torch.stack(column) if torch.is_tensor(column[0]) else torch.as_tensor(np.asarray(column))
     return {k: v.float() if v.dtype == torch.float64 else v for k, v in batch.items()}
@@ -591,11 +643,12 @@ class Samples(Dataset):
     """Samples of fine-tuning and evaluation; a key is an index, or (epoch, index, anything) in training.
 
     `draw(item, rng)` picks what this visit needs of items[index], under the batch's names: "image" and "image2" (a
-    path), "text", and numbers. Evaluation items have nothing to pick: draw=None takes them as they are."""
+    path), and numbers. All items have a "text", or none has. Evaluation items have nothing to pick: draw=None takes
+    them as they are."""
 
     def __init__(self, items, tokenizer, transform, max_tokens, draw=None, seed=0):
-        self.items, self.tokenizer, self.transform, self.draw = items, tokenizer, transform, draw
-        self.max_tokens, self.seed = max_tokens, seed
+        self.items, self.transform, self.draw, self.seed = items, transform, draw, seed
+        self.texts = Texts(tokenizer, [item["text"] for item in items if "text" in item], max_tokens)
 
     def __len__(self):
         return len(self.items)
@@ -606,7 +659,7 @@ class Samples(Dataset):
         row = self.draw(self.items[index], rng) if self.draw else self.items[index]
         sample = {k: v for k, v in row.items() if k not in ("image", "image2", "text", "name")}
         if "text" in row:
-            sample["input_ids"] = encode(self.tokenizer, row["text"], self.max_tokens)[0]
+            sample["input_ids"] = self.texts[index][0]
         names = [k for k in ("image", "image2") if k in row]
         images = open_augmented(row.get("name", f"item {index}"), [row[k] for k in names], self.transform, rng)
         return {**sample, **dict(zip(names, images, strict=True))}

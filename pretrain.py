@@ -275,8 +275,9 @@ def trivial_answers(products, tokenizer, config, code_counts):
     Uniform over the candidates (ITC, MVC) or attributes (PAC), the frequency of each token (MLM) and code (MPFC,
     code_counts (K,) of the masked patches seen). ITM's is the majority of all mined pairs, which its log lines hold."""
     words = np.zeros(tokenizer.get_vocab_size())
-    for product in products[:: max(1, len(products) // 5000)]:
-        np.add.at(words, data.encode(tokenizer, product.text, config.max_tokens or data.MAX_TOKENS)[0][1:-1], 1)
+    texts = [product.text for product in products[:: max(1, len(products) // 5000)]]
+    for ids, _ in data.encode(tokenizer, texts, config.max_tokens or data.MAX_TOKENS):
+        np.add.at(words, ids[1:-1], 1)
     candidates = config.batch_size // config.grad_accum
     answers = dict.fromkeys(("itc", "mvc"), (math.log(candidates), 1 / candidates))
     n_attributes = data.count_labels(products, "attributes", config.n_attributes)

@@ -392,7 +392,7 @@ def load_held_out(config):
     products = data.load_products(config.data_root, "FashionGen", "val")
     paths = [path for product in products for path in product.images][: config.eval_images]
     transform = data.image_transform("crop", config.image_size, train=False)
-    return torch.stack([transform(data.open_image(path)) for path in paths])
+    return data.stack_images([transform(data.open_image(path)) for path in paths])
 
 
 def usage(counts):

@@ -40,7 +40,7 @@ SMALL_VOCAB = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "d
     ],
 )
 def test_tokens_are_berts(text, ids):
-    assert data.encode(data.wordpiece(VOCAB.read_text(encoding="utf-8")), text)[0] == ids
+    assert data.encode(data.wordpiece(VOCAB.read_text(encoding="utf-8")), [text])[0][0] == ids
 
 
 @needs_vocab
@@ -69,16 +69,16 @@ def test_real_texts_tokenize_as_the_greedy_rule_says():
             continue
         spaced = "".join(c if c.isalnum() or c.isspace() else f" {c} " for c in product.text.lower())
         expected = [i for word in spaced.split() for i in greedy(word)]
-        ids, numbers = data.encode(tokenizer, product.text, max_tokens=10_000)
+        ids, numbers = data.encode(tokenizer, [product.text], max_tokens=10_000)[0]
         assert ids == [101, *expected, 102]
-        assert numbers[1:-1] == sorted(numbers[1:-1]) and numbers[0] is numbers[-1] is None
+        assert numbers[1:-1] == sorted(numbers[1:-1]) and numbers[0] == numbers[-1] == -1
         compared += 1
     assert compared > 500
 
 
 def test_long_text_is_cut_to_the_limit_with_sep_last():
     tokenizer = data.wordpiece(SMALL_VOCAB)
-    ids, words = data.encode(tokenizer, "red " * 10_000)
+    ids, words = data.encode(tokenizer, ["red " * 10_000])[0]
     assert len(ids) == len(words) == 75 and ids[0] == 2 and ids[-1] == 3 and set(ids[1:-1]) == {5}
 
 
@@ -97,7 +97,7 @@ def test_whole_word_masking_statistics():
     mask_id, size = 4, tokenizer.get_vocab_size()
     ids = [2, *golden["token_ids"], 3]
     starts = [not token.startswith("##") for token in golden["tokens"]]
-    words = [None, *(int(i) - 1 for i in np.cumsum(starts)), None]
+    words = [-1, *(int(i) - 1 for i in np.cumsum(starts)), -1]
     n_words, draws, rng = golden["n_words"], 10_000, np.random.default_rng(0)
     assert max(words[1:-1]) == n_words - 1
     chosen, masked_n, kept_n, changed = np.zeros(len(ids)), 0, 0, 0
@@ -133,7 +133,7 @@ def test_whole_word_masking_statistics():
 
 
 def test_text_without_words_still_asks_something():
-    masked, labels = data.mask_words([2, 3], [None, None], data.wordpiece(SMALL_VOCAB), np.random.default_rng(0))
+    masked, labels = data.mask_words([2, 3], [-1, -1], data.wordpiece(SMALL_VOCAB), np.random.default_rng(0))
     assert masked == [2, 4] and labels == [-100, 3]
 
 
@@ -276,17 +276,18 @@ def test_sampling_leaves_the_callers_generator_alone(root):
     expected = torch.rand(3)
     torch.manual_seed(5)
     samples(root)[0, 0, "mvc"]
+    data.image_transform("scale", 32, train=True)(Image.new("RGB", (40, 40)), np.random.default_rng(0))
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_views_of_mvc_differ_where_there_are_two_images(root):
     dataset = samples(root)
-    dataset.transform = lambda image: torch.tensor(np.asarray(image)[0, 0])
+    dataset.transform = lambda image, rng: np.asarray(image)[0, 0]
     for index, product in enumerate(dataset.products):
         for epoch in range(5):
             sample = dataset[epoch, index, "mvc"]
             colors = {crc32(Path(path).name.encode()) % 200 for path in product.images}
-            same = torch.equal(sample["image"], sample["image2"])
+            same = np.array_equal(sample["image"], sample["image2"])
             assert same == (len(product.images) == 1) or len(colors) < len(product.images)
 
 
@@ -353,15 +354,36 @@ def test_transforms_crop_and_scale():
     grid[:, 50:] = 255
     image = Image.fromarray(grid)
     centre = data.image_transform("crop", 64, train=False)(image)
-    assert centre.shape == (3, 64, 64) and centre[0, 0, 0] == 0 and centre[0, 0, -1] == 255
-    whole = data.image_transform("scale", 64, train=False)(Image.fromarray(grid[:, :, :]))
-    edge = [int((t[0, 0] > 127).sum()) for t in (centre, whole)]
-    assert edge == [32, 32]
-    torch.manual_seed(0)
-    train = data.image_transform("crop", 64, train=True)
-    views = [train(image) for _ in range(40)]
-    assert 8 < sum(bool(v[0, 0, 0] > 127) for v in views) < 32  # half are flipped
-    assert len({v.numpy().tobytes() for v in views}) > 5  # crops differ
+    assert centre.shape == (64, 64, 3) and centre[0, 0, 0] == 0 and centre[0, -1, 0] == 255
+    whole = data.image_transform("scale", 64, train=False)(image)
+    assert [int((x[0, :, 0] > 127).sum()) for x in (centre, whole)] == [32, 32]
+    for kind in ("crop", "scale"):
+        train, rng = data.image_transform(kind, 64, train=True), np.random.default_rng(0)
+        views = [train(image, rng) for _ in range(40)]
+        assert 8 < sum(bool(v[0, 0, 0] > 127) for v in views) < 32  # half are flipped
+        assert len({v.tobytes() for v in views}) > 5  # parts differ
+    batch = data.stack_images([centre, whole])
+    assert batch.shape == (2, 3, 64, 64) and batch.is_contiguous(memory_format=torch.channels_last)
+    assert np.array_equal(batch[0, :, 5, 7], centre[5, 7])
+
+
+@pytest.mark.parametrize("size, off", [(224, 0), (64, 2), (96, 2)])
+@pytest.mark.parametrize("width, height", [(144, 144), (300, 400), (1000, 777), (257, 513), (3001, 2000)])
+def test_resize_and_crop_in_one_step_has_torchvisions_pixels(size, off, width, height):
+    from torchvision.transforms import v2
+
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    large = round(size * 256 / 224)
+    whole = v2.Resize((large, large))(image)
+    left, top = np.random.default_rng(1).integers(large - size + 1, size=2).tolist()
+    pairs = [
+        (data.resize_and_crop(image, size, None), v2.CenterCrop(size)(whole)),
+        (data.resize_and_crop(image, size, np.random.default_rng(1)), v2.functional.crop(whole, top, left, size, size)),
+    ]
+    for ours, theirs in pairs:
+        difference = np.abs(np.asarray(ours, int) - np.asarray(theirs, int))
+        assert difference.max() <= off and (difference > 0).mean() < 0.02
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def rows(checkpoint, gallery, *words):
 
 
 def by_hand(path, kind="crop"):
-    return data.normalize(data.image_transform(kind, 64, train=False)(data.open_image(path))[None])
+    return data.normalize(data.stack_images([data.image_transform(kind, 64, train=False)(data.open_image(path))]))
 
 
 def brute_force(query, gallery, model, encode, kind="crop"):
