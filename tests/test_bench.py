@@ -3,15 +3,16 @@
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
+import bare
 import bench
 from common import InputError
 
 
 def test_median_of_pairs(monkeypatch):
-    ours, bare = iter([[1.0, 3.0], [6.0, 2.0], [1.0, 1.0]]), iter([[2.0], [2.0], [4.0]])  # sums 4, 8, 2 and 2, 2, 4
-    monkeypatch.setattr(bench, "timed", lambda side, i: next(side))
-    monkeypatch.setattr(bench, "PHASES", ("forward", "backward"))
-    row = bench.compare(ours, bare, 3)
+    mine, theirs = iter([[1.0, 3.0], [6.0, 2.0], [1.0, 1.0]]), iter([[2.0], [2.0], [4.0]])  # sums 4, 8, 2 and 2, 2, 4
+    monkeypatch.setattr(bare, "timed", lambda side, i: next(side))
+    monkeypatch.setattr(bare, "PHASES", ("forward", "backward"))
+    row = bare.compare(mine, theirs, 3)
     assert row == {
         "seconds": 4,
         "bare": 2,
@@ -23,19 +24,19 @@ def test_median_of_pairs(monkeypatch):
 
 def test_phases_are_the_time_between_yields(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 6.0])
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
-    assert bench.timed(lambda i: (_ for _ in range(3))) == [1, 2, 3]
+    monkeypatch.setattr(bare.time, "perf_counter", lambda: next(clock))
+    assert bare.timed(lambda i: (_ for _ in range(3))) == [1, 2, 3]
     clock = iter([0.0, 5.0])
-    assert bench.timed(lambda i: {"not": "a", "generator": "!"}) == [5]
+    assert bare.timed(lambda i: {"not": "a", "generator": "!"}) == [5]
 
 
 @pytest.mark.parametrize("name", bench.NAMES)
 def test_flop_of_the_bare_parts(name, catalogue):
     config = bench.BenchConfig(size="demo", data_root=str(catalogue), batch_size=2, pairs=1)
     s = bench.prepare(config, name, "meta")
-    bare = bench.Bare(config, s)
+    parts = bare.Bare(s)
     with FlopCounterMode(display=False) as counter:
-        bare.loss(bare.batches[0]).backward()
+        parts.loss(parts.batches[0]).backward()
     batch, c = s.batches[0], s.model.config
     images = 1 + ("image2" in batch)
     # resnet18 at 64 px by hand: 2 x weights x positions; the stem, then stages at 16, 8, 4, 2 pixels a side
@@ -54,9 +55,9 @@ def test_flop_of_the_bare_parts(name, catalogue):
     weights = (4 * d * d + 2 * d * wide) * 2
     total += 3 * layers * 2 * n * weights  # attention, projection and heads come on top: a few per cent at these sizes
     assert total <= counter.get_total_flops() <= 1.25 * total + (name == "mpfc") * 1e12 + (name == "itm") * total
-    assert all(p.grad is not None for part in ("resnet", "encoder") for p in getattr(bare, part).parameters())
+    assert all(p.grad is not None for part in ("resnet", "encoder") for p in getattr(parts, part).parameters())
     ours = sum(p.numel() for p in s.model.parameters())
-    assert 0 <= ours - sum(p.numel() for p in bare.optimizer.param_groups[0]["params"]) < d
+    assert 0 <= ours - sum(p.numel() for p in parts.optimizer.param_groups[0]["params"]) < d
 
 
 def test_unknown_name_is_one_line(monkeypatch):
