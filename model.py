@@ -177,8 +177,9 @@ class Layer(nn.Module):
         return module["LayerNorm"](F.dropout(module["dense"](x), self.dropout, self.training) + residual)
 
     def forward(self, x, mask, rows, wanted=None):
-        """x (N, D): the tokens that stand at `rows` (N,) of a flattened (B, L) grid; mask (B, 1, 1, L) bool, True =
-        attended to -> the outputs of x, or of x[wanted] (M,) alone."""
+        """x (N, D), the tokens that stand at `rows` (N,) of a flattened (B, L) grid -> their outputs (N, D).
+
+        mask (B, 1, 1, L) bool, True = attended to; wanted (M,): the outputs of x[wanted] alone, (M, D)."""
         (B, *_, L), qkv = mask.shape, self.attention["self"]
 
         def spread(name, x, rows):  # (N, D) -> (B, heads, L, D / heads)
@@ -188,7 +189,7 @@ class Layer(nn.Module):
 
         k, v = spread("key", x, rows), spread("value", x, rows)
         if wanted is not None:
-            x, rows = x[wanted], rows[wanted]
+            x, rows = x.index_select(0, wanted), rows[wanted]
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(spread("query", x, rows), k, v, attn_mask=mask, dropout_p=dropout)
         y = y.transpose(1, 2).reshape(B * L, -1).index_select(0, rows)  # (N, D)
@@ -272,9 +273,7 @@ class CosineHead(nn.Module):
 
 
 def masked_mean(x, mask):
-    """Mean of x (B, L, D) over the positions where mask (B, L) is not 0 -> (B, D); mask None: over all."""
-    if mask is None:
-        return x.mean(1)
+    """Mean of x (B, L, D) over the positions where mask (B, L) is not 0 -> (B, D)."""
     weights = mask.to(x.dtype).unsqueeze(-1)  # (B, L, 1)
     return (x * weights).sum(1) / weights.sum(1)
 
@@ -330,15 +329,15 @@ class FashionViL(nn.Module):
         features = self.patches(image)
         if patch_mask is not None:
             features = features.masked_fill(patch_mask.unsqueeze(-1), 0.0)
-        return self._joint(input_ids, attention_mask, features, features.new_ones(features.shape[:2]), asked)
+        every = features.new_ones(features.shape[:2], dtype=torch.bool)  # (B, P)
+        return self._joint(input_ids, attention_mask, features, every, asked)
 
     def encode_pair(self, input_ids, attention_mask, image):
         """Text + patches as `encode_joint` -> BERT's pooler on [CLS] (B, D), which ITM and recognition classify."""
         features = self.patches(image)
-        first = torch.arange(input_ids.shape[1] + features.shape[1], device=features.device) == 0
-        return self.bert.pool(
-            self.encode_joint(input_ids, attention_mask, features, asked=first.expand(len(features), -1))
-        )
+        cls = torch.arange(input_ids.shape[1] + features.shape[1], device=features.device) == 0
+        asked = cls.expand(len(features), -1)  # (B, T + P)
+        return self.bert.pool(self.encode_joint(input_ids, attention_mask, features, asked=asked))
 
     def encode_composed(self, input_ids, attention_mask, image, patch_keep=None):
         """Image + change in words -> mean over the patch outputs (B, D), as the paper's composed embedding.
@@ -346,7 +345,7 @@ class FashionViL(nn.Module):
         patch_keep (B, P) bool: the other patches are left out of attention and mean, as tokens are by a 0 in
         attention_mask."""
         features = self.patches(image)
-        keep = features.new_ones(features.shape[:2]).bool() if patch_keep is None else patch_keep
+        keep = features.new_ones(features.shape[:2], dtype=torch.bool) if patch_keep is None else patch_keep
         T = input_ids.shape[1]
         hidden = self._joint(input_ids, attention_mask, features, keep, F.pad(keep, (T, 0)))
         return masked_mean(hidden[:, T:], keep)
@@ -354,7 +353,7 @@ class FashionViL(nn.Module):
     def _joint(self, input_ids, attention_mask, features, keep, asked):
         embeddings = self.bert.embeddings
         tokens = torch.cat([embeddings.text(input_ids), embeddings.image(features)], 1)  # (B, T + P, D)
-        return self.bert(tokens, torch.cat([attention_mask.bool(), keep.bool()], 1), asked)
+        return self.bert(tokens, torch.cat([attention_mask.bool(), keep], 1), asked)
 
     def classify(self, batch):
         """Recognition logits (B, n_classes) of a batch's image, input_ids and attention_mask."""
