@@ -270,10 +270,8 @@ def open_image(path):
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,}")
-            if image.format != "JPEG" or image.info.keys() & {
-                "exif",
-                "xmp",
-            }:  # to look for them takes a sixth of a load
+            # a JPEG says at once whether it holds any; to search one that does not takes a sixth of its load
+            if image.format != "JPEG" or {"exif", "xmp"} & image.info.keys():
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # 16-bit grey: convert would clip, not scale
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -391,9 +389,9 @@ def encode(tokenizer, texts, max_tokens=MAX_TOKENS):
 
 
 class Texts:
-    """The word pieces of many texts, encoded once: encoding one anew at every visit takes a quarter of a sample's time.
+    """Many texts, encoded once: anew at every visit it takes a quarter of a sample's time. texts[i] as of `encode`.
 
-    texts[i] is as of `encode`. Memory: 6 bytes for each of max_tokens, shared by the workers."""
+    Memory: 6 bytes a text for each of max_tokens, shared by the loader's workers."""
 
     def __init__(self, tokenizer, texts, max_tokens, chunk=4096):
         self.ids = np.zeros((len(texts), max_tokens), np.int32)
@@ -420,12 +418,12 @@ def check_lengths(config, positions, max_tokens=MAX_TOKENS):
         raise InputError(f"image_size: found {config.image_size}, expected at most {most} for {positions} positions")
 
 
-def pad(rows, value=0, dtype=torch.long):
-    """Lists of unequal length -> (B, longest) tensor."""
-    out = torch.full((len(rows), max(map(len, rows))), value, dtype=dtype)
+def pad(rows, value=0):
+    """Lists of unequal length -> (B, longest) tensor, int64 or bool as `value` is."""
+    out = np.full((len(rows), max(map(len, rows))), value)
     for i, row in enumerate(rows):
-        out[i, : len(row)] = torch.as_tensor(row, dtype=dtype)
-    return out
+        out[i, : len(row)] = row
+    return torch.from_numpy(out)
 
 
 def pad_texts(rows):
@@ -578,7 +576,7 @@ def collate(samples):
         elif key == "mlm_labels":
             batch[key] = pad(column, -100)
         elif key == "text_drop":
-            batch[key] = pad(column, False, torch.bool)
+            batch[key] = pad(column, False)
         elif key in ("image", "image2"):
             batch[key] = stack_images(column)
         elif key != "input_ids":

@@ -82,6 +82,14 @@ def test_long_text_is_cut_to_the_limit_with_sep_last():
     assert len(ids) == len(words) == 75 and ids[0] == 2 and ids[-1] == 3 and set(ids[1:-1]) == {5}
 
 
+def test_texts_are_what_encode_says_of_each():
+    tokenizer = data.wordpiece(SMALL_VOCAB)
+    texts = ["red dress", "", "red dresses a red", "\ud83d red", "a " * 100]
+    found = data.Texts(tokenizer, texts, 9, chunk=2)
+    assert [found[i] for i in range(5)] == data.encode(tokenizer, texts, 9)
+    assert found[2] == ([2, 5, 6, 7, 8, 5, 3], [-1, 0, 1, 1, 2, 3, -1])
+
+
 def test_vocab_without_special_tokens_is_refused():
     with pytest.raises(InputError, match=r"token \[CLS\] is missing"):
         data.wordpiece("[PAD]\n[UNK]\nred\n")
@@ -345,8 +353,10 @@ def test_images_of_every_mode(tmp_path):
     assert np.asarray(data.open_image(tmp_path / "moving.gif"))[0, 0, 0] > 200  # its first frame
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
-    red.save(tmp_path / "turned.jpg", exif=exif)
-    assert data.open_image(tmp_path / "turned.jpg").size == (10, 20)
+    xmp = b'<rdf:Description tiff:Orientation="6"/>'
+    for name, more in {"turned.jpg": {"exif": exif}, "turned.png": {"exif": exif}, "xmp.jpg": {"xmp": xmp}}.items():
+        red.save(tmp_path / name, **more)
+        assert data.open_image(tmp_path / name).size == (10, 20), name
 
 
 def test_transforms_crop_and_scale():
