@@ -1,18 +1,22 @@
-"""The bare parts that bench.py measures a step against, in turns.
+"""The bare parts that bench.py measures against, and how it measures: in turns, or in a process of its own.
 
-torchvision's ResNet and nn.TransformerEncoder of the model's sizes, tables, heads where something is asked, the image
-tokenizer without gradient, one fused AdamW on as many parameters: every forward and backward that the definition of an
-objective or a task needs and no more, on the same shapes, without masks. Nothing here learns anything.
+Of a step: torchvision's ResNet and nn.TransformerEncoder of the model's sizes, tables, heads where something is asked,
+the image tokenizer without gradient, one fused AdamW on as many parameters: every forward and backward that the
+definition of an objective or a task needs and no more, on the same shapes, without masks. Nothing here learns anything.
 
 FLOP, as torch's counter has them: 2 m n k of a product, 2 x weights x positions of a convolution, 4 n^2 D of attention
-over n tokens of width D; backward twice that, once where weights are frozen."""
+over n tokens of width D (on GPUs; the counter knows no CPU kernel of it); backward twice that, once where weights are
+frozen."""
 
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from types import GeneratorType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import data
@@ -21,6 +25,12 @@ from losses import IGNORE
 from model import RESNETS
 
 PHASES = ("data", "forward", "backward", "optimizer")  # of a step
+
+
+def apart(function, *args):
+    """function(*args) in a fresh process: its peak memory and its heap are its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def timed(function, i=0):
@@ -39,6 +49,27 @@ def compare(ours, bare, n):
     (seconds, bare, *phases), ratio = np.median(runs, axis=0), np.median(runs[:, 0] / runs[:, 1])
     shares = dict(zip(PHASES, runs[:, 2:].sum(0) / runs[:, 0].sum(), strict=True)) if len(phases) > 1 else {}
     return {"seconds": seconds, "bare": bare, "ratio": ratio, **shares}
+
+
+def decode(batches, side, i):
+    """The images of batches[i], paths, decoded and resized to side x side."""
+    for path in batches[i]:
+        Image.open(path).convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+
+
+def multiply(image, text, block=2048):
+    """The scores of image (N, D) and text (M, D), both ways as retrieval asks them, block by block into one buffer."""
+    for queries, others in ((image, text), (text, image)):
+        buffer = queries.new_empty(block, len(others))
+        for rows in queries.split(block):
+            torch.mm(rows, others.t(), out=buffer[: len(rows)])
+
+
+def product_tflop(device, dtype):
+    """TFLOP a second of a large product, the best of five: what the device can do."""
+    n = 8192 if device.type == "cuda" else 2048
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    return 2e-12 * n**3 / min(timed(lambda _: x @ x)[0] for _ in range(5))
 
 
 class Bare(nn.Module):

@@ -5,12 +5,10 @@
     python bench.py --eval --search            retrieval on 30,000 images x 10,000 texts; a search among 100,000
 
 In turns; medians. Of our step: shares of its PHASES, gb (peak), padding (of text tokens), workers (loaders that keep
-up), flop_use (the bare parts' FLOP a second of our step, over those of a large product)."""
+up), flop_use (its FLOP a second, by the formula in bare.py, over those of a large product)."""
 
 import dataclasses
-import multiprocessing
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,7 +27,7 @@ import finetune
 import pretrain
 import search
 import vqvae
-from bare import Bare, compare, timed
+from bare import Bare, apart, compare, decode, multiply, product_tflop, timed
 from common import InputError, setting
 from losses import OBJECTIVES
 from model import FashionViL, ModelConfig
@@ -37,7 +35,8 @@ from model import FashionViL, ModelConfig
 CONFIGS = {size: (size, f"{size}_finetune", f"vqvae_{size}") for size in ("mini", "demo")}
 CONFIGS["full"] = ("fashionall", "{}", "vqvae_fashionall")  # of pre-training, a task, the image tokenizer
 NAMES = (*OBJECTIVES, *finetune.TASKS)
-IMAGES, WIDTH, SUBCATEGORIES, BATCHES = 30_000, 768, 121, (2, 4, 8, 16, 32)  # of --eval; of --scale
+IMAGES, WIDTH, SUBCATEGORIES = 30_000, 768, 121  # of --eval
+BATCHES, GALLERIES = (2, 4, 8, 16, 32), (IMAGES // 3, IMAGES * 2 // 3, IMAGES)  # of --scale
 
 
 @dataclasses.dataclass
@@ -53,15 +52,9 @@ class BenchConfig:
     out: str = setting("bench.json", "all figures")
     memory: bool = setting(False, "peak memory of a step, each side in a process of its own")
     data: bool = setting(False, "input pipeline, images/s of a worker")
-    scale: bool = setting(False, "seconds per sample over the batch; retrieval over the gallery")
+    scale: bool = setting(False, "cost per sample over the batch; time and memory of retrieval over the gallery")
     eval: bool = setting(False, "retrieval protocols")
     search: bool = setting(False, "search among 100,000 items, and the build of an index")
-
-
-def apart(function, *args):
-    """function(*args) in a fresh process: its peak memory and its heap are its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
 
 
 def prepare(config, name, build="cpu"):
@@ -95,7 +88,8 @@ def prepare(config, name, build="cpu"):
         return s.model(batch, objective)[0]
 
     s.loss, rows = loss, np.random.default_rng(0).permutation(len(items))[: config.pairs * config.batch_size]
-    s.batches = [data.collate([s.dataset[0, int(i), name] for i in part]) for part in np.split(rows, config.pairs)]
+    s.samples = [[s.dataset[0, int(i), name] for i in part] for part in np.split(rows, config.pairs)]
+    s.batches = [data.collate(part) for part in s.samples]
     if build != "meta":
         s.optimizer = common.make_optimizer(s.model.to(s.device), own)
         for parameter in s.model.parameters() if name in OBJECTIVES else ():
@@ -103,9 +97,9 @@ def prepare(config, name, build="cpu"):
     return s
 
 
-def step(config, s, i):
-    """One update on batch i of `prepare`'s or `Bare`'s s as the loops make it; yields after each of PHASES."""
-    batch = data.to_device(s.batches[i], s.device)
+def step(config, s, batches, i):
+    """One update of `prepare`'s or `Bare`'s s on batches[i] as the loops make it; yields after each of PHASES."""
+    batch = data.to_device(batches[i], s.device)
     yield
     with common.autocast(s.device, config.dtype):
         loss = s.loss(batch)
@@ -123,7 +117,8 @@ def memory(config, name, side="both"):
         ours, bare = (apart(memory, config, name, side) for side in ("cpu", "meta"))
         return {"name": name, "batch": config.batch_size, "gb": ours, "bare": bare, "ratio": ours / bare}
     s = prepare(config, name, side)
-    run = partial(step, config, s if side == "cpu" else Bare(s))
+    s = s if side == "cpu" else Bare(s)
+    run = partial(step, config, s, s.batches)
     compare(run, run, 1)
     return common.peak_memory_gb(s.device)
 
@@ -131,24 +126,22 @@ def memory(config, name, side="both"):
 def measure(config, name):
     """A row: a training step, ours and bare in turns."""
     s = prepare(config, name)
-    ours, row = partial(step, config, s), {"name": name, "batch": config.batch_size}
+    ours, row = partial(step, config, s, s.batches), {"name": name, "batch": config.batch_size}
     compare(ours, ours, 1)  # the first step makes the optimizer's state
     row["gb"] = common.peak_memory_gb(s.device)
     parts = Bare(s)
-    bare = partial(step, config, parts)
+    bare = partial(step, config, parts, parts.batches)
     layouts = (torch.channels_last, torch.contiguous_format)
     parts.use(min(layouts, key=lambda layout: parts.use(layout) or min(sum(timed(bare)) for _ in range(2))))
     row |= compare(ours, bare, config.pairs)
     with FlopCounterMode(display=False) as counter:
-        timed(bare)
-    n = 8192 if s.device.type == "cuda" else 2048
-    x = torch.randn(n, n, device=s.device, dtype=getattr(torch, config.dtype))
-    speed = 2e-12 * n**3 / min(timed(lambda _: x @ x)[0] for _ in range(5))
+        for i in range(config.pairs):
+            timed(ours, i)
     loading = timed(lambda _: data.collate([s.dataset[1, i, name] for i in range(config.batch_size)]))[0]
     asked = torch.cat([batch.get("attention_mask", torch.ones(1)).flatten().float() for batch in s.batches])
-    row |= {"padding": 1 - asked.mean().item(), "workers": loading / row["seconds"]}
-    tflop, samples = counter.get_total_flops() / 1e12, config.batch_size / row["seconds"]
-    return row | {"flop_use": tflop / row["seconds"] / speed, "tflop": tflop, "samples/s": samples}
+    tflop, top = counter.get_total_flops() / 1e12 / config.pairs, product_tflop(s.device, getattr(torch, config.dtype))
+    row |= {"padding": 1 - asked.mean().item(), "workers": loading / row["seconds"], "tflop": tflop}
+    return row | {"flop_use": tflop / row["seconds"] / top, "samples/s": config.batch_size / row["seconds"]}
 
 
 def pipeline(config, chunk=64):
@@ -158,36 +151,43 @@ def pipeline(config, chunk=64):
     dataset.products = [dataclasses.replace(p, images=p.images[:1]) for p in dataset.products]
     large, pairs = round(dataset.side * data.STRIDE * 256 / 224), 5 * config.pairs  # short ones
     part = [np.random.default_rng(i).integers(len(dataset), size=chunk).tolist() for i in range(pairs)]
-
-    def bare(i):
-        for j in part[i]:
-            Image.open(dataset.products[j].images[0]).convert("RGB").resize((large, large), Image.Resampling.BILINEAR)
-
+    bare = partial(decode, [[dataset.products[j].images[0] for j in rows] for rows in part], large)
     compare(bare, lambda _: dataset[0, 0, "itc"], pairs)  # files into the page cache, our side set up
     row = compare(lambda i: data.collate([dataset[0, j, "itc"] for j in part[i]]), bare, pairs)
     return {"images/s": chunk / row["seconds"], "bare": chunk / row["bare"], "ratio": 1 / row["ratio"]}
 
 
-def gallery(config, n):
-    """Retrieval of n images and n / 3 texts, and sample-100, beside the bare products. By formula: n^2 / 3 products of
-    vectors each way, all at the same us; above the embeddings 16 MB of workspace and two blocks of 512 n scores."""
+def made_up(n):
+    """Embeddings of n images and n / 3 texts and their product ids, as `evaluate.retrieval` takes them."""
     torch.manual_seed(0)
-    image, text, texts = torch.randn(n, WIDTH), torch.randn(n // 3, WIDTH), torch.arange(n // 3)
-    images, group, cpu = torch.arange(n) % (n // 3), torch.randint(SUBCATEGORIES, (n // 3,)), torch.device("cpu")
+    return torch.randn(n, WIDTH), torch.randn(n // 3, WIDTH), torch.arange(n) % (n // 3), torch.arange(n // 3)
 
-    def bare(_):
-        for queries, others in ((image, text), (text, image)):
-            buffer = torch.empty(2048, len(others))
-            for rows in queries.split(len(buffer)):
-                torch.mm(rows, others.t(), out=buffer[: len(rows)])
 
+def gallery(config, n):
+    """Retrieval and sample-100 of n `made_up` images, beside the bare products. Peak memory above the embeddings, by
+    formula: 16 MB of workspace and two blocks of 512 n scores."""
+    image, text, images, texts = embeddings = made_up(n)
+    group, cpu = torch.randint(SUBCATEGORIES, (n // 3,)), torch.device("cpu")
     evaluate.retrieval(image[:512], text[:512], texts[:512], texts[:512])  # BLAS takes its workspace
     before = common.peak_memory_gb(cpu)
-    evaluate.retrieval(image, text, images, texts)
+    evaluate.retrieval(*embeddings)
     row = {"images": n, "mb": 1e3 * (common.peak_memory_gb(cpu) - before), "formula_mb": 16 + 8 * 512 * n / 1e6}
-    row |= compare(lambda _: evaluate.retrieval(image, text, images, texts), bare, config.pairs)
-    sampled = timed(lambda _: evaluate.sample_100(image, text, images, texts, group[images], group))[0]
-    return row | {"sample_100": sampled, "us/product": 3e6 * row["seconds"] / n**2}
+    row |= compare(lambda _: evaluate.retrieval(*embeddings), lambda _: multiply(image, text), config.pairs)
+    return row | {"sample_100": timed(lambda _: evaluate.sample_100(*embeddings, group[images], group))[0]}
+
+
+def scaling(config, name):
+    """A row: seconds per sample over BATCHES, or for "retrieval" microseconds for each of the 2 n^2 / 3 products of
+    vectors over GALLERIES. By formula they are constant. All sizes in turns, for a machine's speed drifts."""
+    if name == "retrieval":
+        sets = {n: made_up(n) for n in GALLERIES}
+        sides = {f"{n} images": (2e-6 * n**2 / 3, lambda _, n=n: evaluate.retrieval(*sets[n])) for n in sets}
+    else:
+        s = prepare(dataclasses.replace(config, batch_size=BATCHES[-1]), name)
+        sets = {n: [data.collate(part[:n]) for part in s.samples] for n in BATCHES}
+        sides = {f"batch {n}": (n, partial(step, config, s, sets[n])) for n in sets}
+    runs = [[sum(timed(side, i)) / unit for unit, side in sides.values()] for i in (0, *range(config.pairs))]
+    return {"name": name} | dict(zip(sides, np.median(runs[1:], axis=0), strict=True))  # the first: optimizer's state
 
 
 @torch.no_grad()
@@ -205,8 +205,7 @@ def searching(config, items=100_000, photos=64):
         vectors, queries = np.load(path, mmap_mode="r"), rng.standard_normal((21, WIDTH, 1), dtype=np.float32)
         times = [timed(lambda q: search.best((vectors @ q).max(1), 10), query)[0] for query in queries]
         row |= {"load_ms": 1e3 * times[0], "search_ms": 1e3 * median(times[1:])}
-        for i in range(photos):
-            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        for i, pixels in enumerate(rng.integers(0, 256, (photos, 32, 32, 3), dtype=np.uint8)):
             Image.fromarray(pixels).resize((256, 256)).save(f"{photo_dir}/{i}.jpg")
         images, turns = data.load_images(sorted(Path(photo_dir).iterdir()), 224), iter(range(1_000))
         row |= compare(
@@ -223,17 +222,16 @@ def main():
     for key, value, known in [("size", config.size, CONFIGS), *(("only", name, NAMES) for name in names)]:
         if value not in known:
             raise InputError(f"{key}: found {value!r}, expected some of {', '.join(known)}")
-    sized = [dataclasses.replace(config, batch_size=n) for n in BATCHES]
     jobs = {  # part: the rows of its table, each a function, its config and what else it takes
         "memory": [(memory, config, name) for name in names],
         "data": [(pipeline, config)],
-        "scale": [(measure, c, name) for name in (names if config.only else ["itc"]) for c in sized]
-        + [(gallery, config, IMAGES // k) for k in (4, 2, 1)],
+        "scale": [(scaling, config, name) for name in [*(names if config.only else ["itc"]), "retrieval"]]
+        + [(gallery, config, n) for n in GALLERIES],
         "eval": [(gallery, config, IMAGES)],
         "search": [(searching, config)],
-        "step": [(measure, config, name) for name in names],
     }
-    jobs = {part: rows for part, rows in jobs.items() if getattr(config, part, False)} or {"step": jobs["step"]}
+    step_rows = {"step": [(measure, config, name) for name in names]}
+    jobs = {part: rows for part, rows in jobs.items() if getattr(config, part)} or step_rows
     results, header = common.describe_run(config) | {"threads": torch.get_num_threads()}, None
     for part, calls in jobs.items():
         results[part] = []
