@@ -116,8 +116,7 @@ def memory(config, name, side="both"):
     if side == "both":
         ours, bare = (apart(memory, config, name, side) for side in ("cpu", "meta"))
         return {"name": name, "batch": config.batch_size, "gb": ours, "bare": bare, "ratio": ours / bare}
-    s = prepare(config, name, side)
-    s = s if side == "cpu" else Bare(s)
+    s = prepare(config, name, side) if side == "cpu" else Bare(prepare(config, name, side))
     run = partial(step, config, s, s.batches)
     compare(run, run, 1)
     return common.peak_memory_gb(s.device)
@@ -183,9 +182,14 @@ def scaling(config, name):
         sets = {n: made_up(n) for n in GALLERIES}
         sides = {f"{n} images": (2e-6 * n**2 / 3, lambda _, n=n: evaluate.retrieval(*sets[n])) for n in sets}
     else:
-        s = prepare(dataclasses.replace(config, batch_size=BATCHES[-1]), name)
-        sets = {n: [data.collate(part[:n]) for part in s.samples] for n in BATCHES}
-        sides = {f"batch {n}": (n, partial(step, config, s, sets[n])) for n in sets}
+        most, sides = BATCHES[-1], {}  # every size sees the same samples, for texts differ in length
+        s = prepare(dataclasses.replace(config, batch_size=most), name)
+        for n in BATCHES:
+            sets = [[data.collate(part[k : k + n]) for k in range(0, most, n)] for part in s.samples]
+            sides[f"batch {n}"] = (
+                most,
+                lambda i, sets=sets: (phase for k in range(len(sets[i])) for phase in step(config, s, sets[i], k)),
+            )
     runs = [[sum(timed(side, i)) / unit for unit, side in sides.values()] for i in (0, *range(config.pairs))]
     return {"name": name} | dict(zip(sides, np.median(runs[1:], axis=0), strict=True))  # the first: optimizer's state
 
@@ -197,8 +201,7 @@ def searching(config, items=100_000, photos=64):
     rng, row = np.random.default_rng(0), {"items": items}
     encode = partial(evaluate.encode, FashionViL(ModelConfig(heads=("contrastive",))).eval())
     settings = evaluate.EvalConfig(image_size=224, eval_batch_size=32, workers=0)
-    processes = common.Processes(0, 1, torch.device("cpu"))
-    embed = partial(evaluate.embed, encode, tokenizer=None, config=settings, processes=processes)
+    embed = partial(evaluate.embed, encode, tokenizer=None, config=settings, processes=common.start_processes("cpu"))
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as photo_dir:
         path = Path(folder, "vectors.npy")
         np.save(path, rng.standard_normal((items, WIDTH), dtype=np.float32))
