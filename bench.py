@@ -166,7 +166,7 @@ def gallery(config, n):
     """Retrieval and sample-100 of n `made_up` images, beside the bare products. Peak memory above the embeddings, by
     formula: 16 MB of workspace and two blocks of 512 n scores."""
     image, text, images, texts = embeddings = made_up(n)
-    group, cpu = torch.randint(SUBCATEGORIES, (n // 3,)), torch.device("cpu")
+    group, cpu = torch.randint(SUBCATEGORIES, (n // 3,)), common.start_processes("cpu").device
     evaluate.retrieval(image[:512], text[:512], texts[:512], texts[:512])  # BLAS takes its workspace
     before = common.peak_memory_gb(cpu)
     evaluate.retrieval(*embeddings)
@@ -179,6 +179,7 @@ def scaling(config, name):
     """A row: seconds per sample over BATCHES, or for "retrieval" microseconds for each of the 2 n^2 / 3 products of
     vectors over GALLERIES. By formula they are constant. All sizes in turns, for a machine's speed drifts."""
     if name == "retrieval":
+        common.start_processes("cpu")  # for its use of memory
         sets = {n: made_up(n) for n in GALLERIES}
         sides = {f"{n} images": (2e-6 * n**2 / 3, lambda _, n=n: evaluate.retrieval(*sets[n])) for n in sets}
     else:
@@ -237,9 +238,8 @@ def main():
     jobs = {part: rows for part, rows in jobs.items() if getattr(config, part)} or step_rows
     results, header = common.describe_run(config) | {"threads": torch.get_num_threads()}, None
     for part, calls in jobs.items():
-        results[part] = []
         for function, *args in calls:
-            results[part].append(row := apart(function, *args))
+            results.setdefault(part, []).append(row := apart(function, *args))
             if header != (header := list(row)):
                 print(f"\n{part:8}", *(f"{key:>{22 if key == 'name' else 10}}" for key in header))
             print(" " * 8, *(f"{v:>22}" if isinstance(v, str) else f"{v:10.4g}" for v in row.values()), flush=True)
