@@ -171,10 +171,10 @@ def retrieval(image, text, image_id, text_id, ks=RETRIEVAL_KS):
 
     image (N, D), text (M, D) float32; image_id (N,), text_id (M,) int64 product ids.
     Keys i2t_r@k, t2i_r@k, mean_recall. Raises as `best_ranks`. Source: recipe 5."""
+    n_texts, n_images = find_positives(image_id, text_id)[2].cpu(), find_positives(text_id, image_id)[2].cpu()
     # t2i first: its blocks are as wide as there are images, and their memory serves i2t's
     t2i, i2t = best_ranks(text, image, text_id, image_id), best_ranks(image, text, image_id, text_id)
     outcomes = {"i2t": i2t, "t2i": t2i}
-    n_texts, n_images = find_positives(image_id, text_id)[2].cpu(), find_positives(text_id, image_id)[2].cpu()
     chance = chance_recalls(
         {"i2t": (n_texts, torch.tensor(len(text))), "t2i": (n_images, torch.tensor(len(image)))}, ks
     )
