@@ -179,7 +179,7 @@ def scaling(config, name):
     """A row: seconds per sample over BATCHES, or for "retrieval" microseconds for each of the 2 n^2 / 3 products of
     vectors over GALLERIES. By formula they are constant. All sizes in turns, for a machine's speed drifts."""
     if name == "retrieval":
-        common.start_processes("cpu")  # for its use of memory
+        common.start_processes("cpu")  # freed memory is kept, as in evaluate.py
         sets = {n: made_up(n) for n in GALLERIES}
         sides = {f"{n} images": (2e-6 * n**2 / 3, lambda _, n=n: evaluate.retrieval(*sets[n])) for n in sets}
     else:

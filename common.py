@@ -239,7 +239,8 @@ class Processes:
 
 
 def start_processes(device="auto", deterministic=False):
-    """Join torchrun's group where there is one: NCCL on GPUs, gloo on CPUs. One process needs no group."""
+    """Join torchrun's group where there is one: NCCL on GPUs, gloo on CPUs; one process needs no group. On a CPU the
+    process keeps freed memory from then on. Raises InputError for a device that is not there."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         torch.use_deterministic_algorithms(True)
