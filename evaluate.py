@@ -14,12 +14,14 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import annotations
 import checkpoint
 import common
 import data
 import pictures
-from common import InputError, setting
+import settings
 from model import CSANet
+from settings import InputError, setting
 
 RETRIEVAL_KS, TGIR_KS, OCIR_KS = (1, 5, 10), (10, 50), (10, 30, 50)
 
@@ -366,7 +368,7 @@ def embed(encode, items, tokenizer, config, processes, kind="crop", max_tokens=d
     dataset = data.Samples([items[i] for i in mine], tokenizer, transform, config.max_tokens or max_tokens)
     # a process of a gloo group has threads, and a fork beside them hung once in 20 minutes of tests/soak.py
     workers = 0 if common.in_group() and processes.device.type == "cpu" else config.workers
-    share = {"num_workers": workers, "worker_init_fn": common.leave_group}
+    share = {"num_workers": workers, "worker_init_fn": data.leave_group}
     loader = DataLoader(dataset, config.eval_batch_size, collate_fn=data.collate, **share)
     rows = []
     with tqdm(total=len(mine), unit=" items", disable=not progress) as bar:
@@ -412,10 +414,10 @@ def embed_retrieval(model, products, tokenizer, config, processes):
 
 def evaluate_retrieval(model, tokenizer, config, processes):
     """ITR / TIR on FashionGen val: full gallery, and sample-100 within sub-categories."""
-    products = data.load_products(config.data_root, "FashionGen", "val")
+    products = annotations.load_products(config.data_root, "FashionGen", "val")
     image, text, image_id, text_id = embed_retrieval(model, products, tokenizer, config, processes)
     results = {"full gallery": retrieval(image, text, image_id, text_id)}
-    if data.check_subcategories(products):
+    if annotations.check_subcategories(products):
         group = torch.tensor([product.subcategory for product in products])
         results["sample-100"] = sample_100(image, text, image_id, text_id, group[image_id], group, config.seed)
     texts = [{"text": product.text} for product in products]
@@ -429,8 +431,8 @@ def evaluate_retrieval(model, tokenizer, config, processes):
 def evaluate_fashioniq(model, tokenizer, config, processes):
     """TGIR on FashionIQ val: each gallery image and each query embedded once."""
     classes, cells = {}, []
-    for garment in data.FASHIONIQ_CLASSES:
-        queries, names = data.load_fashioniq(config.data_root, garment, "val", config.gallery)
+    for garment in annotations.FASHIONIQ_CLASSES:
+        queries, names = annotations.load_fashioniq(config.data_root, garment, "val", config.gallery)
         place = {name: i for i, name in enumerate(names)}
         folder = Path(config.data_root, "FashionIQ", "images")
         share = (tokenizer, config, processes, "scale", data.FASHIONIQ_MAX_TOKENS)
@@ -448,9 +450,9 @@ def evaluate_fashioniq(model, tokenizer, config, processes):
 
 def evaluate_recognition(model, tokenizer, config, processes):
     """CR or SCR on FashionGen val: every image with its product's text is one sample."""
-    products = data.load_products(config.data_root, "FashionGen", "val")
-    key = data.RECOGNITION_LABELS[config.task]
-    data.count_labels(products, key, model.config.n_classes)
+    products = annotations.load_products(config.data_root, "FashionGen", "val")
+    key = annotations.RECOGNITION_LABELS[config.task]
+    annotations.count_labels(products, key, model.config.n_classes)
     items = [
         {"image": path, "text": product.text, "label": getattr(product, key), "name": product.name}
         for product in products
@@ -464,7 +466,7 @@ def evaluate_recognition(model, tokenizer, config, processes):
 
 def evaluate_polyvore(model, tokenizer, config, processes):
     """OCIR on Polyvore Outfits test, `config.split`: every (item, wanted category) and every blank embedded once."""
-    outfits, n_categories = data.load_polyvore(config.data_root, config.split, "test")
+    outfits, n_categories = annotations.load_polyvore(config.data_root, config.split, "test")
     if n_categories != model.n_categories:
         raise InputError(
             f"{config.data_root}: {n_categories} categories, but the checkpoint's CSA-Net has {model.n_categories}"
@@ -539,8 +541,8 @@ def labelled_pictures(items, predictions, labels, config):
     """As `ranked_pictures`, for recognition: a cell an image, its predicted and its true label, named by labels.json
     of the data root where there is one."""
     path = Path(config.data_root, "labels.json")
-    plural = {"category": "categories", "subcategory": "subcategories"}[data.RECOGNITION_LABELS[config.task]]
-    names = dict(enumerate(data.read_json(path, dict).get(plural, []) if path.exists() else []))
+    plural = {"category": "categories", "subcategory": "subcategories"}[annotations.RECOGNITION_LABELS[config.task]]
+    names = dict(enumerate(annotations.read_json(path, dict).get(plural, []) if path.exists() else []))
     failed = predictions != labels
 
     def draw(i):
@@ -658,7 +660,7 @@ def report(results, config, path, out, seconds, baseline=None, intervals=False):
 
 
 def main():
-    config = common.load_config(EvalConfig, description=__doc__)
+    config = settings.load_config(EvalConfig, description=__doc__)
     if config.task not in PROTOCOLS:
         raise InputError(f"task: found {config.task!r}, expected one of {', '.join(PROTOCOLS)}")
     if not config.checkpoint:

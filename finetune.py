@@ -17,13 +17,16 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import annotations
 import checkpoint
 import common
 import data
 import evaluate
 import losses
-from common import InputError, ModelTrainConfig, setting
+import runs
+import settings
 from model import RESNETS, SIZES, STRIDE, CSANet, FashionViL, ModelConfig
+from settings import InputError, ModelTrainConfig, setting
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -41,34 +44,36 @@ class FinetuneConfig(ModelTrainConfig):
 
 
 def retrieval_items(config):
-    data.check_subcategories(data.load_products(config.data_root, "FashionGen", "val"))
+    annotations.check_subcategories(annotations.load_products(config.data_root, "FashionGen", "val"))
     return [
         {"image": p.images, "text": p.text, "name": p.name}
-        for p in data.load_products(config.data_root, "FashionGen", "train")
+        for p in annotations.load_products(config.data_root, "FashionGen", "train")
     ], {}
 
 
 def fashioniq_items(config):
     """One item per training triplet of the three classes: reference, target, both captions; no data sizes."""
     keys = ("image", "image2", "text", "name")
-    for garment in data.FASHIONIQ_CLASSES:
-        data.load_fashioniq(config.data_root, garment, "val", config.gallery)
-    classes = (data.load_fashioniq(config.data_root, c, "train", "val")[0] for c in data.FASHIONIQ_CLASSES)
+    for garment in annotations.FASHIONIQ_CLASSES:
+        annotations.load_fashioniq(config.data_root, garment, "val", config.gallery)
+    classes = (
+        annotations.load_fashioniq(config.data_root, c, "train", "val")[0] for c in annotations.FASHIONIQ_CLASSES
+    )
     return [{key: query[key] for key in keys} for queries in classes for query in queries], {}
 
 
 def recognition_items(config):
     """Training items, and as many classes as training and validation labels need."""
-    key = data.RECOGNITION_LABELS[config.task]
-    train, val = (data.load_products(config.data_root, "FashionGen", split) for split in ("train", "val"))
+    key = annotations.RECOGNITION_LABELS[config.task]
+    train, val = (annotations.load_products(config.data_root, "FashionGen", split) for split in ("train", "val"))
     items = [{"image": p.images, "text": p.text, "label": getattr(p, key), "name": p.name} for p in train]
-    return items, {"n_classes": data.count_labels([*train, *val], key)}
+    return items, {"n_classes": annotations.count_labels([*train, *val], key)}
 
 
 def polyvore_items(config):
     """One item per distinct outfit: its questions with their blank, whichever item the row asks for."""
-    outfits, n_categories = data.load_polyvore(config.data_root, config.split, "train")
-    data.load_polyvore(config.data_root, config.split, "test")
+    outfits, n_categories = annotations.load_polyvore(config.data_root, config.split, "train")
+    annotations.load_polyvore(config.data_root, config.split, "test")
     whole = {frozenset([*o["items"], o["blank_item"]]): o["name"] for o in outfits}
     return [{"items": sorted(items), "name": name} for items, name in whole.items()], {"n_categories": n_categories}
 
@@ -98,7 +103,7 @@ def build_model(config, heads, vocab_size, n_classes=0, n_categories=0):
 
 def check_config(config):
     """Raise InputError for a task that does not exist or sizes that none has."""
-    common.check_limits(config)
+    settings.check_limits(config)
     if config.task not in TASKS:
         raise InputError(f"task: found {config.task!r}, expected one of {', '.join(TASKS)}")
     if config.size not in SIZES:
@@ -129,11 +134,11 @@ def train(config, processes):
     optimizer = common.make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
 
-    start, best, totals, health = 0, -1.0, {}, common.Health(device)
+    start, best, totals, health = 0, -1.0, {}, runs.Health(device)
     state = checkpoint.find_resume(config.resume, run_dir, model)
     if state is not None:
         report += checkpoint.restore(state, config, model, optimizer, scaler)
-        start, best, totals = state["step"], state["best"], common.own_part(state, processes).get("totals", {})
+        start, best, totals = state["step"], state["best"], runs.own_part(state, processes).get("totals", {})
         health.skipped_updates = state.get("skipped_updates", 0)
     common.same_everywhere("resume", f"a start at update {start}", "the run folder must be the same on every node")
 
@@ -147,7 +152,7 @@ def train(config, processes):
     ddp = DistributedDataParallel(model, find_unused_parameters=True) if processes.world_size > 1 else model
 
     if main:
-        common.open_run(config, start)
+        runs.open_run(config, start)
         print(f"{config.task}: {len(items)} training items", *report, sep="\n")
 
     def save(name, step, **more):
@@ -168,7 +173,7 @@ def train(config, processes):
     def name_of(index):
         return items[index]["name"]
 
-    logged, stop = start, common.StopSignals()
+    logged, stop = start, runs.StopSignals()
     clock, bar = time.perf_counter(), tqdm(range(start, config.max_steps), disable=not main, initial=start)
     for step in bar:
         common.set_lr(optimizer, step, config)
@@ -189,21 +194,21 @@ def train(config, processes):
         health.step(step, update_loss, optimizer, scaler)
 
         done, stopping = step + 1, common.any_process(bool(stop.asked))
-        logging, validating, saving = common.due(config, done, stopping)
+        logging, validating, saving = runs.due(config, done, stopping)
         if logging or saving:
             health.check(optimizer, config, batches, name_of)
         if logging:
             row = {"step": done, "lr": max(group["lr"] for group in optimizer.param_groups)}
-            row |= common.mean_of_updates(totals, device)
+            row |= runs.mean_of_updates(totals, device)
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             row["samples_per_s"] = config.batch_size * (done - logged) / seconds
             logged = done
-            row["memory_gb"] = common.peak_memory_gb(device)
+            row["memory_gb"] = runs.peak_memory_gb(device)
             if scaler.is_enabled():
                 row["skipped_updates"] = health.skipped_updates
             totals.clear()
             if main:
-                common.append_log(run_dir / "log.jsonl", row)
+                runs.append_log(run_dir / "log.jsonl", row)
                 bar.set_postfix(loss=f"{row['loss']:.3f}")
         pause = time.perf_counter()
         if saving:
@@ -212,14 +217,14 @@ def train(config, processes):
             model.eval()
             metrics = next(iter(run_protocol(model, tokenizer, config, processes).values()))["metrics"]
             if main:
-                common.append_log(run_dir / "log.jsonl", {"step": done, **{f"val_{k}": v for k, v in metrics.items()}})
+                runs.append_log(run_dir / "log.jsonl", {"step": done, **{f"val_{k}": v for k, v in metrics.items()}})
                 bar.write(f"step {done}: {criterion} {100 * metrics[criterion]:.1f} %")
             if metrics[criterion] > best:
                 best = metrics[criterion]
                 if main:
                     save("best.pt", done)
         if saving:
-            parts = common.gather_objects({"totals": common.as_values(totals)})
+            parts = common.gather_objects({"totals": runs.as_values(totals)})
             if main:
                 state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "parts": parts}
                 save("last.pt", done, **state, skipped_updates=health.skipped_updates)
@@ -239,7 +244,7 @@ def train(config, processes):
 
 
 def main():
-    config = common.load_config(
+    config = settings.load_config(
         FinetuneConfig,
         description=__doc__,
         files=lambda given: CONFIGS / f"{given['task']}.py" if given.get("task") in TASKS else None,

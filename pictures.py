@@ -6,7 +6,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import data
-from common import InputError, replacing
+from common import replacing
+from settings import InputError
 
 CELL, GAP, LINE = 200, 18, 19  # pixels: a picture's side, between cells, a line of text
 TEXT_LINES, SHOWN = 4, 5  # lines of text below a picture; results of a query

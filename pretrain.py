@@ -20,14 +20,17 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import annotations
 import checkpoint
 import common
 import data
 import evaluate
+import runs
+import settings
 import vqvae
-from common import FROM_0, InputError, ModelTrainConfig, setting
 from losses import OBJECTIVES
 from model import RESNETS, SIZES, FashionViL, ModelConfig
+from settings import FROM_0, InputError, ModelTrainConfig, setting
 
 PAPER_MIX = {"itm": 0.15, "pac": 0.15, "itc": 0.20, "mvc": 0.20, "mlm": 0.15, "mpfc": 0.15}
 
@@ -36,7 +39,7 @@ PAPER_MIX = {"itm": 0.15, "pac": 0.15, "itc": 0.20, "mvc": 0.20, "mlm": 0.15, "m
 class PretrainConfig(ModelTrainConfig):
     """Settings of pre-training."""
 
-    sets: tuple = setting(tuple(data.SETS), "data sets to train on")
+    sets: tuple = setting(tuple(annotations.SETS), "data sets to train on")
     skip_broken_images: bool = setting(False, data.SKIP_BROKEN)
     objectives: dict = setting(PAPER_MIX, "objectives and their probabilities, itc:0.5,mlm:0.5")
     tokenizer: str = setting("", "image tokenizer file for MPFC (vqvae.py trains one; a released encoder will do)")
@@ -48,7 +51,7 @@ class PretrainConfig(ModelTrainConfig):
 
 def check_config(config):
     """Raise InputError for an objective that does not exist, probabilities that are none, sizes that no model has."""
-    common.check_limits(config)
+    settings.check_limits(config)
     for name in config.objectives:
         if name not in OBJECTIVES:
             raise InputError(f"objectives: found {name!r}, expected some of {', '.join(OBJECTIVES)}")
@@ -118,9 +121,9 @@ def train(config, processes):
     run_dir = Path(config.out_dir)
     torch.manual_seed(config.seed)  # every process starts from the same weights
 
-    products = data.load_pretraining(config.data_root, config.sets)
-    n_attributes = data.count_labels(products, "attributes", config.n_attributes)
-    val_products = data.load_products(config.data_root, "FashionGen", "val")
+    products = annotations.load_pretraining(config.data_root, config.sets)
+    n_attributes = annotations.count_labels(products, "attributes", config.n_attributes)
+    val_products = annotations.load_products(config.data_root, "FashionGen", "val")
     vocab = checkpoint.vocabulary(config, config.init)
     tokenizer = data.wordpiece(vocab)
 
@@ -134,13 +137,13 @@ def train(config, processes):
     optimizer = common.make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
 
-    start, best, totals, skipped, health = 0, -1.0, {}, 0, common.Health(device)
+    start, best, totals, skipped, health = 0, -1.0, {}, 0, runs.Health(device)
     code_counts = torch.zeros(n_codes, dtype=torch.long, device=device)  # of masked patches, for the last table
     state = checkpoint.find_resume(config.resume, run_dir, model)
     if state is not None:
         report += checkpoint.restore(state, config, model, optimizer, scaler)
         start, best, code_counts = state["step"], state["best"], state["code_counts"].to(device)
-        mine = common.own_part(state, processes)
+        mine = runs.own_part(state, processes)
         totals, skipped = mine.get("totals", {}), mine.get("skipped_images", 0)
         health.skipped_updates = state.get("skipped_updates", 0)
         # Used parameters carry gradients of zero between updates (below), so a resumed run must hold them too.
@@ -159,7 +162,7 @@ def train(config, processes):
     ddp = DistributedDataParallel(model, find_unused_parameters=True) if processes.world_size > 1 else model
 
     if main:
-        common.open_run(config, start)
+        runs.open_run(config, start)
         micro = config.batch_size // config.grad_accum
         print(f"{len(products)} products, {len(val_products)} for validation, {tokenizer.get_vocab_size()} word pieces")
         print(*report, sep="\n")
@@ -167,7 +170,7 @@ def train(config, processes):
             n = sum(p.numel() for p in group["params"])
             print(f"learning rate {group['base_lr']:.2e}, weight decay {group['weight_decay']:.0e}: {n:,} parameters")
         print(f"batch {config.batch_size}, contrastive candidates {micro}, updates {start} to {config.max_steps}")
-    wandb = common.start_wandb(config) if main else None
+    wandb = runs.start_wandb(config) if main else None
 
     def save(name, step, **more):
         state = {
@@ -186,7 +189,7 @@ def train(config, processes):
     def name_of(index):
         return products[index].name
 
-    metrics, logged, stop = {}, start, common.StopSignals()
+    metrics, logged, stop = {}, start, runs.StopSignals()
     clock, bar = time.perf_counter(), tqdm(range(start, config.max_steps), disable=not main, initial=start)
     for step in bar:
         objective = objective_at(step, config)
@@ -218,25 +221,25 @@ def train(config, processes):
         health.step(step, update_loss, optimizer, scaler)
 
         done, stopping = step + 1, common.any_process(bool(stop.asked))
-        logging, validating, saving = common.due(config, done, stopping)
+        logging, validating, saving = runs.due(config, done, stopping)
         if logging or saving:
             health.check(optimizer, config, batches, name_of)
         if logging:
             row = {"step": done, "lr": optimizer.param_groups[0]["lr"]}
             for name, sums in totals.items():
-                means = common.mean_of_updates(sums, device)
+                means = runs.mean_of_updates(sums, device)
                 row |= {f"{name}_loss": means.pop("loss"), **means, f"{name}_updates": round(sums["updates"])}
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             row["samples_per_s"] = config.batch_size * (done - logged) / seconds
             logged = done
-            row["memory_gb"] = common.peak_memory_gb(device)
+            row["memory_gb"] = runs.peak_memory_gb(device)
             if config.skip_broken_images:
                 row["skipped_images"] = sum(common.gather_objects(skipped))
             if scaler.is_enabled():
                 row["skipped_updates"] = health.skipped_updates
             totals.clear()
             if main:
-                common.append_log(run_dir / "log.jsonl", row)
+                runs.append_log(run_dir / "log.jsonl", row)
                 bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k.endswith("_loss")})
                 if wandb:
                     wandb.log(row, step=done)
@@ -247,13 +250,13 @@ def train(config, processes):
             model.eval()
             metrics = validate(model, val_products, tokenizer, config, processes)
             if main:
-                common.append_log(run_dir / "log.jsonl", {"step": done, **{f"val_{k}": v for k, v in metrics.items()}})
+                runs.append_log(run_dir / "log.jsonl", {"step": done, **{f"val_{k}": v for k, v in metrics.items()}})
                 bar.write(f"step {done}: val mean recall {100 * metrics['mean_recall']:.1f} %")
                 if metrics["mean_recall"] > best:
                     best = metrics["mean_recall"]
                     save("best.pt", done)
         if saving:
-            parts = common.gather_objects({"totals": common.as_values(totals), "skipped_images": skipped})
+            parts = common.gather_objects({"totals": runs.as_values(totals), "skipped_images": skipped})
             if main:
                 state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "parts": parts}
                 save("last.pt", done, **state, code_counts=code_counts, skipped_updates=health.skipped_updates)
@@ -280,7 +283,7 @@ def trivial_answers(products, tokenizer, config, code_counts):
         np.add.at(words, ids[1:-1], 1)
     candidates = config.batch_size // config.grad_accum
     answers = dict.fromkeys(("itc", "mvc"), (math.log(candidates), 1 / candidates))
-    n_attributes = data.count_labels(products, "attributes", config.n_attributes)
+    n_attributes = annotations.count_labels(products, "attributes", config.n_attributes)
     answers["pac"] = (2 * math.log(n_attributes), min(5, n_attributes) / n_attributes)
     for name, counts in (("mlm", words), ("mpfc", code_counts)):
         p = counts[counts > 0] / max(counts.sum(), 1)
@@ -308,7 +311,7 @@ def print_summary(log_file, answers):
 
 
 def main():
-    config = common.load_config(PretrainConfig, description=__doc__)
+    config = settings.load_config(PretrainConfig, description=__doc__)
     processes = common.start_processes(config.device, config.deterministic)
     metrics = train(config, processes)
     if processes.is_main and metrics:

@@ -20,12 +20,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import annotations
 import checkpoint
 import common
 import data
 import evaluate
 import pictures
-from common import InputError
+from annotations import load_polyvore_items
+from data import open_image
+from settings import InputError
 
 RERANKED = 50  # best results that --rerank scores again
 
@@ -35,7 +38,7 @@ def open_index(path, folder, fingerprint, embed, skip_broken=False):
 
     Made anew by `embed(items)` (N, D) where missing or stale; `path`.json says what of, and is gone while that
     changes, so that the two agree. Raises InputError where they cannot be written, before anything is embedded."""
-    vectors, note, files = Path(f"{path}.npy"), Path(f"{path}.json"), data.list_images(folder)
+    vectors, note, files = Path(f"{path}.npy"), Path(f"{path}.json"), list_images(folder)
     try:
         old, found = json.loads(note.read_text()), np.load(vectors, mmap_mode="r")
         if (old["fingerprint"], old["files"], len(old["ids"])) == (fingerprint, files, len(found)):
@@ -47,7 +50,7 @@ def open_index(path, folder, fingerprint, embed, skip_broken=False):
     aside = Path(f"{vectors}.tmp")
     try:
         with open(aside, "wb") as file:
-            ids = data.readable_images(folder, files) if skip_broken else list(files)
+            ids = readable_images(folder, files) if skip_broken else list(files)
             rows = embed(evaluate.image_items(f"{folder}/{name}" for name in ids))
             np.save(file, F.normalize(rows, dim=-1).numpy())
         note.unlink(missing_ok=True)
@@ -108,8 +111,8 @@ def search(given):
     query = {key: vars(given)[key] for key in ("text", "image") if vars(given)[key]}
     if given.outfit:
         places = (folder, folder.parent, Path(given.data_root, "PolyvoreOutfits"))
-        place = next((p for p in places if (p / data.POLYVORE_ITEMS).exists()), places[2])
-        categories = data.PolyvoreCategories(place, model.n_categories)
+        place = next((p for p in places if (p / annotations.POLYVORE_ITEMS).exists()), places[2])
+        categories = PolyvoreCategories(place, model.n_categories)
         items = embed(lambda model, batch: model.encode_item(batch["image"]), evaluate.image_items(given.sources))
         queries, wanted = fuse_outfit(model, items.to(processes.device), given, categories)
     else:
@@ -131,7 +134,7 @@ def search(given):
         found = embed(match, [{**query, "image": f"{folder}/{ids[i]}"} for i in first])
         itm = dict(zip(first, found.tolist(), strict=True))
         order = [*sorted(first, key=lambda i: -itm[i]), *order[RERANKED:]]
-    titles, rows = data.load_titles(folder), []
+    titles, rows = annotations.load_titles(folder), []
     for rank, i in enumerate(order[: given.top], 1):
         name, title = titles.get(str(folder / ids[i]), (str(Path(ids[i]).with_suffix("")), ""))
         row = {"rank": rank, "score": float(scores[i]), **({"itm": itm[i]} if i in itm else {})}
@@ -198,3 +201,65 @@ def main(argv=None):
 
 if __name__ == "__main__":
     common.run(main)
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def list_images(folder):
+    """{path below `folder`: [bytes, time of change in ns]} of its images, at any depth, sorted; InputError if none."""
+    if not Path(folder).is_dir():
+        raise InputError(f"gallery: found {str(folder)!r}, expected a folder of images")
+    paths = (Path(base, name) for base, _, names in os.walk(folder) for name in names if not name.startswith("."))
+    paths = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.exists())
+    if not paths:
+        raise InputError(f"gallery: {folder}: no images in it, expected files that end in {' '.join(IMAGE_SUFFIXES)}")
+    return {str(p.relative_to(folder)): [p.stat().st_size, p.stat().st_mtime_ns] for p in paths}
+
+
+def readable_images(folder, names):
+    """Those of `names` below `folder` that open as images; the others are printed to stderr. InputError if none."""
+    readable = []
+    for name in names:
+        try:
+            open_image(Path(folder, name))
+            readable.append(name)
+        except InputError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    if not readable:
+        raise InputError(f"{folder}: none of {len(names)} images can be read")
+    return readable
+
+
+class PolyvoreCategories:
+    """The fine categories of a PolyvoreOutfits folder, by name and of an image, numbered as in training.
+
+    Raises InputError where there are other than `n`, the number that the checkpoint knows."""
+
+    def __init__(self, folder, n):
+        self.folder = Path(folder).resolve()
+        self.metadata, self.number = load_polyvore_items(folder)
+        if len(self.number) != n:
+            found = f"{len(self.number)} categories, but the checkpoint's CSA-Net has {n}"
+            raise InputError(f"{folder}: {found}; expected the folder of its training")
+
+    def numbers(self, name):
+        """The sorted numbers that a name or id stands for; Polyvore's coarse names stand for several.
+
+        "shoe" and "shoes" are one name. Raises InputError on one that no item has, with those that there are."""
+        alike, known = set(), set()
+        for row in self.metadata.values():
+            names = {row["category_id"], str(row.get("semantic_category", row["category_id"]))}
+            known |= names
+            if name.lower().removesuffix("s") in {n.lower().removesuffix("s") for n in names}:
+                alike.add(self.number[int(row["category_id"])])
+        if not alike:
+            shown = sorted(n for n in known if not n.isdigit()) or sorted(known, key=int)
+            raise InputError(f"category: found {name!r}, expected one of {', '.join(shown)}, or an id of {self.folder}")
+        return sorted(alike)
+
+    def of_image(self, path):
+        """The number of the item that an image, a path as os.path.realpath gives it, shows; -1: not in images/."""
+        folder, name = os.path.split(path)
+        item = self.metadata.get(os.path.splitext(name)[0]) if folder == f"{self.folder}/images" else None
+        return self.number[int(item["category_id"])] if item else -1

@@ -25,10 +25,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import annotations
 import checkpoint
 import common
 import data
-from common import COUNT, FROM_0, InputError, TrainConfig, all_mean, gather_rows, setting
+import runs
+import settings
+from common import all_mean, gather_rows
+from settings import COUNT, FROM_0, InputError, TrainConfig, setting
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model
@@ -346,7 +350,7 @@ class VQVAEConfig(TrainConfig):
     lr: float = setting(2e-4, "learning rate", FROM_0)
     warmup: int = setting(2_000, "updates until the full learning rate; 0: none", FROM_0)
     milestones: tuple = setting((100_000, 130_000), "updates at which the learning rate falls to a tenth")
-    sets: tuple = setting(tuple(data.SETS), "data sets to train on")
+    sets: tuple = setting(tuple(annotations.SETS), "data sets to train on")
     skip_broken_images: bool = setting(False, data.SKIP_BROKEN)
     ch: int = setting(128, "channels of the first level", COUNT)
     ch_mult: tuple = setting((1, 1, 2, 2, 4, 4), "channels of each level, as multiples of ch")
@@ -361,7 +365,7 @@ class VQVAEConfig(TrainConfig):
 
 def check_config(config):
     """The TokenizerConfig of a VQVAEConfig. Raises InputError for sizes that cannot be, or miss the ResNet's grid."""
-    common.check_limits(config)
+    settings.check_limits(config)
     if not config.ch_mult or not all(type(m) is int and m > 0 for m in config.ch_mult):
         raise InputError(f"ch_mult: found {config.ch_mult}, expected whole numbers from 1, one a level")
     sizes = TokenizerConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TokenizerConfig)})
@@ -389,7 +393,7 @@ class Photos(data.Pretraining):
 
 def load_held_out(config):
     """At most `eval_images` FashionGen-val images, uint8 (n, 3, S, S)."""
-    products = data.load_products(config.data_root, "FashionGen", "val")
+    products = annotations.load_products(config.data_root, "FashionGen", "val")
     paths = [path for product in products for path in product.images][: config.eval_images]
     transform = data.image_transform("crop", config.image_size, train=False)
     return data.stack_images([transform(data.open_image(path)) for path in paths])
@@ -439,21 +443,21 @@ def train(config, processes):
     main, device = processes.is_main, processes.device
     sizes = check_config(config)
     run_dir = Path(config.out_dir)
-    products = data.load_pretraining(config.data_root, config.sets)
+    products = annotations.load_pretraining(config.data_root, config.sets)
     held_out = load_held_out(config) if main else None
 
     torch.manual_seed(config.seed)  # every process starts from the same weights
     model = VQVAE(sizes).to(device)
     optimizer = common.make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    start, totals, skipped, health, report = 0, {}, 0, common.Health(device), []
+    start, totals, skipped, health, report = 0, {}, 0, runs.Health(device), []
     state = checkpoint.find_resume(config.resume, run_dir)
     if state is not None:
         found, asked = state.get("tokenizer_config"), dataclasses.asdict(sizes)
         if found != asked:
             raise InputError(f"resume: the checkpoint's tokenizer is {found}, the settings ask for {asked}")
         report = checkpoint.restore(state, config, model, optimizer, scaler)
-        start, mine = state["step"], common.own_part(state, processes)
+        start, mine = state["step"], runs.own_part(state, processes)
         totals, skipped = mine.get("totals", {}), mine.get("skipped_images", 0)
         totals = {name: torch.as_tensor(value, dtype=torch.float32, device=device) for name, value in totals.items()}
         health.skipped_updates = state.get("skipped_updates", 0)
@@ -467,15 +471,15 @@ def train(config, processes):
     # DDP also copies rank 0's buffers, the codebook among them, to all before every forward: no drift by rounding
     ddp = DistributedDataParallel(model) if processes.world_size > 1 else model
     if main:
-        common.open_run(config, start)
+        runs.open_run(config, start)
         n = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in ("encoder", "decoder")}
         print(*report, f"{len(products)} products, {len(held_out)} images held out; parameters: {n}; {sizes}", sep="\n")
-    wandb = common.start_wandb(config) if main else None
+    wandb = runs.start_wandb(config) if main else None
 
     def name_of(index):
         return products[index].name
 
-    metrics, logged, stop = {}, start, common.StopSignals()
+    metrics, logged, stop = {}, start, runs.StopSignals()
     clock, bar = time.perf_counter(), tqdm(range(start, config.max_steps), disable=not main, initial=start)
     for step in bar:
         common.set_lr(optimizer, step, config)
@@ -504,7 +508,7 @@ def train(config, processes):
         totals["counts"] = totals.get("counts", 0) + model.update_codebook(z, codes, config.reseed_after)
 
         done, stopping = step + 1, common.any_process(bool(stop.asked))
-        logging, validating, saving = common.due(config, done, stopping)
+        logging, validating, saving = runs.due(config, done, stopping)
         if logging or saving:
             health.check(optimizer, config, batches, name_of)
         if logging:
@@ -516,7 +520,7 @@ def train(config, processes):
             row["perplexity"], row["codes_used"] = usage(counts)
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             row["images_per_s"] = config.batch_size * (done - logged) / seconds
-            row["memory_gb"] = common.peak_memory_gb(device)
+            row["memory_gb"] = runs.peak_memory_gb(device)
             if config.skip_broken_images:
                 row["skipped_images"] = sum(common.gather_objects(skipped))
             if scaler.is_enabled():
@@ -524,7 +528,7 @@ def train(config, processes):
             totals.clear()
             logged = done
             if main:
-                common.append_log(run_dir / "log.jsonl", row)
+                runs.append_log(run_dir / "log.jsonl", row)
                 bar.set_postfix({name: f"{row[name]:.3f}" for name in ("l1", "commitment", "perplexity")})
                 if wandb:
                     wandb.log(row, step=done)
@@ -534,7 +538,7 @@ def train(config, processes):
         if validating:
             if main:
                 metrics = validate(model, held_out, device)
-                common.append_log(run_dir / "log.jsonl", {"step": done, **{f"val_{k}": v for k, v in metrics.items()}})
+                runs.append_log(run_dir / "log.jsonl", {"step": done, **{f"val_{k}": v for k, v in metrics.items()}})
                 bar.write(
                     f"step {done}, {len(held_out)} FashionGen-val images: L1 {metrics['l1']:.3f} "
                     f"(mean image {metrics['l1_mean_image']:.3f}, own mean colour {metrics['l1_mean_colour']:.3f}), "
@@ -542,7 +546,7 @@ def train(config, processes):
                 )
                 draw_reconstructions(model, held_out, run_dir / "reconstructions.png", device)
         if saving:
-            parts = common.gather_objects({"totals": common.as_values(totals), "skipped_images": skipped})
+            parts = common.gather_objects({"totals": runs.as_values(totals), "skipped_images": skipped})
             if main:
                 state = {
                     "kind": "tokenizer",
@@ -565,7 +569,7 @@ def train(config, processes):
 
 
 def main():
-    config = common.load_config(VQVAEConfig, description=__doc__)
+    config = settings.load_config(VQVAEConfig, description=__doc__)
     processes = common.start_processes(config.device, config.deterministic)
     train(config, processes)
     if processes.is_main:

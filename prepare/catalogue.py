@@ -26,9 +26,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py and data.py stand one folder up
 
+import annotations  # noqa: E402
 import common  # noqa: E402
 import data  # noqa: E402
-from common import InputError, setting  # noqa: E402
+import settings  # noqa: E402
+from settings import InputError, setting  # noqa: E402
 
 # Words that tell nothing of how a garment looks; no phrase crosses them. --stop_words adds those of a shop.
 STOP_WORDS = frozenset(
@@ -115,7 +117,7 @@ def write_together(values):
 def read_labels(root):
     """ROOT/labels.json, the names that attributes_id, category_id and subcategory_id index; {} where there is none."""
     path = Path(root, "labels.json")
-    return data.read_json(path, dict) if path.exists() else {}
+    return annotations.read_json(path, dict) if path.exists() else {}
 
 
 def number_labels(items, key):
@@ -171,20 +173,20 @@ def label(root, out, config):
     """Mine one vocabulary from the train splits under `root`; write all annotation files with their attributes_id, and
     labels.json, to `out` (which may be `root`). Prints head and tail. Raises InputError on the first faulty entry."""
     ignored, items, texts = STOP_WORDS | set(config.stop_words.lower().split(",")), {}, {}
-    for source, row in data.SETS.items():
+    for source, row in annotations.SETS.items():
         for split, (file, _) in row["splits"].items():
             if Path(root, source, file).exists():
-                products = data.load_products(root, source, split)
+                products = annotations.load_products(root, source, split)
                 texts[source, split] = [phrases(product.text, ignored, config.max_words) for product in products]
-                items[source, split] = data.read_json(Path(root, source, file), list)
+                items[source, split] = annotations.read_json(Path(root, source, file), list)
     if not any(split == "train" for _, split in items):
-        raise InputError(f"{root}: no annotation file of a train split, expected some of {', '.join(data.SETS)}")
+        raise InputError(f"{root}: no annotation file of a train split, expected some of {', '.join(annotations.SETS)}")
     vocabulary = mine([text for (_, split), part in texts.items() if split == "train" for text in part], config)
     number, values = {phrase: i for i, (phrase, _) in enumerate(vocabulary)}, {}
     for (source, split), part in items.items():
         for item, text in zip(part, texts[source, split], strict=True):
             item["attributes_id"] = sorted(number[phrase] for phrase in text & number.keys())
-        values[Path(out, source, data.SETS[source]["splits"][split][0])] = part
+        values[Path(out, source, annotations.SETS[source]["splits"][split][0])] = part
     write_together({**values, Path(out, "labels.json"): {**read_labels(root), "attributes": list(number)}})
     counts = [len(item["attributes_id"]) for part in items.values() for item in part]
     print(f"{len(number)} pseudo-attributes, {np.mean(counts):.1f} a product, {counts.count(0)} products without any")
@@ -276,7 +278,7 @@ def write_layout(root, config):
 
 
 def main():
-    config = common.load_config(CatalogueConfig, description=__doc__.splitlines()[0])
+    config = settings.load_config(CatalogueConfig, description=__doc__.splitlines()[0])
     if bool(config.products) == bool(config.root) or config.products and not config.out:
         raise InputError("expected --products=FILE --out=FOLDER, or --root=FOLDER (--help explains)")
     if config.out and config.root and Path(config.out).resolve().is_relative_to(Path(config.root).resolve()):
@@ -293,7 +295,7 @@ def main():
                     target = aside / Path(folder, name).relative_to(config.root)
                     if not target.exists():
                         place(Path(folder, name), target, config.link)
-    print(f"next: python data.py --data_root={config.out or config.root}, and train with --n_attributes=0")
+    print(f"next: python -m tools.check_data --data_root={config.out or config.root}, and train with --n_attributes=0")
 
 
 if __name__ == "__main__":

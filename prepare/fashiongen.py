@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py and data.py stan
 
 from catalogue import number_labels, read_labels, write_together, written_aside  # noqa: E402
 
-from common import InputError, load_config, run, setting  # noqa: E402
+from common import run  # noqa: E402
+from settings import InputError, load_config, setting  # noqa: E402
 
 TEXTS = {  # our key: the release's
     "title": "input_name",

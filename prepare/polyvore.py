@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py and data.py stan
 
 from catalogue import place, write_together, written_aside  # noqa: E402
 
-from common import InputError, load_config, run, setting  # noqa: E402
-from data import need, read_json  # noqa: E402
+from annotations import need, read_json  # noqa: E402
+from common import run  # noqa: E402
+from settings import InputError, load_config, setting  # noqa: E402
 
 SPLITS = ("disjoint", "nondisjoint")
 

@@ -230,7 +230,8 @@ def mutate(folder, seconds, rng):
     import checkpoint
     import data
     import evaluate  # noqa: F401  # imports must not count as time or memory of the first reading
-    from common import InputError
+    from settings import InputError
+    from tools import check_data
 
     root = folder / "data"
     annotations = [path for path in root.rglob("*.json") if path.parent != root]
@@ -247,7 +248,7 @@ def mutate(folder, seconds, rng):
 
     def read(path):
         if path in annotations:
-            return data.check(root, open_images=False)
+            return check_data.check(root, open_images=False)
         if path in images:
             return data.open_image(path)
         checkpoint.find_resume(str(path), folder)

@@ -16,12 +16,15 @@ from PIL import Image
 from test_finetune import small as small_finetune
 from test_pretrain import small as small_pretrain
 
+import annotations
 import checkpoint
 import data
 import finetune
 import pretrain
 import vqvae
-from common import InputError, Processes
+from common import Processes
+from settings import InputError
+from tools import check_data
 
 ONE = Processes(0, 1, torch.device("cpu"))
 TRAIN, VAL = "FashionGen/train_info.json", "FashionGen/val_info.json"
@@ -164,7 +167,7 @@ def test_settings_of_fine_tuning(changes, message, catalogue, tmp_path):
 # annotation files
 
 ENTRY = "{root}/FashionGen/train_info.json: entry 1 (id ***): "
-ONE_SUCH = "; 1 such in the file, python data.py --data_root={root} lists them"
+ONE_SUCH = "; 1 such in the file, python -m tools.check_data --data_root={root} lists them"
 IDS = "expected ids from 0 to 999999"
 IQ, SPLIT = "FashionIQ/captions/cap.shirt.val.json", "FashionIQ/image_splits/split.shirt.val.json"
 OCIR, ITEMS = "PolyvoreOutfits/ocir_disjoint_train.json", "PolyvoreOutfits/polyvore_item_metadata.json"
@@ -322,14 +325,14 @@ IMAGES = [
 def test_images(stage, content, cause, root, tmp_path):
     if stage == "validate":
         config = small_pretrain(root, tmp_path / "run", objectives={"itc": 1.0}, max_steps=1)
-        product = data.load_products(root, "FashionGen", "val")[5]
+        product = annotations.load_products(root, "FashionGen", "val")[5]
     elif stage == "pretrain":
         config = small_pretrain(root, tmp_path / "run", objectives={"itc": 1.0}, sets=("Fashion200k",), batch_size=4)
-        products = data.load_products(root, "Fashion200k", "train")
+        products = annotations.load_products(root, "Fashion200k", "train")
         product = products[data.Batches(len(products), config, ONE).update(0)[1][2]]
     else:
         config = small_finetune("fashiongen_category", root, tmp_path / "run")
-        products = data.load_products(root, "FashionGen", "train")
+        products = annotations.load_products(root, "FashionGen", "train")
         product = products[data.Batches(len(products), config, ONE).update(0)[1][2]]
     for path in map(Path, product.images):
         whole = path.read_bytes()
@@ -341,7 +344,7 @@ def test_images(stage, content, cause, root, tmp_path):
     train = finetune.train if stage == "finetune" else pretrain.train
     refuse(lambda: train(config, ONE), message, root)
     assert sorted(os.listdir(tmp_path / "run")) == ["lock", *["log.jsonl"] * (stage == "validate"), "run.json"]
-    assert [f"{product.name}: " in fault or f"(of {product.name})" in fault for fault in data.check(root)[1]] == (
+    assert [f"{product.name}: " in fault or f"(of {product.name})" in fault for fault in check_data.check(root)[1]] == (
         [True] * len(product.images)
     )
 
@@ -400,8 +403,8 @@ def test_odd_images_and_texts_train(root, tmp_path):
 
 
 def test_data_check_finds_all_faults_in_one_pass(root, monkeypatch, capsys):
-    assert data.check(root)[1] == []
-    image = Path(data.load_products(root, "BigFACAD", "train")[3].images[0])
+    assert check_data.check(root)[1] == []
+    image = Path(annotations.load_products(root, "BigFACAD", "train")[3].images[0])
     image.unlink()
     image.write_bytes(b"no image")
     for spoil in (
@@ -416,9 +419,9 @@ def test_data_check_finds_all_faults_in_one_pass(root, monkeypatch, capsys):
         edit(OCIR, 2, question=None),
     ):
         spoil(root)
-    monkeypatch.setattr("sys.argv", ["data.py", f"--data_root={root}", "--workers=2"])
+    monkeypatch.setattr("sys.argv", ["check_data.py", f"--data_root={root}", "--workers=2"])
     with pytest.raises(InputError, match=r"data: 10 faults, listed above"):
-        data.main()
+        check_data.main()
     faults = capsys.readouterr().out.split("10 faults:\n")[1]
     for part in (
         "FashionGen/train_info.json: entry 1 ",

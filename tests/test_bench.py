@@ -3,9 +3,8 @@
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-import bare
-import bench
-from common import InputError
+from settings import InputError
+from tools import bare, bench
 
 
 def test_median_of_pairs(monkeypatch):

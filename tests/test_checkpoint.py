@@ -22,8 +22,9 @@ from golden_model import GOLDEN, HERE, META, build, build_csa, difference, fill,
 from torch import nn
 
 import checkpoint
-from common import InputError
 from model import SIZES, CSANet, FashionViL, ModelConfig
+from settings import InputError
+from tools import weights
 
 FULL_HEADS = {
     "pretraining": ("contrastive", "itm", "mlm", "mpfc", "pac"),
@@ -215,8 +216,8 @@ def test_released_layout_gives_golden_numbers(layout, tmp_path):
 
 def test_converted_file_has_the_tensors_and_nothing_else(tmp_path, capsys, monkeypatch):
     source, target = HERE / "released_style_best.ckpt", tmp_path / "clean.pth"
-    monkeypatch.setattr(sys, "argv", ["checkpoint.py", "--convert", str(source), str(target)])
-    checkpoint.main()
+    monkeypatch.setattr(sys, "argv", ["weights.py", "--convert", str(source), str(target)])
+    weights.main()
     printed = capsys.readouterr().out
     assert "126 tensors" in printed and "omegaconf.dictconfig.DictConfig" in printed and "OrderedDict" not in printed
     content = checkpoint.read(target)
@@ -234,8 +235,8 @@ def test_converted_file_has_the_tensors_and_nothing_else(tmp_path, capsys, monke
 
 def test_info(tmp_path, capsys, monkeypatch):
     def info(path):
-        monkeypatch.setattr(sys, "argv", ["checkpoint.py", "--info", str(path)])
-        checkpoint.main()
+        monkeypatch.setattr(sys, "argv", ["weights.py", "--info", str(path)])
+        weights.main()
         return capsys.readouterr().out
 
     printed = info(saved(tmp_path / "last.pt", small(("contrastive", "pac"), n_attributes=9)))
@@ -264,7 +265,7 @@ def test_tokenizer_files_are_recognised(tmp_path):
     assert checkpoint.read_model(tmp_path / "vqvae.pth")[1]["kind"] == "tokenizer"
     with pytest.raises(InputError, match="tokenizer weights, expected fashionvil or csa_net"):
         checkpoint.load_model(tmp_path / "vqvae.pth")
-    checkpoint.describe(tmp_path / "vqvae.pth")
+    weights.describe(tmp_path / "vqvae.pth")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -975,7 +976,7 @@ def read_bad(how, path, folder):
     if how == "read":
         checkpoint.read(path)
     elif how == "convert":
-        checkpoint.convert(path, folder / "out.pt")
+        weights.convert(path, folder / "out.pt")
     elif how == "initialise":
         checkpoint.initialise(small(), str(path))
     elif how == "recognition":
@@ -1062,16 +1063,16 @@ def test_command_in_a_file_with_tensors_is_not_run_by_converting(tmp_path):
         "d": torch.ones(0),
     }
     write(path, {"model": OrderedDict(tensors), "hook": Command(marker), "more": [Command(marker)]})
-    report = checkpoint.convert(path, tmp_path / "out.pt")
+    report = weights.convert(path, tmp_path / "out.pt")
     assert "posix.system" in report[1] and not marker.exists()
     assert same(checkpoint.read(tmp_path / "out.pt")["model"], {n: t.data for n, t in tensors.items()})
     with pytest.raises(InputError, match="out.pt: exists"):
-        checkpoint.convert(path, tmp_path / "out.pt")
+        weights.convert(path, tmp_path / "out.pt")
 
 
 def test_command_line_ends_in_one_line(tmp_path):
     (tmp_path / "a.pt").write_text("not a checkpoint")
-    command = [sys.executable, checkpoint.__file__, "--info", tmp_path / "a.pt"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tools.weights", "--info", tmp_path / "a.pt"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parents[1])
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {tmp_path / 'a.pt'}: not a checkpoint") and done.stderr.count("\n") == 1

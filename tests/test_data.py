@@ -11,8 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+import annotations
 import data
-from common import InputError, Processes
+from common import Processes
+from settings import InputError
+from tools import check_data
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 VOCAB = SHARED / "bert-base-uncased" / "vocab.txt"
@@ -62,7 +65,7 @@ def test_real_texts_tokenize_as_the_greedy_rule_says():
                 return [vocab["[UNK]"]]
         return ids
 
-    products = data.load_products(SHARED / "fashion-mini", "FashionGen", "val")
+    products = annotations.load_products(SHARED / "fashion-mini", "FashionGen", "val")
     compared = 0
     for product in products:
         if not product.text.isascii():
@@ -187,7 +190,7 @@ class Settings:
 
 
 def write_products(root, source, split, items, size=40):
-    file, folder = data.SETS[source]["splits"][split]
+    file, folder = annotations.SETS[source]["splits"][split]
     (root / source / folder).mkdir(parents=True, exist_ok=True)
     for item in items:
         names = [item["images"]] if isinstance(item["images"], str) else item["images"]
@@ -212,11 +215,11 @@ def root(tmp_path):
 
 
 def samples(root, **changes):
-    return data.Pretraining(data.load_pretraining(root), data.wordpiece(SMALL_VOCAB), 3, Settings(**changes))
+    return data.Pretraining(annotations.load_pretraining(root), data.wordpiece(SMALL_VOCAB), 3, Settings(**changes))
 
 
 def test_union_and_texts(root):
-    products = data.load_pretraining(root)
+    products = annotations.load_pretraining(root)
     assert [p.name for p in products[::10]] == ["FashionGen 0", "FashionGen 10", "BigFACAD 0", "PolyvoreOutfits 1"]
     assert len(products) == 32
     assert (
@@ -410,7 +413,7 @@ def test_check_counts_and_lists_every_fault(root):
     (root / "FashionGen" / "train_info.json").write_text(json.dumps(items))
     (root / "FashionGen" / "train" / "6_0.png").unlink()
     (root / "BigFACAD" / "train_info.json").write_text('[{"id": 1')
-    report, faults = data.check(root)
+    report, faults = check_data.check(root)
     text = "\n".join(faults)
     for part in (
         "entry 1 (id 0): this id stood before",
@@ -425,24 +428,24 @@ def test_check_counts_and_lists_every_fault(root):
     assert len(faults) == 7
     assert any("FashionGen" in line and "15 products" in line for line in report)
     with pytest.raises(InputError, match="5 such in the file"):
-        data.load_products(root, "FashionGen", "train")
+        annotations.load_products(root, "FashionGen", "train")
 
 
 def test_labels_are_counted_and_checked(root):
-    products = data.load_products(root, "FashionGen", "train")
-    assert data.count_labels(products, "attributes") == 3 and data.count_labels(products, "category") == 2
+    products = annotations.load_products(root, "FashionGen", "train")
+    assert annotations.count_labels(products, "attributes") == 3 and annotations.count_labels(products, "category") == 2
     with pytest.raises(InputError, match="FashionGen 2: attributes id 2, expected below 2"):
-        data.count_labels(products, "attributes", 2)
+        annotations.count_labels(products, "attributes", 2)
     with pytest.raises(InputError, match="FashionGen 0: no subcategory_id"):
-        data.count_labels(products, "subcategory")
+        annotations.count_labels(products, "subcategory")
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs shared/data")
 @pytest.mark.parametrize("gallery, sizes", [("original", (3817, 6346, 5373)), ("val", (2628, 3089, 2902))])
 def test_fashioniq_public_counts(tmp_path, gallery, sizes):
     (tmp_path / "FashionIQ").symlink_to(SHARED / "fashioniq-public")
-    for garment, queries, size in zip(data.FASHIONIQ_CLASSES, (2017, 2038, 1961), sizes, strict=True):
-        rows, names = data.load_fashioniq(tmp_path, garment, "val", gallery)
+    for garment, queries, size in zip(annotations.FASHIONIQ_CLASSES, (2017, 2038, 1961), sizes, strict=True):
+        rows, names = annotations.load_fashioniq(tmp_path, garment, "val", gallery)
         assert (len(rows), len(names), len(set(names))) == (queries, size, size)
         assert ", " in rows[0]["text"]
 
@@ -456,25 +459,25 @@ def write_fashioniq(root, rows, split=("a", "b", "c", "d")):
 
 def test_fashioniq_galleries(tmp_path):
     write_fashioniq(tmp_path, [{"candidate": "a", "target": "b", "captions": ["is red", "is long"]}])
-    queries, names = data.load_fashioniq(tmp_path, "dress", "val")
+    queries, names = annotations.load_fashioniq(tmp_path, "dress", "val")
     assert names == ["a", "b", "c", "d"] and queries[0]["text"] == "is red, is long"
-    assert data.load_fashioniq(tmp_path, "dress", "val", "val")[1] == ["b", "a"]
+    assert annotations.load_fashioniq(tmp_path, "dress", "val", "val")[1] == ["b", "a"]
     with pytest.raises(InputError, match="gallery: found 'all'"):
-        data.load_fashioniq(tmp_path, "dress", "val", "all")
+        annotations.load_fashioniq(tmp_path, "dress", "val", "all")
 
 
 def test_fashioniq_extended_files_define_their_gallery(tmp_path):
     row = {"candidate": "a", "target": "b", "captions": ["x", "y"], "target_id": 5, "garment_class": 0}
     rows = [{**row, "fake_data": False}, {**row, "target": "z", "target_id": 9, "fake_data": True}]
     write_fashioniq(tmp_path, rows)
-    queries, names = data.load_fashioniq(tmp_path, "dress", "val")
+    queries, names = annotations.load_fashioniq(tmp_path, "dress", "val")
     assert names == ["b", "z"] and len(queries) == 1
 
 
 def test_fashioniq_target_outside_the_gallery_is_named(tmp_path):
     write_fashioniq(tmp_path, [{"candidate": "a", "target": "lost", "captions": ["x", "y"]}])
     with pytest.raises(InputError, match="target lost stands in no row of the gallery"):
-        data.load_fashioniq(tmp_path, "dress", "val")
+        annotations.load_fashioniq(tmp_path, "dress", "val")
 
 
 def test_polyvore_numbers_categories(tmp_path):
@@ -486,10 +489,10 @@ def test_polyvore_numbers_categories(tmp_path):
     def load(*ids):
         metadata = {str(i + 1): {"category_id": c} for i, c in enumerate(ids)}
         (folder / "polyvore_item_metadata.json").write_text(json.dumps(metadata))
-        outfits, n = data.load_polyvore(tmp_path, "disjoint", "test")
+        outfits, n = annotations.load_polyvore(tmp_path, "disjoint", "test")
         return [c for _, c in outfits[0]["items"]], outfits[0]["blank_item"][1], n
 
     assert load("20", "1", "0") == ([2, 1], 0, 3)  # own numbers, ascending
     assert load("3", "1605", "4518") == ([0, 53], 152, 153)  # the released checkpoint's
     with pytest.raises(InputError, match="split: found 'both'"):
-        data.load_polyvore(tmp_path, "both", "test")
+        annotations.load_polyvore(tmp_path, "both", "test")

@@ -8,13 +8,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import annotations
 import checkpoint
-import common
 import data
 import evaluate
 import finetune
-from common import InputError, Processes
+import settings
+from common import Processes
 from finetune import FinetuneConfig
+from settings import InputError
 
 ONE = Processes(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).parent.parent
@@ -79,7 +81,7 @@ def test_counts_are_those_of_the_catalogue(catalogue, tmp_path):
     counts = evaluate.evaluate_checkpoint(tmp_path / "best.pt", evaluate_config("fashioniq", catalogue), ONE)
     counts = counts["gallery original"]["counts"]
     folder = catalogue / "FashionIQ"
-    for garment in data.FASHIONIQ_CLASSES:
+    for garment in annotations.FASHIONIQ_CLASSES:
         assert counts[f"{garment}_queries"] == len(
             json.loads((folder / f"captions/cap.{garment}.val.json").read_text())
         )
@@ -125,7 +127,7 @@ def test_init_takes_the_body_of_another_checkpoint(catalogue, tmp_path):
     ],
 )
 def test_wrong_runs_end_in_one_line(argv, message, catalogue, tmp_path, capsys):
-    config = common.load_config(
+    config = settings.load_config(
         FinetuneConfig, [str(ROOT / "configs" / "demo_finetune.py"), f"--data_root={catalogue}", *argv]
     )
     with pytest.raises(InputError, match=message) as error:
@@ -165,7 +167,7 @@ def test_readme_snippet(catalogue, tmp_path):
 def embeddings(catalogue, path, processes, batch_size):
     model, info = checkpoint.load_model(path)
     config = evaluate_config("fashiongen_retrieval", catalogue, eval_batch_size=batch_size, image_size=64)
-    products = data.load_products(catalogue, "FashionGen", "val")
+    products = annotations.load_products(catalogue, "FashionGen", "val")
     return evaluate.embed_retrieval(model, products, data.wordpiece(info["vocab"]), config, processes)
 
 

@@ -15,6 +15,7 @@ from inputs import LABELS, csa
 import checkpoint
 import common
 import losses
+import settings
 
 TOLERANCE = 1e-5  # relative to the largest element, for values
 GRADIENT = 1e-3  # relative, for norms; norms under 1e-6 of the entry's largest are rounding
@@ -317,7 +318,7 @@ def test_every_parameters_rate_and_decay(entry):
     with torch.device("meta"):
         config = ModelConfig(**{**sizes, "heads": PRETRAINING_HEADS if sizes["heads"] is None else sizes["heads"]})
         model = CSANet(config, n_categories=153) if entry == "csa_net" else FashionViL(config)
-    config = common.ModelTrainConfig(
+    config = settings.ModelTrainConfig(
         lr=expected["optimizer"]["params"]["lr"],
         lr_factor=float(expected["lr_multiplier_config"] or 1),
         weight_decay=expected["optimizer"]["params"].get("weight_decay", 0.0),
@@ -374,7 +375,7 @@ def test_training_steps(entry, heads):
         model = build_csa().double()
     else:
         model = build(dropout=0.0) if heads is None else build(heads, dropout=0.0)
-    config = common.ModelTrainConfig(
+    config = settings.ModelTrainConfig(
         lr=meta["base_lr_csa"] if is_csa else meta["base_lr"],
         lr_factor=1.0 if is_csa else float(meta["lr_multiplier"]),
         weight_decay=0.0 if is_csa else 1e-4,

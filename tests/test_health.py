@@ -18,7 +18,9 @@ import checkpoint
 import common
 import finetune
 import pretrain
-from common import InputError, Processes
+import runs
+from common import Processes
+from settings import InputError
 
 ONE = Processes(0, 1, torch.device("cpu"))
 
@@ -86,7 +88,7 @@ def test_a_broken_number_stops_the_run_and_names_update_objective_rate_and_produ
     lr = 1e-3 * common.lr_multiplier(3, 8, ())
     assert message.startswith(f"update 4: {says}") and "\n" not in message
     assert f"(objective itc, learning rate {lr:.3g}); the last checkpoint is older and stays" in message
-    products = pretrain.data.load_pretraining(config.data_root)
+    products = pretrain.annotations.load_pretraining(config.data_root)
     _, rows, _ = pretrain.data.Batches(len(products), config, ONE).update(3)
     assert message.endswith("products: " + ", ".join(products[i].name for i in rows))
     state = torch.load(tmp_path / "last.pt", weights_only=True)
@@ -96,7 +98,7 @@ def test_a_broken_number_stops_the_run_and_names_update_objective_rate_and_produ
 def test_a_broken_gradient_under_a_finite_loss_is_found():
     model = torch.nn.Linear(2, 1)
     optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", enabled=False)
-    health = common.Health(torch.device("cpu"))
+    health = runs.Health(torch.device("cpu"))
     for step, gradient in enumerate((1.0, float("inf"), float("nan"))):
         model.weight.grad = torch.full((1, 2), gradient)
         health.step(step, torch.tensor(0.5, dtype=torch.bfloat16), optimizer, scaler)
@@ -106,7 +108,7 @@ def test_a_broken_gradient_under_a_finite_loss_is_found():
 def test_float16_counts_the_updates_that_the_scaler_skips_and_gives_up_below_scale_1():
     model = torch.nn.Linear(2, 1)
     optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=2.0)
-    health = common.Health(torch.device("cpu"))
+    health = runs.Health(torch.device("cpu"))
     for step in range(4):
         scaler.scale((model.weight * 0 + float("inf")).sum() * 0 + model.weight.sum() * float("inf")).backward()
         health.step(step, torch.tensor(1.0), optimizer, scaler)
@@ -201,8 +203,8 @@ def test_a_folder_without_permission_is_named():
                 os.seteuid(65534)
             for call, file in (
                 (lambda: checkpoint.save(path, {"kind": "tokenizer", "model": {}}), path),
-                (lambda: common.open_run(pretrain.PretrainConfig(out_dir=f"{folder}/run"), 0), f"{folder}/run"),
-                (lambda: common.append_log(f"{folder}/log.jsonl", {"step": 1}), f"{folder}/log.jsonl"),
+                (lambda: runs.open_run(pretrain.PretrainConfig(out_dir=f"{folder}/run"), 0), f"{folder}/run"),
+                (lambda: runs.append_log(f"{folder}/log.jsonl", {"step": 1}), f"{folder}/log.jsonl"),
             ):
                 with pytest.raises(InputError, match=f"{file}: cannot be saved: Permission denied"):
                     call()

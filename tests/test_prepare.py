@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
-from common import InputError
+from settings import InputError
+from tools import check_data
 
 PREPARE = Path(__file__).parents[1] / "prepare"
 sys.path.insert(0, str(PREPARE))
@@ -19,6 +19,8 @@ sys.path.insert(0, str(PREPARE))
 import catalogue as products  # noqa: E402  (`catalogue` is a fixture)
 import fashiongen  # noqa: E402
 import polyvore  # noqa: E402
+
+import annotations  # noqa: E402
 
 
 def write_json(path, value):
@@ -80,9 +82,9 @@ def shop(tmp_path_factory):
 
 def test_shop_is_a_layout(shop):
     root, printed = shop
-    report, faults = data.check(root)
+    report, faults = check_data.check(root)
     assert not faults
-    train, val = (data.load_products(root, "FashionGen", split) for split in ("train", "val"))
+    train, val = (annotations.load_products(root, "FashionGen", split) for split in ("train", "val"))
     assert (len(train), len(val)) == (36, 4)
     assert all(len(product.images) == 2 for product in [*train, *val])  # two rows, one product
     names = [{product.name for product in part} for part in (train, val)]
@@ -99,7 +101,7 @@ def test_shop_attributes_are_in_the_text(shop):
     names = read_json(root / "labels.json")["attributes"]
     assert "round neck" in names and "with" not in names and "soft" not in names  # stop word; in every text
     assert "neck" not in names  # never without "round"
-    for product in data.load_products(root, "FashionGen", "train"):
+    for product in annotations.load_products(root, "FashionGen", "train"):
         assert product.attributes and all(names[a] in product.text.replace(",", "") for a in product.attributes)
         assert ("round neck" in product.text) == (names.index("round neck") in product.attributes)
 
@@ -137,7 +139,7 @@ def test_faulty_rows(tmp_path, capsys):
     assert "--skip_broken_images" not in printed  # a setting of other scripts
     assert not (tmp_path / "out").exists()
     products.write_layout(tmp_path / "out", config(skip_faulty=True, **settings))
-    train, val = (data.load_products(tmp_path / "out", "FashionGen", split) for split in ("train", "val"))
+    train, val = (annotations.load_products(tmp_path / "out", "FashionGen", split) for split in ("train", "val"))
     found = train + val
     assert len(found) == 6 and all(len(product.images) == 1 for product in found)
 
@@ -227,17 +229,17 @@ def test_relabel_a_root(catalogue, tmp_path):
     assert before == {
         name: (catalogue / name).read_bytes() for name in files_under(catalogue)
     }  # links are not followed
-    assert files_under(out) == sorted(before) and not data.check(out)[1]
+    assert files_under(out) == sorted(before) and not check_data.check(out)[1]
     labels, old = read_json(out / "labels.json"), json.loads(before["labels.json"])
     assert labels["categories"] == old["categories"] and labels["attributes"] != old["attributes"]
-    for source in data.SETS:  # one vocabulary over all sets, nothing else changed
-        new = data.load_products(out, source, "train")
-        for product, was in zip(new, data.load_products(catalogue, source, "train"), strict=True):
+    for source in annotations.SETS:  # one vocabulary over all sets, nothing else changed
+        new = annotations.load_products(out, source, "train")
+        for product, was in zip(new, annotations.load_products(catalogue, source, "train"), strict=True):
             assert (product.name, product.text, product.category) == (was.name, was.text, was.category)
             assert all(labels["attributes"][a].split()[0] in product.text.lower() for a in product.attributes)
     products.label(out, out, config(vocabulary=5))  # in place
     assert len(read_json(out / "labels.json")["attributes"]) == 5
-    assert max(a for p in data.load_pretraining(out) for a in p.attributes) == 4
+    assert max(a for p in annotations.load_pretraining(out) for a in p.attributes) == 4
     assert files_under(out) == sorted(before)
 
 
@@ -288,8 +290,8 @@ VAL = make_release([(9, "Blue Shirt", "SHIRTS", "SHIRTS")])
 
 def check_fashiongen(root, names):
     assert names == {"categories": ["JEANS", "SHIRTS", "TOPS"], "subcategories": ["JEANS", "SHIRTS", "T-SHIRTS"]}
-    train, val = (data.load_products(root, "FashionGen", split) for split in ("train", "val"))
-    assert not data.check(root)[1]
+    train, val = (annotations.load_products(root, "FashionGen", split) for split in ("train", "val"))
+    assert not check_data.check(root)[1]
     assert [(p.name, len(p.images), p.category, p.subcategory) for p in [*train, *val]] == [
         ("FashionGen 52", 3, 2, 2),
         ("FashionGen 7", 1, 0, 0),
@@ -398,8 +400,8 @@ def test_polyvore(release, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for split in ("disjoint", "nondisjoint"):
-        train, _ = data.load_polyvore(root, split, "train")
-        test, n_categories = data.load_polyvore(root, split, "test")
+        train, _ = annotations.load_polyvore(root, split, "train")
+        test, n_categories = annotations.load_polyvore(root, split, "test")
         assert n_categories == 153  # the release's ids, so the released checkpoint's order
         assert [[Path(path).stem for path, _ in row["items"]] + [row["blank"]] for row in train] == [
             ["1", "2", "3"],
@@ -407,13 +409,13 @@ def test_polyvore(release, tmp_path):
         ]
         assert [(row["blank"], row["fake"]) for row in test] == [("8", False), ("11", True)]  # 8, 11: category 1606
         assert [Path(path).stem for path, _ in test[0]["items"]] == ["7", "9"]
-    products = data.load_pretraining(root, ("PolyvoreOutfits",))
+    products = annotations.load_pretraining(root, ("PolyvoreOutfits",))
     assert [product.text for product in products][1:4] == [
         "item 2 of the shop.for the evening",
         "Item 3.",
         "Item 4.for the evening",
     ]
-    assert len(products) == 6 and not data.check(root)[1]
+    assert len(products) == 6 and not check_data.check(root)[1]
     assert "20.jpg" not in {
         path.name for path in (root / "PolyvoreOutfits" / "images").iterdir()
     }  # of valid.json alone

@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import common
 import pretrain
-from common import InputError, Processes
+import settings
+from common import Processes
 from pretrain import PretrainConfig
+from settings import InputError
 
 ROOT = Path(__file__).parent.parent
 ALL = dict.fromkeys(("itc", "itm", "mlm", "mpfc", "mvc", "pac"), 1 / 6)
 
 
 def load(*argv):
-    return common.load_config(PretrainConfig, list(argv))
+    return settings.load_config(PretrainConfig, list(argv))
 
 
 def test_settings_from_file_and_line():

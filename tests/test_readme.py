@@ -28,14 +28,16 @@ def test_the_marked_ones_need_what_ci_lacks():
         if any(command.startswith(start) for start in IN_CI):
             assert IN_CI[next(s for s in IN_CI if command.startswith(s))] in (ROOT / ".ci" / "run").read_text()
         elif "needs" not in comment:
-            assert re.match(r"python \S+\.py ", command) and (ROOT / command.split()[1]).exists()
+            assert re.match(r"python (-m tools\.\w+|\S+\.py) ", command)
+            word = command.removeprefix("python -m ").removeprefix("python ").split()[0]
+            assert (ROOT / word).exists() or (ROOT / f"{word.replace('.', '/')}.py").exists()
             assert "torchrun" not in command and "fashionall" not in command
 
 
 @pytest.mark.slow
 def test_the_others_run(tmp_path):
     """One after another, as a reader would: later ones need what earlier ones wrote."""
-    for name in ("prepare", "configs"):
+    for name in ("prepare", "configs", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)

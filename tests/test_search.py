@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+import annotations
 import checkpoint
 import data
 import search
-from common import InputError
 from model import SIZES, CSANet, FashionViL, ModelConfig
+from settings import InputError
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +38,7 @@ def files(catalogue, tmp_path_factory):
     torch.manual_seed(0)
     sizes = {**SIZES["tiny"], "vocab_size": data.wordpiece(vocab).get_vocab_size()}
     config = ModelConfig(resnet="resnet18", width=8, n_codes=4, n_attributes=4, **sizes)
-    n = len(data.load_polyvore_items(catalogue / "PolyvoreOutfits")[1])
+    n = len(annotations.load_polyvore_items(catalogue / "PolyvoreOutfits")[1])
     return {
         "C": save(out / "c.pt", FashionViL(config), "pretrain", vocab),
         "O": save(out / "o.pt", CSANet(config, n), "polyvore", vocab, config={"data_root": str(catalogue)}),
@@ -101,7 +102,7 @@ def test_scores_are_the_cosines_of_the_model(kind, files, gallery):
 
 def test_outfit_ranks_the_wanted_category(files, catalogue, tmp_path):
     folder, model = catalogue / "PolyvoreOutfits", checkpoint.load_model(files["O"])[0]
-    metadata, number = data.load_polyvore_items(folder)
+    metadata, number = annotations.load_polyvore_items(folder)
     outfit = [
         folder / "images" / f"{item}.jpg"
         for item in json.loads((folder / "ocir_disjoint_test.json").read_text())[0]["question"]
@@ -144,9 +145,9 @@ def test_a_coarse_category_asks_each_image_as_its_own(files, catalogue, tmp_path
     (folder / "images").mkdir(parents=True)
     metadata = {
         item: {**row, "semantic_category": "anything"}
-        for item, row in data.load_polyvore_items(catalogue / "PolyvoreOutfits")[0].items()
+        for item, row in annotations.load_polyvore_items(catalogue / "PolyvoreOutfits")[0].items()
     }
-    (folder / data.POLYVORE_ITEMS).write_text(json.dumps(metadata))
+    (folder / annotations.POLYVORE_ITEMS).write_text(json.dumps(metadata))
     some = list({row["category_id"]: item for item, row in metadata.items()}.values())[:4]
     for item in some:
         (folder / "images" / f"{item}.jpg").write_bytes(

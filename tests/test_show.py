@@ -7,7 +7,7 @@ from PIL import Image, ImageFont
 
 import evaluate
 import pictures
-from common import InputError
+from settings import InputError
 
 
 def numbered(n, kind):

@@ -16,6 +16,8 @@ import checkpoint
 import common
 import data
 import pretrain
+import runs
+import settings
 import vqvae
 from model import ResNet
 
@@ -269,7 +271,7 @@ def test_files_that_are_no_tokenizer_end_in_one_line(tmp_path):
         ({**state, conv: torch.ones(3, 3)}, conv),
     ):
         torch.save(broken, path)
-        with pytest.raises(common.InputError, match=said) as error:
+        with pytest.raises(settings.InputError, match=said) as error:
             vqvae.load_tokenizer(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
@@ -322,7 +324,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(data_root, tmp_path, monkeypatch
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(checkpoint, "save", save_and_die)
         run_stage(make_config(data_root, parts))  # after update 3, between two log lines
-    common.append_log(parts / "log.jsonl", {"step": 4, "l1": 0.0})  # as if it had got further than its checkpoint
+    runs.append_log(parts / "log.jsonl", {"step": 4, "l1": 0.0})  # as if it had got further than its checkpoint
     resumed, resumed_metrics = run_stage(make_config(data_root, parts, resume="auto"))
 
     for name, value in model.state_dict().items():
@@ -334,7 +336,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(data_root, tmp_path, monkeypatch
     assert metrics == resumed_metrics
     assert [row["step"] for row in read_log(whole)] == [2, 3, 4, 6, 6]
     assert read_log(whole) == read_log(parts)
-    with pytest.raises(common.InputError, match="resume: .*'n_codes': 12.*'n_codes': 13"):
+    with pytest.raises(settings.InputError, match="resume: .*'n_codes': 12.*'n_codes': 13"):
         run_stage(make_config(data_root, parts, resume="auto", n_codes=13))
 
 
@@ -366,7 +368,7 @@ def test_the_stage_writes_a_tokenizer_and_a_picture(data_root, tmp_path):
     ],
 )
 def test_wrong_settings_end_in_one_line(changes, said, data_root, tmp_path):
-    with pytest.raises(common.InputError, match=said):
+    with pytest.raises(settings.InputError, match=said):
         run_stage(make_config(data_root, tmp_path / "run", **changes))
 
 
@@ -374,8 +376,8 @@ def test_wrong_settings_end_in_one_line(changes, said, data_root, tmp_path):
 def test_tokenizer_config_fits_the_pretraining_config(name):
     """Same data and image size; in the small ones the tokenizer costs less than half of the ResNet's arithmetic."""
     configs = HERE.parent / "configs"
-    ours = common.load_config(vqvae.VQVAEConfig, [str(configs / f"vqvae_{name}.py")])
-    theirs = common.load_config(pretrain.PretrainConfig, [str(configs / f"{name}.py")])
+    ours = settings.load_config(vqvae.VQVAEConfig, [str(configs / f"vqvae_{name}.py")])
+    theirs = settings.load_config(pretrain.PretrainConfig, [str(configs / f"{name}.py")])
     assert (ours.data_root, ours.image_size) == (theirs.data_root, theirs.image_size)
     sizes = vqvae.check_config(ours)
     if name == "fashionall":

@@ -1,8 +1,8 @@
 """How fast it is, against the bare parts (bare.py), on this machine: a table for each part asked for, and one JSON.
 
-    python bench.py                            steps of the six objectives and five tasks; --size=mini --only=itc,mlm
-    python bench.py --memory --data --scale    peak memory of a step; input pipeline; cost over batch and gallery
-    python bench.py --eval --search            retrieval on 30,000 images x 10,000 texts; a search among 100,000
+    python -m tools.bench                          steps of the objectives and tasks; --size=mini --only=itc,mlm
+    python -m tools.bench --memory --data --scale  peak memory of a step; input pipeline; cost over batch and gallery
+    python -m tools.bench --eval --search          retrieval on 30,000 images x 10,000 texts; a search among 100,000
 
 In turns; medians. Of our step: shares of its PHASES, gb (peak), padding (of text tokens), workers (loaders that keep
 up), flop_use (its FLOP a second, by the formula in bare.py, over those of a large product)."""
@@ -19,18 +19,21 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import annotations
 import checkpoint
 import common
 import data
 import evaluate
 import finetune
 import pretrain
+import runs
 import search
+import settings
 import vqvae
-from bare import Bare, apart, compare, decode, multiply, product_tflop, timed
-from common import InputError, setting
 from losses import OBJECTIVES
 from model import FashionViL, ModelConfig
+from settings import InputError, setting
+from tools.bare import Bare, apart, compare, decode, multiply, product_tflop, timed
 
 CONFIGS = {size: (size, f"{size}_finetune", f"vqvae_{size}") for size in ("mini", "demo")}
 CONFIGS["full"] = ("fashionall", "{}", "vqvae_fashionall")  # of pre-training, a task, the image tokenizer
@@ -41,7 +44,7 @@ BATCHES, GALLERIES = (2, 4, 8, 16, 32), (IMAGES // 3, IMAGES * 2 // 3, IMAGES)  
 
 @dataclasses.dataclass
 class BenchConfig:
-    """Settings of `python bench.py`."""
+    """Settings of `python -m tools.bench`."""
 
     size: str = setting("full", "full, mini or demo: model and images of those configs")
     only: str = setting("", "objectives and tasks, as itc,mlm,fashioniq; empty: all, for --scale itc")
@@ -62,12 +65,12 @@ def prepare(config, name, build="cpu"):
     s = SimpleNamespace(name=name, image_tokenizer=None, device=common.start_processes().device)
     pre, fine, vq = (str(finetune.CONFIGS / f"{file.format(name)}.py") for file in CONFIGS[config.size])
     argv = [*([pre] if name in OBJECTIVES else [fine, f"--task={name}"]), f"--data_root={config.data_root}"]
-    settings = pretrain.PretrainConfig if name in OBJECTIVES else finetune.FinetuneConfig
-    own = common.load_config(settings, [*argv, "--init=random"])
+    stage_config = pretrain.PretrainConfig if name in OBJECTIVES else finetune.FinetuneConfig
+    own = settings.load_config(stage_config, [*argv, "--init=random"])
     words = data.wordpiece(checkpoint.vocabulary(own, own.init))
     if name in OBJECTIVES:
-        objective, items, make = OBJECTIVES[name], data.load_pretraining(own.data_root), pretrain.build_model
-        sizes = {"n_attributes": data.count_labels(items, "attributes", own.n_attributes)}
+        objective, items, make = OBJECTIVES[name], annotations.load_pretraining(own.data_root), pretrain.build_model
+        sizes = {"n_attributes": annotations.count_labels(items, "attributes", own.n_attributes)}
         s.dataset = data.Pretraining(items, words, sizes["n_attributes"], own)
     else:
         objective, heads, load_items, draw, kind, longest = finetune.TASKS[name]
@@ -76,7 +79,7 @@ def prepare(config, name, build="cpu"):
         transform = data.image_transform(kind, own.image_size, True)
         s.dataset = data.Samples(items, words, transform, own.max_tokens or longest, draw)
     if name == "mpfc":
-        s.image_tokenizer = vqvae.random_tokenizer(vqvae.check_config(common.load_config(vqvae.VQVAEConfig, [vq])))
+        s.image_tokenizer = vqvae.random_tokenizer(vqvae.check_config(settings.load_config(vqvae.VQVAEConfig, [vq])))
         sizes["n_codes"] = s.image_tokenizer.to(s.device).config.n_codes
     with torch.device(build):
         s.model = make(own, vocab_size=words.get_vocab_size(), **sizes).train()
@@ -119,7 +122,7 @@ def memory(config, name, side="both"):
     s = prepare(config, name, side) if side == "cpu" else Bare(prepare(config, name, side))
     run = partial(step, config, s, s.batches)
     compare(run, run, 1)
-    return common.peak_memory_gb(s.device)
+    return runs.peak_memory_gb(s.device)
 
 
 def measure(config, name):
@@ -127,7 +130,7 @@ def measure(config, name):
     s = prepare(config, name)
     ours, row = partial(step, config, s, s.batches), {"name": name, "batch": config.batch_size}
     compare(ours, ours, 1)  # the first step makes the optimizer's state
-    row["gb"] = common.peak_memory_gb(s.device)
+    row["gb"] = runs.peak_memory_gb(s.device)
     parts = Bare(s)
     bare = partial(step, config, parts, parts.batches)
     layouts = (torch.channels_last, torch.contiguous_format)
@@ -168,9 +171,9 @@ def gallery(config, n):
     image, text, images, texts = embeddings = made_up(n)
     group, cpu = torch.randint(SUBCATEGORIES, (n // 3,)), common.start_processes("cpu").device
     evaluate.retrieval(image[:512], text[:512], texts[:512], texts[:512])  # BLAS takes its workspace
-    before = common.peak_memory_gb(cpu)
+    before = runs.peak_memory_gb(cpu)
     evaluate.retrieval(*embeddings)
-    row = {"images": n, "mb": 1e3 * (common.peak_memory_gb(cpu) - before), "formula_mb": 16 + 8 * 512 * n / 1e6}
+    row = {"images": n, "mb": 1e3 * (runs.peak_memory_gb(cpu) - before), "formula_mb": 16 + 8 * 512 * n / 1e6}
     row |= compare(lambda _: evaluate.retrieval(*embeddings), lambda _: multiply(image, text), config.pairs)
     return row | {"sample_100": timed(lambda _: evaluate.sample_100(*embeddings, group[images], group))[0]}
 
@@ -201,8 +204,8 @@ def searching(config, items=100_000, photos=64):
     it; images/s of an index build on made-up JPEGs of 256 px beside the encoder's on decoded images."""
     rng, row = np.random.default_rng(0), {"items": items}
     encode = partial(evaluate.encode, FashionViL(ModelConfig(heads=("contrastive",))).eval())
-    settings = evaluate.EvalConfig(image_size=224, eval_batch_size=32, workers=0)
-    embed = partial(evaluate.embed, encode, tokenizer=None, config=settings, processes=common.start_processes("cpu"))
+    own = evaluate.EvalConfig(image_size=224, eval_batch_size=32, workers=0)
+    embed = partial(evaluate.embed, encode, tokenizer=None, config=own, processes=common.start_processes("cpu"))
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as photo_dir:
         path = Path(folder, "vectors.npy")
         np.save(path, rng.standard_normal((items, WIDTH), dtype=np.float32))
@@ -221,7 +224,7 @@ def searching(config, items=100_000, photos=64):
 
 
 def main():
-    config = common.load_config(BenchConfig, description=__doc__)
+    config = settings.load_config(BenchConfig, description=__doc__)
     names = config.only.split(",") if config.only else NAMES
     for key, value, known in [("size", config.size, CONFIGS), *(("only", name, NAMES) for name in names)]:
         if value not in known:
@@ -236,7 +239,7 @@ def main():
     }
     step_rows = {"step": [(measure, config, name) for name in names]}
     jobs = {part: rows for part, rows in jobs.items() if getattr(config, part)} or step_rows
-    results, header = common.describe_run(config) | {"threads": torch.get_num_threads()}, None
+    results, header = runs.describe_run(config) | {"threads": torch.get_num_threads()}, None
     for part, calls in jobs.items():
         for function, *args in calls:
             results.setdefault(part, []).append(row := apart(function, *args))

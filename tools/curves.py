@@ -1,4 +1,4 @@
-"""Loss and metric curves of runs as one picture: python plot.py RUN... [--out curves.png]
+"""Loss and metric curves of runs as one picture: python -m tools.curves RUN... [--out curves.png]
 
 RUN is a run folder (or its log.jsonl). A panel for each logged number, a line for each run in it. Needs matplotlib,
 which is in requirements-dev.txt."""
@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 
 import common
-from common import InputError
+from settings import InputError
 
 # of the log's numbers, those that say nothing of what was learned
 LEFT_OUT = ("step", "lr", "samples_per_s", "memory_gb", "skipped_images", "updates")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import common
-import plot
-from common import InputError
+import runs
+from settings import InputError
+from tools import curves
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,14 +17,10 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def run(tmp_path):
     """A run folder with a log as pretrain.py writes it: objectives come and go, one loss was not finite."""
-    common.append_log(
-        tmp_path / "log.jsonl", {"step": 50, "lr": 1e-3, "itc_loss": 3.5, "itc_acc": 0.1, "itc_updates": 9}
-    )
-    common.append_log(
-        tmp_path / "log.jsonl", {"step": 100, "itm_loss": 0.7, "itc_loss": float("nan"), "memory_gb": 0.6}
-    )
-    common.append_log(tmp_path / "log.jsonl", {"step": 100, "val_mean_recall": 0.5})
-    common.append_log(tmp_path / "log.jsonl", {"step": 150, "itc_loss": 2, "samples_per_s": 100.0})
+    runs.append_log(tmp_path / "log.jsonl", {"step": 50, "lr": 1e-3, "itc_loss": 3.5, "itc_acc": 0.1, "itc_updates": 9})
+    runs.append_log(tmp_path / "log.jsonl", {"step": 100, "itm_loss": 0.7, "itc_loss": float("nan"), "memory_gb": 0.6})
+    runs.append_log(tmp_path / "log.jsonl", {"step": 100, "val_mean_recall": 0.5})
+    runs.append_log(tmp_path / "log.jsonl", {"step": 150, "itc_loss": 2, "samples_per_s": 100.0})
     return tmp_path
 
 
@@ -37,14 +33,14 @@ EXPECTED = {
 
 
 def test_curves(run):
-    assert plot.read_curves(run) == plot.read_curves(run / "log.jsonl") == EXPECTED
-    assert plot.order(EXPECTED) == ["itc_loss", "itm_loss", "itc_acc", "val_mean_recall"]
+    assert curves.read_curves(run) == curves.read_curves(run / "log.jsonl") == EXPECTED
+    assert curves.order(EXPECTED) == ["itc_loss", "itm_loss", "itc_acc", "val_mean_recall"]
 
 
 def test_a_last_line_cut_short_is_left_out(run):
     with open(run / "log.jsonl", "a") as file:
         file.write('{"step": 200, "itc_lo')
-    assert plot.read_curves(run) == EXPECTED
+    assert curves.read_curves(run) == EXPECTED
 
 
 @pytest.mark.parametrize(
@@ -61,14 +57,14 @@ def test_errors_are_one_line(text, message, tmp_path):
     if text is not None:
         (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(InputError, match=message) as error:
-        plot.read_curves(tmp_path)
+        curves.read_curves(tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_without_matplotlib(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match="^matplotlib is missing.*pip install -r requirements-dev.txt$"):
-        plot.main([str(run), "--out", str(run / "a.png")])
+        curves.main([str(run), "--out", str(run / "a.png")])
     assert not (run / "a.png").exists()
     assert "matplotlib" in (ROOT / "requirements-dev.txt").read_text()
 
@@ -78,10 +74,10 @@ def test_draws(run, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "log.jsonl").write_text(json.dumps({"step": 10, "itc_loss": 1.0, "loss": 3}))
-    plot.main([str(run), str(other), "--out", str(tmp_path / "curves.png")])
+    curves.main([str(run), str(other), "--out", str(tmp_path / "curves.png")])
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and not list(tmp_path.glob("*.tmp"))
     with pytest.raises(InputError, match="cannot be written"):
-        plot.main([str(run), "--out", "/nowhere/a.png"])
+        curves.main([str(run), "--out", "/nowhere/a.png"])
 
 
 def test_the_lint_hook_runs_what_ci_runs():
