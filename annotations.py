@@ -81,7 +81,7 @@ def read_json(path, kind):
     return value
 
 
-def printable(text):
+def check_printable(text):
     """Raise ValueError where a name would spoil a message or a path: control characters, half a surrogate pair."""
     if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", text):
         raise ValueError(f"found {text!r:.60}, expected no control characters")
@@ -89,7 +89,7 @@ def printable(text):
 
 def inside(folder, name):
     """folder / name as a string; raises ValueError where `name` leads out of the folder (a link inside may lead on)."""
-    printable(name)
+    check_printable(name)
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise ValueError(f"image path {name!r} leaves the folder {folder}")
     return os.path.join(folder, name)
@@ -108,7 +108,7 @@ def parse_product(item, source, folder):
     if not isinstance(item, dict):
         raise ValueError(f"found {item!r:.60}, expected an object")
     name = f"{source} {get('id', (int, str))}"
-    printable(name)
+    check_printable(name)
     images = [get("images", str)] if source == "PolyvoreOutfits" else get("images", list)
     if not images or not all(isinstance(i, str) and i for i in images):
         raise ValueError(f"key 'images': found {images!r:.60}, expected file names")
@@ -195,7 +195,7 @@ def count_labels(products, key, limit=0):
     return limit or largest + 1
 
 
-def check_subcategories(products):
+def has_subcategories(products):
     """Whether all products have a sub-category, which sample-100 needs; raises InputError where only some have."""
     if any(product.subcategory is not None for product in products):
         count_labels(products, "subcategory")
@@ -222,7 +222,7 @@ def image_of(folder, name, where):
 
 
 @contextlib.contextmanager
-def noting(faults):
+def collecting(faults):
     """Let an InputError pass, or note it where `faults` is a list: `check` wants all of a file's."""
     try:
         yield
@@ -238,7 +238,7 @@ def load_fashioniq(root, garment, split, gallery="original", faults=None):
     Public files: the gallery is every image of the split file ("original"; 3,817 dress, 6,346 shirt, 5,373 toptee in
     val) or the union of references and targets ("val"). The authors' extended files name the gallery themselves: the
     distinct `target_id` of all rows, those with `fake_data` being nobody's query (recipe 3).
-    Raises InputError on files that are missing or bad and on a gallery that lacks a target; see `noting`."""
+    Raises InputError on files that are missing or bad and on a gallery that lacks a target; see `collecting`."""
     if gallery not in ("original", "val"):
         raise InputError(f"gallery: found {gallery!r}, expected original or val")
     folder = Path(root, "FashionIQ")
@@ -248,7 +248,7 @@ def load_fashioniq(root, garment, split, gallery="original", faults=None):
     extended = isinstance(rows[0], dict) and "fake_data" in rows[0]
     for i, row in enumerate(rows):
         where = f"{path}: entry {i}"
-        with noting(faults):
+        with collecting(faults):
             target = need(row, "target", str, where)
             if extended and row.get("garment_class", garment) not in (garment, FASHIONIQ_CLASSES.index(garment)):
                 continue
@@ -268,11 +268,11 @@ def load_fashioniq(root, garment, split, gallery="original", faults=None):
         path = folder / "image_splits" / f"split.{garment}.{split}.json"
         names = []
         for i, name in enumerate(read_json(path, list)):
-            with noting(faults):
+            with collecting(faults):
                 image_of(images, name, f"{path}: entry {i}")
                 names.append(name)
     names = list(dict.fromkeys(names))
-    with noting(faults):
+    with collecting(faults):
         missing = {q["target"] for q in queries} - set(names)
         if missing:
             raise InputError(f"{path}: target {min(missing)} stands in no row of the gallery ({len(missing)} such)")
@@ -285,10 +285,10 @@ def load_polyvore_items(folder, faults=None):
     """({item id: its metadata}, {category id, an int: number}) of a PolyvoreOutfits folder.
 
     Categories are numbered in the released checkpoint's order where POLYVORE_CATEGORIES knows them all, else in
-    ascending order of their ids. Raises InputError on a file that is missing or bad; see `noting`."""
+    ascending order of their ids. Raises InputError on a file that is missing or bad; see `collecting`."""
     path, metadata = Path(folder, POLYVORE_ITEMS), {}
     for item, row in read_json(path, dict).items():
-        with noting(faults):
+        with collecting(faults):
             text = need(row, "category_id", str, f"{path}: item {item!r:.60}")
             if not re.fullmatch("[0-9]{1,9}", text):
                 raise InputError(f"{path}: item {item!r:.60}: category_id: found {text!r:.60}, expected a whole number")
@@ -303,7 +303,7 @@ def load_polyvore(root, split, part, faults=None):
     """(outfits, n_categories) of Polyvore Outfits' OCIR files, split disjoint or nondisjoint, part train or test.
 
     An outfit: {"items": [(path, category)] of the question, "blank": its id, "blank_item": (path, category), "fake"}.
-    Raises InputError on files that are missing or bad; see `noting`."""
+    Raises InputError on files that are missing or bad; see `collecting`."""
     folder = Path(root, "PolyvoreOutfits")
     if split not in ("disjoint", "nondisjoint"):
         raise InputError(f"split: found {split!r}, expected disjoint or nondisjoint")
@@ -311,7 +311,7 @@ def load_polyvore(root, split, part, faults=None):
     path, outfits = folder / f"ocir_{split}_{part}.json", []
     for i, row in enumerate(read_json(path, list)):
         where = f"{path}: entry {i}"
-        with noting(faults):
+        with collecting(faults):
             question, blank = need(row, "question", list, where), need(row, "blank", str, where)
             images = [image_of(folder / "images", item, where) for item in [*question, blank]]
             unknown = [item for item in [*question, blank] if item not in metadata]
@@ -324,7 +324,7 @@ def load_polyvore(root, split, part, faults=None):
             )
             fake = part == "test" and need(row, "fake_data", bool, where)
             outfits.append({"items": items, "blank": blank, "blank_item": last, "fake": fake, "name": where})
-    with noting(faults):
+    with collecting(faults):
         if all(outfit["fake"] for outfit in outfits):
             raise InputError(f"{path}: no outfit to ask for in it; expected rows that are not all fake_data")
     return outfits, len(number)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from settings import InputError
+from settings import STRIDE, InputError
 
 try:
     from torchvision.transforms import v2
@@ -32,7 +32,6 @@ STD = (0.12221994, 0.12145835, 0.14380469)
 MAX_TOKENS, FASHIONIQ_MAX_TOKENS = 75, 50  # [CLS] and [SEP] included
 MAX_PIXELS = 64_000_000  # of an image file; what is larger takes a gigabyte on its way, and is no product photo
 SKIP_BROKEN = "replace a product whose image cannot be read by the next one, and count it"
-STRIDE = 32  # pixels of an image per patch, along each side
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the data sets, as rows of a table
@@ -160,7 +159,7 @@ def wordpiece(vocab):
     return tokenizers.BertWordPieceTokenizer(ids, lowercase=True)
 
 
-def encode(tokenizer, texts, max_tokens=MAX_TOKENS):
+def tokenize(tokenizer, texts, max_tokens=MAX_TOKENS):
     """Texts -> a list of (ids, words): [CLS] ... [SEP], at most max_tokens; words[i] = token i's word, -1 for specials.
 
     A text of any length, empty or of unknown characters is fine: it is cut, or is only [CLS] [SEP], or holds [UNK]."""
@@ -172,7 +171,7 @@ def encode(tokenizer, texts, max_tokens=MAX_TOKENS):
 
 
 class Texts:
-    """Many texts, encoded once: anew at every visit it takes a quarter of a sample's time. texts[i] as of `encode`.
+    """Many texts, encoded once: anew at every visit it takes a quarter of a sample's time. texts[i] as of `tokenize`.
 
     Memory: 6 bytes a text for each of max_tokens, shared by the loader's workers."""
 
@@ -180,7 +179,7 @@ class Texts:
         self.ids = np.zeros((len(texts), max_tokens), np.int32)
         self.words, self.lengths = np.zeros(self.ids.shape, np.int16), np.zeros(len(texts), np.int16)
         for start in range(0, len(texts), chunk):
-            for i, (ids, words) in enumerate(encode(tokenizer, texts[start : start + chunk], max_tokens), start):
+            for i, (ids, words) in enumerate(tokenize(tokenizer, texts[start : start + chunk], max_tokens), start):
                 n = self.lengths[i] = len(ids)
                 self.ids[i, :n], self.words[i, :n] = ids, words
 
@@ -214,10 +213,10 @@ def pad_texts(rows):
     return {"input_ids": pad(rows), "attention_mask": pad([[1] * len(row) for row in rows])}
 
 
-def tokenize(vocab, texts, max_tokens=MAX_TOKENS):
+def text_batch(vocab, texts, max_tokens=MAX_TOKENS):
     """Texts and the text of a vocab.txt -> {"input_ids", "attention_mask"} (B, longest) int64."""
     tokenizer = wordpiece(vocab)
-    return pad_texts([ids for ids, _ in encode(tokenizer, texts, max_tokens)])
+    return pad_texts([ids for ids, _ in tokenize(tokenizer, texts, max_tokens)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,7 +388,7 @@ class Batches:
     def __len__(self):
         return (self.config.max_steps - self.start) * self.config.grad_accum
 
-    def update(self, step):
+    def rows_of(self, step):
         """(epoch, rows (batch_size,), objective) of update `step`, over all processes and micro-batches."""
         size = self.config.batch_size
         epoch, i = divmod(step, self.n // size)
@@ -400,7 +399,7 @@ class Batches:
 
     def __iter__(self):
         for step in range(self.start, self.config.max_steps):
-            epoch, rows, objective = self.update(step)
+            epoch, rows, objective = self.rows_of(step)
             micros = rows.reshape(self.config.grad_accum, self.processes.world_size, -1)
             for micro in micros[:, self.processes.rank]:
                 yield [(epoch, int(index), objective) for index in micro]
@@ -429,12 +428,12 @@ def train_loader(dataset, batches, config, device):
 class Samples(Dataset):
     """Samples of fine-tuning and evaluation; a key is an index, or (epoch, index, anything) in training.
 
-    `draw(item, rng)` picks what this visit needs of items[index], under the batch's names: "image" and "image2" (a
-    path), and numbers. All items have a "text", or none has. Evaluation items have nothing to pick: draw=None takes
+    `pick(item, rng)` picks what this visit needs of items[index], under the batch's names: "image" and "image2" (a
+    path), and numbers. All items have a "text", or none has. Evaluation items have nothing to pick: pick=None takes
     them as they are."""
 
-    def __init__(self, items, tokenizer, transform, max_tokens, draw=None, seed=0):
-        self.items, self.transform, self.draw, self.seed = items, transform, draw, seed
+    def __init__(self, items, tokenizer, transform, max_tokens, pick=None, seed=0):
+        self.items, self.transform, self.pick, self.seed = items, transform, pick, seed
         self.texts = Texts(tokenizer, [item["text"] for item in items if "text" in item], max_tokens)
 
     def __len__(self):
@@ -443,7 +442,7 @@ class Samples(Dataset):
     def __getitem__(self, key):
         epoch, index = key[:2] if isinstance(key, tuple) else (0, key)
         rng = np.random.default_rng([self.seed, epoch, index])
-        row = self.draw(self.items[index], rng) if self.draw else self.items[index]
+        row = self.pick(self.items[index], rng) if self.pick else self.items[index]
         sample = {k: v for k, v in row.items() if k not in ("image", "image2", "text", "name")}
         if "text" in row:
             sample["input_ids"] = self.texts[index][0]
@@ -452,12 +451,12 @@ class Samples(Dataset):
         return {**sample, **dict(zip(names, images, strict=True))}
 
 
-def draw_product(item, rng):
+def pick_image(item, rng):
     """One image of the product at random, with its text and labels."""
     return {**item, "image": item["image"][rng.integers(len(item["image"]))]}
 
 
-def draw_pair(outfit, rng):
+def pick_pair(outfit, rng):
     """Two different items of an outfit: question and blank (recipe 4, OCIR's Decision), with their categories.
 
     outfit {"items": [(path, category), ...]}; two images and their categories, for `losses.ocir`."""

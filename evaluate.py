@@ -168,7 +168,7 @@ def recognition_chance(labels):
     return {"accuracy": n.max().item() / len(labels), "macro_f1": 1 / int((n > 0).sum())}
 
 
-def retrieval(image, text, image_id, text_id, ks=RETRIEVAL_KS):
+def full_gallery(image, text, image_id, text_id, ks=RETRIEVAL_KS):
     """ITR / TIR, full gallery: every image queries all texts, every text all images; any item of the product is a hit.
 
     image (N, D), text (M, D) float32; image_id (N,), text_id (M,) int64 product ids.
@@ -184,7 +184,7 @@ def retrieval(image, text, image_id, text_id, ks=RETRIEVAL_KS):
     return {"metrics": recalls(outcomes, ks), "chance": chance, "counts": counts, "outcomes": outcomes}
 
 
-def draw_candidates(query_id, query_group, gallery_id, gallery_group, generator, n_queries=1000, n_negatives=100):
+def sample_candidates(query_id, query_group, gallery_id, gallery_group, generator, n_queries=1000, n_negatives=100):
     """One draw of sample-100: random queries (all, where fewer), for each a random item of its product, and up to
     `n_negatives` distinct items of other products in its sub-category (all, where fewer).
 
@@ -247,9 +247,9 @@ def score_candidates(queries, gallery, candidates, block=64):
 
 
 def sample_100(image, text, image_id, text_id, image_group, text_group, seed=0, draws=5, ks=RETRIEVAL_KS):
-    """ITR / TIR, sample-100 (Kaleido-BERT's): `draw_candidates`, `score_candidates`, both ways, mean of `draws` draws.
+    """ITR / TIR, sample-100 (Kaleido-BERT's): `sample_candidates`, `score_candidates`, both ways, mean of the draws.
 
-    As `retrieval`; groups (N,), (M,) int64 sub-categories. Outcomes are ranks (Q, draws), 0 where one was not drawn;
+    As `full_gallery`; groups (N,), (M,) int64 sub-categories. Outcomes are ranks (Q, draws), 0 where one was not drawn;
     counts hold the smallest and the mean number of negatives, as small sub-categories have fewer. Source: recipe 5."""
     generator = torch.Generator().manual_seed(seed)  # our own: the global state is neither read nor moved
     image_side, text_side = (image, image_id.cpu(), image_group.cpu()), (text, text_id.cpu(), text_group.cpu())
@@ -261,7 +261,7 @@ def sample_100(image, text, image_id, text_id, image_group, text_group, seed=0, 
         outcomes[way] = torch.zeros(len(queries), draws, dtype=torch.int64)
         negatives = []
         for draw in range(draws):
-            asked, candidates = draw_candidates(*query_ids, *gallery_ids, generator)
+            asked, candidates = sample_candidates(*query_ids, *gallery_ids, generator)
             outcomes[way][asked, draw] = score_candidates(queries[asked.to(queries.device)], gallery, candidates)
             negatives.append((candidates[:, 1:] >= 0).sum(dim=1))
         negatives = torch.stack(negatives)  # (draws, q)
@@ -294,7 +294,7 @@ def composed_retrieval(classes, ks=TGIR_KS):
     return {"metrics": recalls(outcomes, ks), "chance": chance, "counts": counts, "outcomes": outcomes}
 
 
-def recognition(predictions, labels):
+def classification(predictions, labels):
     """CR / SCR, every image one sample; accuracy, macro_f1.
 
     predictions (N, C) float logits (equal ones: the lower class) or (N,) int64 classes; labels (N,) int64.
@@ -310,7 +310,7 @@ def recognition(predictions, labels):
     return {"metrics": recognition_scores(outcomes), "chance": chance, "counts": counts, "outcomes": outcomes}
 
 
-def ocir(outfit, target_id, blank, blank_id, blank_category, ks=OCIR_KS):
+def outfit_retrieval(outfit, target_id, blank, blank_id, blank_category, ks=OCIR_KS):
     """OCIR: each outfit ranks the blanks of its target's fine category; r@k averaged over the targets' categories.
 
     outfit (Q, D) float32: mean of the fused, scaled features of its question items, not normalised again; target_id
@@ -387,7 +387,7 @@ def image_items(paths):
     return [{"image": path, "name": path} for path in paths]
 
 
-def encode(model, batch):
+def embed_batch(model, batch):
     """Scaled embeddings (B, D) of images, of texts, or of both: an image with the change in words.
 
     A CSA-Net's are those of wanted items."""
@@ -404,8 +404,8 @@ def embed_retrieval(model, products, tokenizer, config, processes):
     paths = [(i, path) for i, product in enumerate(products) for path in product.images]
     share = (tokenizer, config, processes)
     items = [{"image": path, "name": products[i].name} for i, path in paths]
-    image = embed(partial(encode, model), items, *share)
-    text = embed(partial(encode, model), [{"text": product.text} for product in products], *share)
+    image = embed(partial(embed_batch, model), items, *share)
+    text = embed(partial(embed_batch, model), [{"text": product.text} for product in products], *share)
     return image, text, torch.tensor([i for i, _ in paths]), torch.arange(len(products))
 
 
@@ -416,8 +416,8 @@ def evaluate_retrieval(model, tokenizer, config, processes):
     """ITR / TIR on FashionGen val: full gallery, and sample-100 within sub-categories."""
     products = annotations.load_products(config.data_root, "FashionGen", "val")
     image, text, image_id, text_id = embed_retrieval(model, products, tokenizer, config, processes)
-    results = {"full gallery": retrieval(image, text, image_id, text_id)}
-    if annotations.check_subcategories(products):
+    results = {"full gallery": full_gallery(image, text, image_id, text_id)}
+    if annotations.has_subcategories(products):
         group = torch.tensor([product.subcategory for product in products])
         results["sample-100"] = sample_100(image, text, image_id, text_id, group[image_id], group, config.seed)
     texts = [{"text": product.text} for product in products]
@@ -437,8 +437,10 @@ def evaluate_fashioniq(model, tokenizer, config, processes):
         folder = Path(config.data_root, "FashionIQ", "images")
         share = (tokenizer, config, processes, "scale", data.FASHIONIQ_MAX_TOKENS)
         paths = (str(folder / f"{name}.jpg") for name in names)
-        gallery = embed(partial(encode, model), image_items(paths), *share)
-        query = embed(partial(encode, model), [{k: q[k] for k in ("image", "text", "name")} for q in queries], *share)
+        gallery = embed(partial(embed_batch, model), image_items(paths), *share)
+        query = embed(
+            partial(embed_batch, model), [{k: q[k] for k in ("image", "text", "name")} for q in queries], *share
+        )
         target = torch.tensor([place[q["target"]] for q in queries])
         classes[garment] = (query, gallery, target, torch.arange(len(names)))
         shown = [{"images": [q["image"]], "text": q["text"]} for q in queries]
@@ -459,7 +461,7 @@ def evaluate_recognition(model, tokenizer, config, processes):
         for path in product.images
     ]
     logits = embed(model.classify, items, tokenizer, config, processes)
-    result = recognition(logits, torch.tensor([item["label"] for item in items]))
+    result = classification(logits, torch.tensor([item["label"] for item in items]))
     pictures = partial(labelled_pictures, items, *result["outcomes"]["samples"].unbind(dim=1), config)
     return {"every image": {**result, "pictures": pictures}}
 
@@ -474,7 +476,7 @@ def evaluate_polyvore(model, tokenizer, config, processes):
     blanks = {outfit["blank"]: outfit["blank_item"] for outfit in outfits}
     place = {name: i for i, name in enumerate(blanks)}
     share = (tokenizer, config, processes, "scale")
-    blank = embed(partial(encode, model), image_items(path for path, _ in blanks.values()), *share)
+    blank = embed(partial(embed_batch, model), image_items(path for path, _ in blanks.values()), *share)
     real = [outfit for outfit in outfits if not outfit["fake"]]
     # An image is projected once; what the wanted category changes comes after it and costs next to nothing.
     items = {path: category for outfit in real for path, category in outfit["items"]}
@@ -491,7 +493,7 @@ def evaluate_polyvore(model, tokenizer, config, processes):
     target = torch.tensor([place[outfit["blank"]] for outfit in real])
     blank_category = torch.tensor([category for _, category in blanks.values()])
     outfit, blank_id = torch.stack(queries), torch.arange(len(blank))
-    result = ocir(outfit, target, blank, blank_id, blank_category)
+    result = outfit_retrieval(outfit, target, blank, blank_id, blank_category)
     shown = [{"images": [path for path, _ in o["items"]], "text": "what goes with these?"} for o in real]
     shown_blanks = [{"images": [path], "text": name} for name, (path, _) in blanks.items()]
     sets = []

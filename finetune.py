@@ -25,8 +25,8 @@ import evaluate
 import losses
 import runs
 import settings
-from model import RESNETS, SIZES, STRIDE, CSANet, FashionViL, ModelConfig
-from settings import InputError, ModelTrainConfig, setting
+from model import RESNETS, SIZES, CSANet, FashionViL, ModelConfig
+from settings import STRIDE, InputError, ModelTrainConfig, setting
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -44,7 +44,7 @@ class FinetuneConfig(ModelTrainConfig):
 
 
 def retrieval_items(config):
-    annotations.check_subcategories(annotations.load_products(config.data_root, "FashionGen", "val"))
+    annotations.has_subcategories(annotations.load_products(config.data_root, "FashionGen", "val"))
     return [
         {"image": p.images, "text": p.text, "name": p.name}
         for p in annotations.load_products(config.data_root, "FashionGen", "train")
@@ -80,13 +80,13 @@ def polyvore_items(config):
 
 # task: loss, heads of the model (none: CSA-Net), training items, how a visit draws from an item, image transform,
 # longest text
-RECOGNITION = (losses.recognition, ("recognition",), recognition_items, data.draw_product, "crop", data.MAX_TOKENS)
+RECOGNITION = (losses.recognition, ("recognition",), recognition_items, data.pick_image, "crop", data.MAX_TOKENS)
 TASKS = {
-    "fashiongen_retrieval": (losses.itc, ("contrastive",), retrieval_items, data.draw_product, "crop", data.MAX_TOKENS),
+    "fashiongen_retrieval": (losses.itc, ("contrastive",), retrieval_items, data.pick_image, "crop", data.MAX_TOKENS),
     "fashioniq": (losses.tgir, ("contrastive",), fashioniq_items, None, "scale", data.FASHIONIQ_MAX_TOKENS),
     "fashiongen_category": RECOGNITION,
     "fashiongen_subcategory": RECOGNITION,
-    "polyvore": (losses.ocir, (), polyvore_items, data.draw_pair, "scale", data.MAX_TOKENS),
+    "polyvore": (losses.ocir, (), polyvore_items, data.pick_pair, "scale", data.MAX_TOKENS),
 }
 
 

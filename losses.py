@@ -99,7 +99,7 @@ def mine_negatives(model, features, batch):
     image = model.scaled(model.encode_image(features))
     text = model.scaled(model.encode_text(batch["input_ids"], batch["attention_mask"]))
     model.bert.train(training)
-    hardest, exists = hardest_negatives(image, text, batch["product_id"], model.config.itm_pool)
+    hardest, exists = hardest_negatives(image, text, batch["product_id"], model.config.itm_candidates)
     replace = (batch["itm_draws"] > 0.5) & exists
     return torch.where(replace, hardest, torch.arange(len(hardest), device=hardest.device)), (~replace).long()
 

@@ -24,7 +24,6 @@ SIZES = {
 RESNETS = {"resnet18": ((2, 2, 2, 2), False), "resnet34": ((3, 4, 6, 3), False), "resnet50": ((3, 4, 6, 3), True)}
 HEADS = ("contrastive", "itm", "mlm", "mpfc", "pac", "recognition")
 PRETRAINING_HEADS = HEADS[:5]
-STRIDE = 32  # pixels of an image per patch, along each side
 
 
 @dataclass
@@ -46,7 +45,7 @@ class ModelConfig:
     n_attributes: int = 2232  # A, size of the pseudo-attribute vocabulary
     n_classes: int = 0  # of the recognition head
     pac_scale: float = 1.0  # multiplies the cosines of the PAC head; 1 as in the paper
-    itm_pool: int = 0  # rows of the batch among which ITM looks for its negatives; 0: all, as in the paper
+    itm_candidates: int = 0  # rows of the batch among which ITM looks for its negatives; 0: all, as in the paper
 
     def __post_init__(self):
         self.heads = tuple(self.heads)

@@ -42,11 +42,13 @@ class PretrainConfig(ModelTrainConfig):
     sets: tuple = setting(tuple(annotations.SETS), "data sets to train on")
     skip_broken_images: bool = setting(False, data.SKIP_BROKEN)
     objectives: dict = setting(PAPER_MIX, "objectives and their probabilities, itc:0.5,mlm:0.5")
-    tokenizer: str = setting("", "image tokenizer file for MPFC (vqvae.py trains one; a released encoder will do)")
+    image_tokenizer: str = setting(
+        "", "image tokenizer file for MPFC (vqvae.py trains one; a released encoder will do)"
+    )
     n_attributes: int = setting(2232, "size of the pseudo-attribute vocabulary; 0: largest id of the data + 1", FROM_0)
     mask_share: float = setting(0.15, "share of the words that MLM asks for")
     pac_scale: float = setting(1.0, "multiplies the cosines of PAC's head")
-    itm_pool: int = setting(0, "rows of the batch among which ITM looks for its hardest negative; 0: all", FROM_0)
+    itm_candidates: int = setting(0, "rows of the batch among which ITM looks for its hardest negative; 0: all", FROM_0)
 
 
 def check_config(config):
@@ -59,8 +61,8 @@ def check_config(config):
     numbers = all(type(share) in (int, float) and share >= 0 for share in shares)
     if not numbers or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
         raise InputError(f"objectives: found probabilities {config.objectives}, expected none below 0 and a sum of 1")
-    if config.image_size < data.STRIDE or config.image_size % data.STRIDE:
-        raise InputError(f"image_size: found {config.image_size}, expected a multiple of {data.STRIDE}")
+    if config.image_size < settings.STRIDE or config.image_size % settings.STRIDE:
+        raise InputError(f"image_size: found {config.image_size}, expected a multiple of {settings.STRIDE}")
     if not 0 < config.mask_share < 1:
         raise InputError(f"mask_share: found {config.mask_share}, expected a share between 0 and 1")
     if config.size not in SIZES:
@@ -85,7 +87,7 @@ def build_model(config, **data_sizes):
             width=config.width,
             dropout=config.dropout,
             pac_scale=config.pac_scale,
-            itm_pool=config.itm_pool,
+            itm_candidates=config.itm_candidates,
             **{**sizes, **data_sizes},
         )
     )
@@ -97,21 +99,23 @@ def load_image_tokenizer(config, device):
     A random start (`--init=random`) makes do with a random tokenizer where no file is named or there, and says so."""
     if not config.objectives.get("mpfc"):
         return None
-    if config.init == "random" and not Path(config.tokenizer).is_file():
-        print(f"image tokenizer: no file at {config.tokenizer!r}; --init=random goes on with random codes")
-        return vqvae.random_tokenizer(vqvae.TokenizerConfig()).to(device)
-    if not config.tokenizer:
-        raise InputError("tokenizer: MPFC needs an image tokenizer; train one with vqvae.py and set --tokenizer=FILE")
-    tokenizer = vqvae.load_tokenizer(config.tokenizer, device)
-    if tokenizer.config.stride != data.STRIDE:
-        found = f"patches of {tokenizer.config.stride} pixels, expected {data.STRIDE} as the ResNet's"
-        raise InputError(f"tokenizer: {config.tokenizer} has {found}; train one with vqvae.py")
+    if config.init == "random" and not Path(config.image_tokenizer).is_file():
+        print(f"image tokenizer: no file at {config.image_tokenizer!r}; --init=random goes on with random codes")
+        return vqvae.random_image_tokenizer(vqvae.ImageTokenizerConfig()).to(device)
+    if not config.image_tokenizer:
+        raise InputError(
+            "image_tokenizer: MPFC needs an image tokenizer; train one with vqvae.py and set --image_tokenizer=FILE"
+        )
+    tokenizer = vqvae.load_image_tokenizer(config.image_tokenizer, device)
+    if tokenizer.config.stride != settings.STRIDE:
+        found = f"patches of {tokenizer.config.stride} pixels, expected {settings.STRIDE} as the ResNet's"
+        raise InputError(f"image_tokenizer: {config.image_tokenizer} has {found}; train one with vqvae.py")
     return tokenizer
 
 
 def validate(model, products, tokenizer, config, processes):
     """FashionGen-val retrieval over the full gallery -> metrics, recalls in 0..1, {"i2t_r@1": ..., "mean_recall"}."""
-    return evaluate.retrieval(*evaluate.embed_retrieval(model, products, tokenizer, config, processes))["metrics"]
+    return evaluate.full_gallery(*evaluate.embed_retrieval(model, products, tokenizer, config, processes))["metrics"]
 
 
 def train(config, processes):
@@ -279,7 +283,7 @@ def trivial_answers(products, tokenizer, config, code_counts):
     code_counts (K,) of the masked patches seen). ITM's is the majority of all mined pairs, which its log lines hold."""
     words = np.zeros(tokenizer.get_vocab_size())
     texts = [product.text for product in products[:: max(1, len(products) // 5000)]]
-    for ids, _ in data.encode(tokenizer, texts, config.max_tokens or data.MAX_TOKENS):
+    for ids, _ in data.tokenize(tokenizer, texts, config.max_tokens or data.MAX_TOKENS):
         np.add.at(words, ids[1:-1], 1)
     candidates = config.batch_size // config.grad_accum
     answers = dict.fromkeys(("itc", "mvc"), (math.log(candidates), 1 / candidates))

@@ -116,11 +116,11 @@ def search(given):
         items = embed(lambda model, batch: model.encode_item(batch["image"]), evaluate.image_items(given.sources))
         queries, wanted = fuse_outfit(model, items.to(processes.device), given, categories)
     else:
-        queries = F.normalize(embed(evaluate.encode, [{**query, "name": "query"}]), dim=-1).numpy()
+        queries = F.normalize(embed(evaluate.embed_batch, [{**query, "name": "query"}]), dim=-1).numpy()
 
     digest = hashlib.sha256(np.memmap(given.checkpoint, mode="r")).hexdigest()
     fingerprint, place = f"{digest} {kind} {given.image_size}", given.index.removesuffix(".npy") or f"{folder}.index"
-    embed_all = partial(embed, evaluate.encode, workers=given.workers, progress=True)
+    embed_all = partial(embed, evaluate.embed_batch, workers=given.workers, progress=True)
     vectors, ids = open_index(place, folder, fingerprint, embed_all, given.skip_broken_images)
     scores = vectors @ queries.T  # (N, W)
     if given.outfit:  # an image answers the query for its own category; any, where nobody knows that

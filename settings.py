@@ -20,6 +20,7 @@ def setting(default, meaning, limits=None):
     return dataclasses.field(**factory, metadata={"meaning": meaning, "limits": limits})
 
 
+STRIDE = 32  # pixels of an image per patch of the ResNet, along each side
 DTYPES = ("float32", "bfloat16", "float16")
 COUNT, SHARE, FROM_0 = (1, math.inf), (0.0, 1.0), (0, math.inf)  # limits
 

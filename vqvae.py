@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 vqvae.py configs/vqvae_fashionall.py         # eight GPUs
 
 Writes <out_dir>/last.pt, log.jsonl and reconstructions.png. Pre-training needs the encoder and the codebook only:
-`load_tokenizer(path)` takes them from our file or from a released one, `encode` turns images into codes.
+`load_image_tokenizer(path)` takes them from our file or from a released one, `encode` turns images into codes.
 
 Parameters are named as in the released file, so that loading is copying. Letters in shape comments: B batch, P patches
 (7 x 7 = 49 at 224 px), N = B P, C channels, D width of latents and codes (256), K codes (1024)."""
@@ -39,7 +39,7 @@ from settings import COUNT, FROM_0, InputError, TrainConfig, setting
 
 
 @dataclass
-class TokenizerConfig:
+class ImageTokenizerConfig:
     """Everything that decides shapes. The map shrinks by 2 between levels: six levels make patches of 32 pixels."""
 
     ch: int = 128  # channels of the first level
@@ -192,7 +192,7 @@ class Codebook(nn.Module):
             return torch.addmm(e.square().sum(1), z, e.t(), alpha=-2).argmin(1)
 
 
-class Tokenizer(nn.Module):
+class ImageTokenizer(nn.Module):
     """Images -> codes: encoder, 1x1 convolution, nearest code. State-dict names are those of the released file."""
 
     def __init__(self, config):
@@ -225,7 +225,7 @@ class Tokenizer(nn.Module):
         return codes.clone()  # an ordinary tensor: autograd refuses to save one made in inference mode, such as labels
 
 
-class VQVAE(Tokenizer):
+class VQVAE(ImageTokenizer):
     """The tokenizer with its decoder and the learning of its codebook; only its training needs them."""
 
     DECAY, EPS = 0.99, 1e-5  # of the codebook's moving averages (recipe 2)
@@ -291,15 +291,15 @@ class VQVAE(Tokenizer):
 # files
 
 INSIDE = "model.image_tokenizer."  # prefix of the tokenizer's names inside the original's pre-training files
-TRAINING_ONLY = ("decoder.", "post_quant_conv.", "idle")  # parts of our file that `Tokenizer` does without
+TRAINING_ONLY = ("decoder.", "post_quant_conv.", "idle")  # parts of our file that `ImageTokenizer` does without
 
 
-def random_tokenizer(config):
-    """A frozen Tokenizer of a TokenizerConfig with random weights, in eval mode; its codes mean nothing."""
-    return Tokenizer(config).requires_grad_(False).eval()
+def random_image_tokenizer(config):
+    """A frozen Tokenizer of a ImageTokenizerConfig with random weights, in eval mode; its codes mean nothing."""
+    return ImageTokenizer(config).requires_grad_(False).eval()
 
 
-def load_tokenizer(path, device="cpu"):
+def load_image_tokenizer(path, device="cpu"):
     """The Tokenizer of a file, frozen, in eval mode: ours (`last.pt` of this stage), a released encoder, or a
     pre-training file with the tokenizer inside. Sizes are read from the tensors.
 
@@ -311,7 +311,7 @@ def load_tokenizer(path, device="cpu"):
         state = {name.removeprefix(INSIDE): value for name, value in state.items() if name.startswith(INSIDE)}
     state = {name: value for name, value in state.items() if not name.startswith(TRAINING_ONLY)}
     try:
-        tokenizer = Tokenizer(read_sizes(state))
+        tokenizer = ImageTokenizer(read_sizes(state))
         tokenizer.load_state_dict(state)
     except KeyError as error:
         raise InputError(f"{path}: no image tokenizer in it: {error.args[0]} is missing") from None
@@ -321,13 +321,13 @@ def load_tokenizer(path, device="cpu"):
 
 
 def read_sizes(state):
-    """The TokenizerConfig that the tensors of a state dict speak of. Raises KeyError with the name that is missing."""
+    """The sizes that the tensors of a state dict tell. Raises KeyError with the name that is missing."""
     conv_in = state["encoder.conv_in.weight"]  # (ch, 3 unshuffle^2, 3, 3)
     n_codes, latent_dim = state["quantize.embedding.weight"].shape
     levels = {name.split(".")[2] for name in state if name.startswith("encoder.down.")}
     blocks = {name.split(".")[4] for name in state if name.startswith("encoder.down.0.block.")}
     widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(len(levels))]
-    return TokenizerConfig(
+    return ImageTokenizerConfig(
         ch=conv_in.shape[0],
         ch_mult=tuple(width // conv_in.shape[0] for width in widths),
         n_blocks=len(blocks),
@@ -364,16 +364,16 @@ class VQVAEConfig(TrainConfig):
 
 
 def check_config(config):
-    """The TokenizerConfig of a VQVAEConfig. Raises InputError for sizes that cannot be, or miss the ResNet's grid."""
+    """The model sizes of a VQVAEConfig. Raises InputError for sizes that cannot be, or miss the ResNet's grid."""
     settings.check_limits(config)
     if not config.ch_mult or not all(type(m) is int and m > 0 for m in config.ch_mult):
         raise InputError(f"ch_mult: found {config.ch_mult}, expected whole numbers from 1, one a level")
-    sizes = TokenizerConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TokenizerConfig)})
-    if sizes.stride != data.STRIDE:
+    sizes = ImageTokenizerConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(ImageTokenizerConfig)})
+    if sizes.stride != settings.STRIDE:
         levels = f"{len(config.ch_mult)} levels and unshuffle {config.unshuffle}"
-        raise InputError(f"ch_mult: {levels} make patches of {sizes.stride} pixels, expected {data.STRIDE}")
-    if config.image_size < data.STRIDE or config.image_size % data.STRIDE:
-        raise InputError(f"image_size: found {config.image_size}, expected a multiple of {data.STRIDE}")
+        raise InputError(f"ch_mult: {levels} make patches of {sizes.stride} pixels, expected {settings.STRIDE}")
+    if config.image_size < settings.STRIDE or config.image_size % settings.STRIDE:
+        raise InputError(f"image_size: found {config.image_size}, expected a multiple of {settings.STRIDE}")
     return sizes
 
 

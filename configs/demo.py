@@ -1,7 +1,7 @@
 """The made-up catalogue on two CPU cores: pre-training from random weights (bash demo.sh)."""
 
 data_root = "data/demo"
-tokenizer = "runs/vqvae_demo/last.pt"
+image_tokenizer = "runs/vqvae_demo/last.pt"
 
 size = "demo"  # Transformer 2 x 192
 resnet = "resnet18"
@@ -12,7 +12,7 @@ n_attributes = 0  # as many as the catalogue has
 
 # What counts in minutes is how much an update asks: more masked words, and negatives that are not the hardest of all.
 mask_share = 0.4
-itm_pool = 4
+itm_candidates = 4
 pac_scale = 16.0
 objectives = {"itm": 0.30, "mlm": 0.22, "itc": 0.18, "mpfc": 0.15, "pac": 0.08, "mvc": 0.07}
 

@@ -1,7 +1,7 @@
 """The paper's pre-training (FashionViL 4.1; recipe 4): 4 GPUs, 120,000 updates of 256 products."""
 
 data_root = "data/datasets"
-tokenizer = "data/vqvae_ema_pp_224_7x7_encoder_fashionall.pth"  # the released encoder, or one of vqvae.py
+image_tokenizer = "data/vqvae_ema_pp_224_7x7_encoder_fashionall.pth"  # the released encoder, or one of vqvae.py
 
 # model: ImageNet ResNet-50 and bert-base-uncased
 size = "base"

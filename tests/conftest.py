@@ -37,7 +37,7 @@ def image_tokenizer_file(tmp_path_factory):
     import checkpoint
     import vqvae
 
-    sizes = vqvae.TokenizerConfig(ch=8, ch_mult=(1, 1, 1, 1), n_blocks=1, latent_dim=8, n_codes=16, unshuffle=4)
+    sizes = vqvae.ImageTokenizerConfig(ch=8, ch_mult=(1, 1, 1, 1), n_blocks=1, latent_dim=8, n_codes=16, unshuffle=4)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.pt"
     state = {"kind": "tokenizer", "model": vqvae.VQVAE(sizes).state_dict()}
     checkpoint.save(path, {**state, "tokenizer_config": dataclasses.asdict(sizes)})

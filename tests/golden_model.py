@@ -43,7 +43,7 @@ def build_csa():
 
 
 def build_image_tokenizer():
-    tokenizer = vqvae.random_tokenizer(vqvae.TokenizerConfig(ch=32))
+    tokenizer = vqvae.random_image_tokenizer(vqvae.ImageTokenizerConfig(ch=32))
     tokenizer.load_state_dict(fill(tokenizer.state_dict(), META["scale"], prefix="model.image_tokenizer."))
     return tokenizer.eval()
 

@@ -55,9 +55,11 @@ def make_data(folder):
     import vqvae
 
     make_catalogue(folder / "data", products=150, size=64)
-    sizes = vqvae.TokenizerConfig(ch=8, ch_mult=(1, 1, 1, 1), n_blocks=1, latent_dim=8, n_codes=16, unshuffle=4)
+    sizes = vqvae.ImageTokenizerConfig(ch=8, ch_mult=(1, 1, 1, 1), n_blocks=1, latent_dim=8, n_codes=16, unshuffle=4)
     torch.manual_seed(0)
-    checkpoint.save(folder / "tokenizer.pt", {"kind": "tokenizer", "model": vqvae.random_tokenizer(sizes).state_dict()})
+    checkpoint.save(
+        folder / "tokenizer.pt", {"kind": "tokenizer", "model": vqvae.random_image_tokenizer(sizes).state_dict()}
+    )
 
 
 def start(task, processes, folder, out, launcher=None, restarts=0):
@@ -68,7 +70,9 @@ def start(task, processes, folder, out, launcher=None, restarts=0):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         launcher.append(f"--max-restarts={restarts}")
     words += [*SIZES.split(), *EXACT.split(), f"--max_steps={STEPS[task]}", f"--data_root={folder / 'data'}"]
-    words += [f"--out_dir={out}", "--resume=auto"] + [f"--tokenizer={folder / 'tokenizer.pt'}"] * (task == "pretrain")
+    words += [f"--out_dir={out}", "--resume=auto"] + [f"--image_tokenizer={folder / 'tokenizer.pt'}"] * (
+        task == "pretrain"
+    )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "output.txt", "a") as output:

@@ -135,11 +135,11 @@ def test_a_batch_that_processes_cannot_share(catalogue, tmp_path):
 
 
 def test_an_image_tokenizer_of_another_grid(catalogue, tmp_path):
-    sizes = vqvae.TokenizerConfig(ch=8, ch_mult=(1, 1, 1), n_blocks=1, latent_dim=8, n_codes=16, unshuffle=4)
+    sizes = vqvae.ImageTokenizerConfig(ch=8, ch_mult=(1, 1, 1), n_blocks=1, latent_dim=8, n_codes=16, unshuffle=4)
     file = tmp_path / "tokenizer.pt"
-    checkpoint.save(file, {"kind": "tokenizer", "model": vqvae.random_tokenizer(sizes).state_dict()})
-    config = small_pretrain(catalogue, tmp_path / "run", tokenizer=str(file))
-    message = f"tokenizer: {file} has patches of 16 pixels, expected 32 as the ResNet's; train one with vqvae.py"
+    checkpoint.save(file, {"kind": "tokenizer", "model": vqvae.random_image_tokenizer(sizes).state_dict()})
+    config = small_pretrain(catalogue, tmp_path / "run", image_tokenizer=str(file))
+    message = f"image_tokenizer: {file} has patches of 16 pixels, expected 32 as the ResNet's; train one with vqvae.py"
     refuse(lambda: pretrain.train(config, ONE), message, catalogue)
     assert os.listdir(tmp_path) == ["tokenizer.pt"]
 

@@ -259,7 +259,7 @@ def test_info(tmp_path, capsys, monkeypatch):
 def test_tokenizer_files_are_recognised(tmp_path):
     import vqvae
 
-    tokenizer = vqvae.random_tokenizer(vqvae.TokenizerConfig(ch=32))
+    tokenizer = vqvae.random_image_tokenizer(vqvae.ImageTokenizerConfig(ch=32))
     assert set(keys("vqvae")) == set(tokenizer.state_dict())
     torch.save(tokenizer.state_dict(), tmp_path / "vqvae.pth")
     assert checkpoint.read_model(tmp_path / "vqvae.pth")[1]["kind"] == "tokenizer"

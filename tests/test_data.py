@@ -43,7 +43,7 @@ SMALL_VOCAB = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "d
     ],
 )
 def test_tokens_are_berts(text, ids):
-    assert data.encode(data.wordpiece(VOCAB.read_text(encoding="utf-8")), [text])[0][0] == ids
+    assert data.tokenize(data.wordpiece(VOCAB.read_text(encoding="utf-8")), [text])[0][0] == ids
 
 
 @needs_vocab
@@ -72,7 +72,7 @@ def test_real_texts_tokenize_as_the_greedy_rule_says():
             continue
         spaced = "".join(c if c.isalnum() or c.isspace() else f" {c} " for c in product.text.lower())
         expected = [i for word in spaced.split() for i in greedy(word)]
-        ids, numbers = data.encode(tokenizer, [product.text], max_tokens=10_000)[0]
+        ids, numbers = data.tokenize(tokenizer, [product.text], max_tokens=10_000)[0]
         assert ids == [101, *expected, 102]
         assert numbers[1:-1] == sorted(numbers[1:-1]) and numbers[0] == numbers[-1] == -1
         compared += 1
@@ -81,7 +81,7 @@ def test_real_texts_tokenize_as_the_greedy_rule_says():
 
 def test_long_text_is_cut_to_the_limit_with_sep_last():
     tokenizer = data.wordpiece(SMALL_VOCAB)
-    ids, words = data.encode(tokenizer, ["red " * 10_000])[0]
+    ids, words = data.tokenize(tokenizer, ["red " * 10_000])[0]
     assert len(ids) == len(words) == 75 and ids[0] == 2 and ids[-1] == 3 and set(ids[1:-1]) == {5}
 
 
@@ -89,7 +89,7 @@ def test_texts_are_what_encode_says_of_each():
     tokenizer = data.wordpiece(SMALL_VOCAB)
     texts = ["red dress", "", "red dresses a red", "\ud83d red", "a " * 100]
     found = data.Texts(tokenizer, texts, 9, chunk=2)
-    assert [found[i] for i in range(5)] == data.encode(tokenizer, texts, 9)
+    assert [found[i] for i in range(5)] == data.tokenize(tokenizer, texts, 9)
     assert found[2] == ([2, 5, 6, 7, 8, 5, 3], [-1, 0, 1, 1, 2, 3, -1])
 
 

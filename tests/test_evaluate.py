@@ -51,7 +51,7 @@ def arrays(name, *keys):
 
 @pytest.mark.parametrize("name", RETRIEVAL_SETS)
 def test_full_gallery_is_the_original_s(name):
-    result = evaluate.retrieval(*arrays(name, "image", "text", "image_id", "text_id"))
+    result = evaluate.full_gallery(*arrays(name, "image", "text", "image_id", "text_id"))
     golden = GOLDEN[name]["r@k_general"]
     for key in WAYS:
         assert result["metrics"][key] == pytest.approx(golden[key], abs=1e-6)
@@ -119,7 +119,7 @@ def golden_ocir():
 
 
 def test_ocir_is_the_original_s():
-    result = evaluate.ocir(*golden_ocir())
+    result = evaluate.outfit_retrieval(*golden_ocir())
     golden = dict(GOLDEN["ocir"]["result"])
     assert result["metrics"].pop("mean_recall") == pytest.approx(golden.pop("avg"), abs=1e-6)
     assert result["metrics"] == pytest.approx(golden, abs=1e-6)
@@ -128,7 +128,7 @@ def test_ocir_is_the_original_s():
 
 def test_recognition_is_the_original_s():
     logits, labels = arrays("classification", "logits", "targets")
-    result = evaluate.recognition(logits, labels)
+    result = evaluate.classification(logits, labels)
     assert result["metrics"]["accuracy"] == pytest.approx(GOLDEN["classification"]["accuracy"], abs=1e-6)
     assert result["metrics"]["macro_f1"] == pytest.approx(GOLDEN["classification"]["macro_f1"], abs=1e-6)
     assert result["counts"]["classes"] == GOLDEN["classification"]["classes_in_targets"]
@@ -190,11 +190,11 @@ def test_a_target_outside_the_gallery_is_an_error_with_its_id():
     with pytest.raises(ValueError, match=r"query 1 \(id 4711\).*gallery of 2"):
         evaluate.best_ranks(torch.ones(2, 1), gallery, torch.tensor([5, 4711]), gallery_id)
     with pytest.raises(ValueError, match="4711"):
-        evaluate.retrieval(ONE, ONE, torch.tensor([4711]), torch.tensor([5]))
+        evaluate.full_gallery(ONE, ONE, torch.tensor([4711]), torch.tensor([5]))
     with pytest.raises(ValueError, match="4711"):
         evaluate.composed_retrieval({"dress": (ONE, gallery, torch.tensor([4711]), gallery_id)})
     with pytest.raises(ValueError, match="4711"):
-        evaluate.ocir(ONE, torch.tensor([4711]), gallery, gallery_id, torch.tensor([0, 0]))
+        evaluate.outfit_retrieval(ONE, torch.tensor([4711]), gallery, gallery_id, torch.tensor([0, 0]))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
@@ -251,7 +251,7 @@ def test_candidates_are_one_positive_and_others_of_the_sub_category(way):
     queries, gallery = (images, texts) if way == "i2t" else (texts, images)
     n_negatives = 20  # 60 products in 3 uneven groups: too few texts for some queries, always enough images
     generator = torch.Generator().manual_seed(5)
-    asked, candidates = evaluate.draw_candidates(*queries, *gallery, generator, 50, n_negatives)
+    asked, candidates = evaluate.sample_candidates(*queries, *gallery, generator, 50, n_negatives)
     assert candidates.shape == (50, 1 + n_negatives) and asked.unique().numel() == 50
     short = 0
     for q, row in zip(asked.tolist(), candidates.tolist(), strict=True):
@@ -286,7 +286,7 @@ def test_every_positive_and_every_set_of_negatives_is_as_likely():
     generator = torch.Generator().manual_seed(0)
     n = 12_000
     query_id, query_group = torch.full((n,), 8), torch.zeros(n, dtype=torch.int64)
-    _, candidates = evaluate.draw_candidates(query_id, query_group, ids, groups, generator, n, 2)
+    _, candidates = evaluate.sample_candidates(query_id, query_group, ids, groups, generator, n, 2)
     seen = {}
     for positive, *negatives in candidates.tolist():
         key = positive, *sorted(negatives)
@@ -300,7 +300,7 @@ def test_draws_come_from_their_own_seed():
     texts, images = catalogue()
     state = torch.get_rng_state()
     draw = [
-        evaluate.draw_candidates(*texts, *images, torch.Generator().manual_seed(seed), 40, 10) for seed in (1, 1, 2)
+        evaluate.sample_candidates(*texts, *images, torch.Generator().manual_seed(seed), 40, 10) for seed in (1, 1, 2)
     ]
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(draw[0][0], draw[1][0]) and torch.equal(draw[0][1], draw[1][1])
@@ -310,7 +310,7 @@ def test_draws_come_from_their_own_seed():
 def test_a_product_outside_its_sub_category_is_an_error_with_its_id():
     ids = torch.tensor([10, 4711])
     with pytest.raises(ValueError, match=r"id 4711.*sub-category 3"):
-        evaluate.draw_candidates(ids, torch.tensor([2, 3]), ids, torch.tensor([2, 2]), torch.Generator())
+        evaluate.sample_candidates(ids, torch.tensor([2, 3]), ids, torch.tensor([2, 2]), torch.Generator())
 
 
 def test_candidate_ranks_by_hand():
@@ -366,23 +366,23 @@ def test_ocir_averages_over_categories_and_ranks_within_them():
     blank = line([1, 2, 3, 9, 8])
     blank_id, category = torch.tensor([10, 11, 12, 20, 21]), torch.tensor([0, 0, 0, 4, 4])
     target_id = torch.tensor([10, 11, 12, 21])  # ranks 3, 2, 1 in category 0; 2 in category 4
-    result = evaluate.ocir(torch.ones(4, 1), target_id, blank, blank_id, category, ks=(1, 2))
+    result = evaluate.outfit_retrieval(torch.ones(4, 1), target_id, blank, blank_id, category, ks=(1, 2))
     assert result["outcomes"]["ocir"].tolist() == [[3, 0], [2, 0], [1, 0], [2, 4]]
     assert result["metrics"] == pytest.approx({"r@1": (1 / 3 + 0) / 2, "r@2": (2 / 3 + 1) / 2, "mean_recall": 0.5})
     assert result["chance"] == pytest.approx({"r@1": (1 / 3 + 1 / 2) / 2, "r@2": (2 / 3 + 1) / 2, "mean_recall": 0.625})
     with pytest.raises(ValueError, match="5 rows holds only 4"):
-        evaluate.ocir(torch.ones(4, 1), target_id, blank, torch.tensor([10, 11, 12, 21, 21]), category)
+        evaluate.outfit_retrieval(torch.ones(4, 1), target_id, blank, torch.tensor([10, 11, 12, 21, 21]), category)
 
 
 def test_recognition_counts_a_class_absent_from_the_truth_and_not_one_absent_from_both():
     labels = torch.tensor([0, 0, 0, 1])
     predictions = torch.tensor([0, 0, 3, 1])  # class 3 only predicted: F1 0; class 2 in neither
-    result = evaluate.recognition(predictions, labels)
+    result = evaluate.classification(predictions, labels)
     assert result["metrics"] == pytest.approx({"accuracy": 3 / 4, "macro_f1": (4 / 5 + 1 + 0) / 3})
     assert result["chance"] == pytest.approx({"accuracy": 3 / 4, "macro_f1": 1 / 2})
     logits = torch.nn.functional.one_hot(predictions, 6).float()
-    assert evaluate.recognition(logits, labels)["metrics"] == result["metrics"]
-    never = evaluate.recognition(torch.tensor([0, 0]), torch.tensor([0, 2]))  # a class in the truth, never predicted
+    assert evaluate.classification(logits, labels)["metrics"] == result["metrics"]
+    never = evaluate.classification(torch.tensor([0, 0]), torch.tensor([0, 2]))  # a class in the truth, never predicted
     assert never["metrics"]["macro_f1"] == pytest.approx((2 / 3 + 0) / 2)
 
 
@@ -390,9 +390,9 @@ def test_recognition_refuses_nan_and_other_shapes():
     logits = torch.zeros(2, 3)
     logits[1, 2] = math.nan
     with pytest.raises(ValueError, match="sample 1"):
-        evaluate.recognition(logits, torch.tensor([0, 0]))
+        evaluate.classification(logits, torch.tensor([0, 0]))
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(3,\)"):
-        evaluate.recognition(torch.zeros(2, 3), torch.tensor([0, 0, 0]))
+        evaluate.classification(torch.zeros(2, 3), torch.tensor([0, 0, 0]))
 
 
 # ---- chance ----------------------------------------------------------------------------------------------------------
@@ -416,7 +416,7 @@ def test_chance_is_what_random_embeddings_get():
     for seed in range(150):
         generator = torch.Generator().manual_seed(seed)
         image, text = (torch.randn(len(ids), 3 * len(image_id), generator=generator) for ids in inputs)
-        full.append(evaluate.retrieval(image, text, *inputs))
+        full.append(evaluate.full_gallery(image, text, *inputs))
         sampled.append(evaluate.sample_100(image, text, *inputs, *groups, draws=1, seed=seed))
     for runs in (full, sampled):
         for key, chance in runs[0]["chance"].items():
@@ -428,10 +428,10 @@ def test_chance_is_what_random_embeddings_get():
 def test_recognition_chance():
     labels = torch.tensor([0] * 60 + [1] * 30 + [5] * 10)
     chance = evaluate.recognition_chance(labels)
-    assert chance["accuracy"] == evaluate.recognition(torch.zeros_like(labels), labels)["metrics"]["accuracy"] == 0.6
+    assert chance["accuracy"] == evaluate.classification(torch.zeros_like(labels), labels)["metrics"]["accuracy"] == 0.6
     labels = labels.repeat(100)
     guess = labels[torch.randint(len(labels), labels.shape, generator=torch.Generator().manual_seed(0))]
-    assert evaluate.recognition(guess, labels)["metrics"]["macro_f1"] == pytest.approx(chance["macro_f1"], abs=0.02)
+    assert evaluate.classification(guess, labels)["metrics"]["macro_f1"] == pytest.approx(chance["macro_f1"], abs=0.02)
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------------
@@ -473,8 +473,8 @@ def test_bootstrap_of_averages_that_are_not_means_over_queries():
     """Macro-F1 and OCIR's category average: the interval encloses the value and narrows with the data."""
     logits, labels = arrays("classification", "logits", "targets")
     kept = labels < 5
-    ocir = evaluate.ocir(*golden_ocir())
-    f1 = evaluate.recognition(logits[kept, :5], labels[kept])
+    ocir = evaluate.outfit_retrieval(*golden_ocir())
+    f1 = evaluate.classification(logits[kept, :5], labels[kept])
     for metric, result, key in (
         (evaluate.category_recalls, ocir, "r@10"),
         (evaluate.recognition_scores, f1, "macro_f1"),

@@ -183,13 +183,13 @@ def test_batch_size_and_processes_change_no_embedding(catalogue, tmp_path, free_
     finetune.train(small("fashiongen_retrieval", catalogue, tmp_path, max_steps=3), ONE)
     path = tmp_path / "best.pt"
     expected = embeddings(catalogue, path, ONE, 64)
-    metrics = evaluate.retrieval(*expected)["metrics"]
+    metrics = evaluate.full_gallery(*expected)["metrics"]
     mp.spawn(two_process_worker, (free_port, catalogue, path, tmp_path), nprocs=2)
     others = {n: embeddings(catalogue, path, ONE, n) for n in (1, 7)}
     others |= {f"rank {r}": torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2)}
     for name, other in others.items():
         for a, b in zip(expected, other, strict=True):
             assert a.shape == b.shape and (a - b).abs().max() < 1e-5, name
-        for key, value in evaluate.retrieval(*other)["metrics"].items():
+        for key, value in evaluate.full_gallery(*other)["metrics"].items():
             queries = len(expected[0]) if key.startswith("i2t") else len(expected[1])
             assert abs(value - metrics[key]) <= 1.001 / queries, (name, key)

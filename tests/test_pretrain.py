@@ -91,7 +91,7 @@ def test_help_lists_every_setting(capsys):
         ({"objectives": {"itc": 1.5, "mlm": -0.5}}, "none below 0"),
         ({"image_size": 100}, "image_size: found 100, expected a multiple of 32"),
         ({"size": "huge"}, "size: found 'huge', expected one of base"),
-        ({"tokenizer": "", "init": "pretrained"}, "tokenizer: MPFC needs an image tokenizer"),
+        ({"image_tokenizer": "", "init": "pretrained"}, "image_tokenizer: MPFC needs an image tokenizer"),
         ({"data_root": "/nowhere"}, "/nowhere/FashionGen/train_info.json: cannot be read"),
         ({"batch_size": 100_000}, "but the data has only"),
     ],
@@ -173,7 +173,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(catalogue, image_tok
 
 
 def test_bfloat16_autocast_trains_and_keeps_float32_weights(catalogue, image_tokenizer_file, tmp_path):
-    config = small(catalogue, tmp_path, tokenizer=str(image_tokenizer_file), dtype="bfloat16", max_steps=12)
+    config = small(catalogue, tmp_path, image_tokenizer=str(image_tokenizer_file), dtype="bfloat16", max_steps=12)
     pretrain.train(config, Processes(0, 1, torch.device("cpu")))
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert all(v.dtype in (torch.float32, torch.int64) for v in state["model"].values())

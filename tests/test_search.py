@@ -82,7 +82,7 @@ def check_ranking(found, expected):
 def test_scores_are_the_cosines_of_the_model(kind, files, gallery):
     model, info = checkpoint.load_model(files["C"])
     photo = gallery / "below" / sorted(p.name for p in (gallery / "below").iterdir())[0]
-    words = data.tokenize(info["vocab"], ["a red dress"])
+    words = data.text_batch(info["vocab"], ["a red dress"])
     with torch.no_grad():
         query, line = {
             "text": lambda: (model.encode_text(**words), ["--text", "a red dress"]),
@@ -236,7 +236,7 @@ def test_rerank_is_the_itm_head_s_order(files, gallery, monkeypatch):
     model, info = checkpoint.load_model(files["C"])
     plain = rows(files["C"], gallery, "--text=a red dress", "--top=12")
     found = rows(files["C"], gallery, "--text=a red dress", "--top=12", "--rerank")
-    words = data.tokenize(info["vocab"], ["a red dress"])
+    words = data.text_batch(info["vocab"], ["a red dress"])
     for r in found[:5]:
         with torch.no_grad():
             hidden = model.encode_joint(**words, image=by_hand(r["path"]))

@@ -27,7 +27,7 @@ sys.path.insert(0, str(HERE / "golden"))
 import inputs  # noqa: E402
 from fill import fill  # noqa: E402
 
-TINY = vqvae.TokenizerConfig(ch=8, ch_mult=(1, 2, 4), n_blocks=1, latent_dim=16, n_codes=12, unshuffle=8)
+TINY = vqvae.ImageTokenizerConfig(ch=8, ch_mult=(1, 2, 4), n_blocks=1, latent_dim=16, n_codes=12, unshuffle=8)
 
 
 def make_vqvae(seed=0, config=TINY):
@@ -46,7 +46,7 @@ def make_latents(n=40, seed=1):
 def test_golden_latents_and_codes():
     golden = torch.load(os.environ.get("GOLDEN", HERE / "golden" / "tiny.pt"), weights_only=True)
     meta, golden = golden["meta"], golden["vqvae"]
-    tokenizer = vqvae.random_tokenizer(vqvae.TokenizerConfig(ch=32))
+    tokenizer = vqvae.random_image_tokenizer(vqvae.ImageTokenizerConfig(ch=32))
     tokenizer.load_state_dict(fill(tokenizer.state_dict(), meta["scale"], prefix="model.image_tokenizer."))
     images = inputs.images(meta["B"], meta["seed"], 0)
     z = tokenizer.latents(images[:1])[:, : golden["z_first"].shape[1]]
@@ -60,7 +60,7 @@ def test_names_and_shapes_are_the_released_encoders():
     lines = (HERE / "golden" / "keys_vqvae.txt").read_text().splitlines()
     expected = {line.split("\t")[0]: line.split("\t")[1] for line in lines if not line.startswith("#")}
     with torch.device("meta"):
-        state = vqvae.Tokenizer(vqvae.TokenizerConfig()).state_dict()
+        state = vqvae.ImageTokenizer(vqvae.ImageTokenizerConfig()).state_dict()
     assert {name: str(tuple(value.shape)) for name, value in state.items()} == expected
 
 
@@ -82,7 +82,7 @@ def test_nearest_is_the_smallest_euclidean_distance(amp):
 
 
 def test_codes_are_in_row_order_and_can_be_labels():
-    tokenizer = vqvae.random_tokenizer(TINY)
+    tokenizer = vqvae.random_image_tokenizer(TINY)
     images = torch.randn(3, 3, 64, 96)
     codes = tokenizer.encode(images)
     assert codes.shape == (3, 6) and codes.dtype == torch.int64
@@ -99,7 +99,7 @@ def test_codes_are_in_row_order_and_can_be_labels():
 @pytest.mark.parametrize("shape", [(1, 3, 64, 60), (1, 1, 64, 64), (3, 64, 64)])
 def test_wrong_image_shapes_are_refused(shape):
     with pytest.raises(ValueError, match="multiples of 32"):
-        vqvae.random_tokenizer(TINY).encode(torch.zeros(shape))
+        vqvae.random_image_tokenizer(TINY).encode(torch.zeros(shape))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,14 +255,14 @@ def test_loaded_codes_are_those_that_were_saved(layout, tmp_path):
             "model": {"model": own},
         }
         torch.save(files[layout], path)
-    tokenizer = vqvae.load_tokenizer(path)
+    tokenizer = vqvae.load_image_tokenizer(path)
     assert tokenizer.config == TINY
     assert torch.equal(tokenizer.encode(images), model.encode(images))
     assert not tokenizer.training and not any(p.requires_grad for p in tokenizer.parameters())
 
 
 def test_files_that_are_no_tokenizer_end_in_one_line(tmp_path):
-    state, path = vqvae.random_tokenizer(TINY).state_dict(), tmp_path / "file.pt"
+    state, path = vqvae.random_image_tokenizer(TINY).state_dict(), tmp_path / "file.pt"
     conv = "encoder.mid.block_1.conv1.weight"
     for broken, said in (
         ({"fc.weight": torch.ones(2, 2)}, "encoder.conv_in.weight is missing"),
@@ -272,7 +272,7 @@ def test_files_that_are_no_tokenizer_end_in_one_line(tmp_path):
     ):
         torch.save(broken, path)
         with pytest.raises(settings.InputError, match=said) as error:
-            vqvae.load_tokenizer(path)
+            vqvae.load_image_tokenizer(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -343,7 +343,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(data_root, tmp_path, monkeypatch
 def test_the_stage_writes_a_tokenizer_and_a_picture(data_root, tmp_path):
     model, metrics = run_stage(make_config(data_root, tmp_path / "run", max_steps=3, dtype="bfloat16"))
     images = torch.randn(2, 3, 64, 96)
-    assert torch.equal(vqvae.load_tokenizer(tmp_path / "run" / "last.pt").encode(images), model.encode(images))
+    assert torch.equal(vqvae.load_image_tokenizer(tmp_path / "run" / "last.pt").encode(images), model.encode(images))
     row = read_log(tmp_path / "run")[0]
     assert row["loss"] == pytest.approx(row["l1"] + 0.25 * row["commitment"])
     sheet = np.asarray(Image.open(tmp_path / "run" / "reconstructions.png"))
@@ -381,11 +381,11 @@ def test_tokenizer_config_fits_the_pretraining_config(name):
     assert (ours.data_root, ours.image_size) == (theirs.data_root, theirs.image_size)
     sizes = vqvae.check_config(ours)
     if name == "fashionall":
-        assert sizes == vqvae.TokenizerConfig()
+        assert sizes == vqvae.ImageTokenizerConfig()
         return
     assert theirs.tokenizer == f"{ours.out_dir}/last.pt"
     flops = []
-    for part in (vqvae.Tokenizer(sizes).latents, ResNet(theirs.resnet, theirs.width)):
+    for part in (vqvae.ImageTokenizer(sizes).latents, ResNet(theirs.resnet, theirs.width)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             part(torch.zeros(1, 3, ours.image_size, ours.image_size))
         flops.append(counter.get_total_flops())

@@ -103,7 +103,7 @@ class Bare(nn.Module):
                 self.head.weight = self.words.weight
             ours, bare = (sum(p.numel() for p in m.parameters()) for m in (s.model, self))
             self.positions = nn.Parameter(torch.zeros((ours - bare) // d, d))
-        self.tokenizer = s.image_tokenizer and vqvae.random_tokenizer(s.image_tokenizer.config)
+        self.tokenizer = s.image_tokenizer and vqvae.random_image_tokenizer(s.image_tokenizer.config)
         trained = [p for p in self.to(s.device).parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, fused=True)
         self.batches = [data.to_device(batch, s.device) for batch in s.batches]

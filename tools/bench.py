@@ -79,7 +79,9 @@ def prepare(config, name, build="cpu"):
         transform = data.image_transform(kind, own.image_size, True)
         s.dataset = data.Samples(items, words, transform, own.max_tokens or longest, draw)
     if name == "mpfc":
-        s.image_tokenizer = vqvae.random_tokenizer(vqvae.check_config(settings.load_config(vqvae.VQVAEConfig, [vq])))
+        s.image_tokenizer = vqvae.random_image_tokenizer(
+            vqvae.check_config(settings.load_config(vqvae.VQVAEConfig, [vq]))
+        )
         sizes["n_codes"] = s.image_tokenizer.to(s.device).config.n_codes
     with torch.device(build):
         s.model = make(own, vocab_size=words.get_vocab_size(), **sizes).train()
@@ -151,7 +153,7 @@ def pipeline(config, chunk=64):
     torch.set_num_threads(1)  # as a worker
     dataset = prepare(dataclasses.replace(config, batch_size=1), "itc", "meta").dataset
     dataset.products = [dataclasses.replace(p, images=p.images[:1]) for p in dataset.products]
-    large, pairs = round(dataset.side * data.STRIDE * 256 / 224), 5 * config.pairs  # short ones
+    large, pairs = round(dataset.side * settings.STRIDE * 256 / 224), 5 * config.pairs  # short ones
     part = [np.random.default_rng(i).integers(len(dataset), size=chunk).tolist() for i in range(pairs)]
     bare = partial(decode, [[dataset.products[j].images[0] for j in rows] for rows in part], large)
     compare(bare, lambda _: dataset[0, 0, "itc"], pairs)  # files into the page cache, our side set up
@@ -160,7 +162,7 @@ def pipeline(config, chunk=64):
 
 
 def made_up(n):
-    """Embeddings of n images and n / 3 texts and their product ids, as `evaluate.retrieval` takes them."""
+    """Embeddings of n images and n / 3 texts and their product ids, as `evaluate.full_gallery` takes them."""
     torch.manual_seed(0)
     return torch.randn(n, WIDTH), torch.randn(n // 3, WIDTH), torch.arange(n) % (n // 3), torch.arange(n // 3)
 
@@ -170,11 +172,11 @@ def gallery(config, n):
     formula: 16 MB of workspace and two blocks of 512 n scores."""
     image, text, images, texts = embeddings = made_up(n)
     group, cpu = torch.randint(SUBCATEGORIES, (n // 3,)), common.start_processes("cpu").device
-    evaluate.retrieval(image[:512], text[:512], texts[:512], texts[:512])  # BLAS takes its workspace
+    evaluate.full_gallery(image[:512], text[:512], texts[:512], texts[:512])  # BLAS takes its workspace
     before = runs.peak_memory_gb(cpu)
-    evaluate.retrieval(*embeddings)
+    evaluate.full_gallery(*embeddings)
     row = {"images": n, "mb": 1e3 * (runs.peak_memory_gb(cpu) - before), "formula_mb": 16 + 8 * 512 * n / 1e6}
-    row |= compare(lambda _: evaluate.retrieval(*embeddings), lambda _: multiply(image, text), config.pairs)
+    row |= compare(lambda _: evaluate.full_gallery(*embeddings), lambda _: multiply(image, text), config.pairs)
     return row | {"sample_100": timed(lambda _: evaluate.sample_100(*embeddings, group[images], group))[0]}
 
 
@@ -184,7 +186,7 @@ def scaling(config, name):
     if name == "retrieval":
         common.start_processes("cpu")  # freed memory is kept, as in evaluate.py
         sets = {n: made_up(n) for n in GALLERIES}
-        sides = {f"{n} images": (2e-6 * n**2 / 3, lambda _, n=n: evaluate.retrieval(*sets[n])) for n in sets}
+        sides = {f"{n} images": (2e-6 * n**2 / 3, lambda _, n=n: evaluate.full_gallery(*sets[n])) for n in sets}
     else:
         most, sides = BATCHES[-1], {}  # every size sees the same samples, for texts differ in length
         s = prepare(dataclasses.replace(config, batch_size=most), name)
@@ -203,7 +205,7 @@ def searching(config, items=100_000, photos=64):
     """Median time of a search (scores, best 10) among `items` vectors mapped from a file, after a first one has loaded
     it; images/s of an index build on made-up JPEGs of 256 px beside the encoder's on decoded images."""
     rng, row = np.random.default_rng(0), {"items": items}
-    encode = partial(evaluate.encode, FashionViL(ModelConfig(heads=("contrastive",))).eval())
+    encode = partial(evaluate.embed_batch, FashionViL(ModelConfig(heads=("contrastive",))).eval())
     own = evaluate.EvalConfig(image_size=224, eval_batch_size=32, workers=0)
     embed = partial(evaluate.embed, encode, tokenizer=None, config=own, processes=common.start_processes("cpu"))
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as photo_dir:

@@ -11,10 +11,10 @@ from tqdm import tqdm
 from annotations import (
     FASHIONIQ_CLASSES,
     SETS,
-    check_subcategories,
+    collecting,
+    has_subcategories,
     load_fashioniq,
     load_polyvore,
-    noting,
     scan_products,
 )
 from common import run
@@ -43,7 +43,7 @@ def check(root, workers=0, open_images=True):
             if not Path(root, source, file).exists():
                 report.append(f"{source:16} {split:5}  no {file}")
                 continue
-            with noting(faults):
+            with collecting(faults):
                 products, found = scan_products(root, source, split)
                 faults += found
                 images |= {path: product.name for product in products for path in product.images}
@@ -53,11 +53,11 @@ def check(root, workers=0, open_images=True):
                 counts = f"{len(products)} products, {n_images} images, {len(vocabulary)} attributes{shown}"
                 report.append(f"{source:16} {split:5}  {counts}")
                 if split == "val":
-                    check_subcategories(products)
+                    has_subcategories(products)
     for garment in FASHIONIQ_CLASSES:
         for split in ("train", "val"):
             if Path(root, "FashionIQ", "captions", f"cap.{garment}.{split}.json").exists():
-                with noting(faults):
+                with collecting(faults):
                     gallery = "original" if split == "val" else "val"  # training needs no split file
                     queries, names = load_fashioniq(root, garment, split, gallery, faults)
                     images |= {q[key]: q["name"] for q in queries for key in ("image", "image2")}
@@ -69,7 +69,7 @@ def check(root, workers=0, open_images=True):
     for split in ("disjoint", "nondisjoint"):
         for part in ("train", "test"):
             if Path(root, "PolyvoreOutfits", f"ocir_{split}_{part}.json").exists():
-                with noting(faults):
+                with collecting(faults):
                     outfits, n = load_polyvore(root, split, part, faults)
                     images |= {path: o["name"] for o in outfits for path, _ in [*o["items"], o["blank_item"]]}
                     report.append(f"PolyvoreOutfits  {part:5}  {split}: {len(outfits)} outfits, {n} categories")

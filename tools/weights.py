@@ -103,7 +103,7 @@ def describe(path):
     if info["kind"] == "tokenizer":
         import vqvae  # which imports this module
 
-        model = vqvae.load_tokenizer(path)
+        model = vqvae.load_image_tokenizer(path)
     else:
         model, *_ = _plan(path)
     print("sizes:", dataclasses.asdict(model.config))
