@@ -140,7 +140,7 @@ def small(catalogue, out, **changes):
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(catalogue, image_tokenizer_file, tmp_path, capsys):
     one = Processes(0, 1, torch.device("cpu"))
-    changes = {"tokenizer": str(image_tokenizer_file), "grad_accum": 2}
+    changes = {"image_tokenizer": str(image_tokenizer_file), "grad_accum": 2}
     whole = small(catalogue, tmp_path / "whole", **changes)
     pretrain.train(whole, one)
     table = capsys.readouterr().out

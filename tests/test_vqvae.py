@@ -383,7 +383,7 @@ def test_tokenizer_config_fits_the_pretraining_config(name):
     if name == "fashionall":
         assert sizes == vqvae.ImageTokenizerConfig()
         return
-    assert theirs.tokenizer == f"{ours.out_dir}/last.pt"
+    assert theirs.image_tokenizer == f"{ours.out_dir}/last.pt"
     flops = []
     for part in (vqvae.ImageTokenizer(sizes).latents, ResNet(theirs.resnet, theirs.width)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
