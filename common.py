@@ -1,6 +1,4 @@
-"""What the stages share and nothing else: settings, processes, randomness, schedule, optimizer groups, run folder.
-
-No loop, no model, no task name stands here."""
+"""What all stages share: processes and collectives, seeds, precision, learning rate, optimizer, files written whole."""
 
 import contextlib
 import ctypes
@@ -14,25 +12,26 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from settings import InputError
+from settings import DEVICES, InputError
 
-EXIT_STOPPED = 75  # of a run that SIGTERM or SIGINT ended after a save; sysexits.h's "try again". torchrun has its own
+EXIT_STOPPED = 75  # exit code of a run that was stopped and has saved: "try again" in sysexits.h
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved; its text is the one line that the user sees."""
+    """The run was asked to stop, and has saved. Its text is the one line that the user sees."""
 
 
 def run(main):
-    """Call `main()`; InputError: its one line and exit code 2, Stopped: its line and EXIT_STOPPED; a bug traces."""
+    """Call `main()`. InputError and Stopped print their one line and exit with 2 and EXIT_STOPPED; a bug traces."""
     try:
         main()
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_STOPPED)
     except InputError as error:
-        # an error raised in a DataLoader worker arrives wrapped in that worker's traceback: its last line is ours
+        # An error of a loader worker arrives inside that worker's traceback. Its last line is ours.
         print("error:", str(error).strip().splitlines()[-1].removeprefix("settings.InputError: "), file=sys.stderr)
         sys.exit(2)
     finally:
@@ -41,16 +40,12 @@ def run(main):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# settings
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# processes
+# processes and collectives
 
 
 @dataclass
 class Processes:
-    """Who we are among the processes of torchrun (one process without it) and the device that is ours."""
+    """This process's rank among the `world_size` processes of torchrun, and its device. Without torchrun: 0 of 1."""
 
     rank: int
     world_size: int
@@ -62,13 +57,14 @@ class Processes:
 
 
 def start_processes(device="auto", deterministic=False):
-    """Join torchrun's group where there is one: NCCL on GPUs, gloo on CPUs; one process needs no group. On a CPU the
-    process keeps freed memory from then on. Raises InputError for a device that is not there."""
+    """Choose the device and join torchrun's process group, if there is one: NCCL on GPUs, gloo on CPUs.
+
+    device: "auto", "cpu" or "cuda". Returns Processes. Raises InputError for a device that is not there."""
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without it
         torch.use_deterministic_algorithms(True)
-    local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device not in ("auto", "cpu", "cuda"):
+    local_rank, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device not in DEVICES:
         raise InputError(f"device: found {device!r}, expected auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: found cuda, but torch sees no GPU; use --device=cpu")
@@ -77,32 +73,42 @@ def start_processes(device="auto", deterministic=False):
     if on_gpu:
         torch.cuda.set_device(device)
     elif platform.libc_ver()[0] == "glibc":
-        # it gives the memory of large tensors back to the kernel, and to fault the pages in again takes up to a tenth
-        # of a step; M_MMAP_MAX = 0 and M_TRIM_THRESHOLD = -1 keep it for the next tensor
+        # glibc gives the memory of large tensors back to the system, and getting it again takes up to a tenth of a
+        # step. M_MMAP_MAX (-4) = 0 and M_TRIM_THRESHOLD (-1) = -1 keep it for the next tensor.
         for option, value in ((-4, 0), (-1, -1)):
             ctypes.CDLL(None).mallopt(option, value)
-    if world_size > 1:
+    if processes > 1:
         store, rank, _ = next(dist.rendezvous("env://"))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun (2.13) keeps one store over its restarts: a new group would wait for the dead one's addresses
+            # torchrun keeps one store over its restarts. Without a prefix a new group waits for dead addresses.
             store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        # on GPUs both: tensors on the CPU, as of `any_process`, go through gloo and wait for no GPU
-        backend, own = ("cpu:gloo,cuda:nccl", device) if on_gpu else ("gloo", None)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=own)
-    return Processes(int(os.environ.get("RANK", 0)), world_size, device)
+        # On GPUs there are both backends: tensors on the CPU, as in `any_process`, go through gloo and wait for no GPU.
+        backend, own_device = ("cpu:gloo,cuda:nccl", device) if on_gpu else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=processes, device_id=own_device)
+    return Processes(int(os.environ.get("RANK", 0)), processes, device)
+
+
+def world_size():
+    """Number of processes in the group; 1 where there is no group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    """This process's place in the group, from 0; 0 where there is no group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def in_group():
-    """Whether collectives have anyone to talk to: the one check that all of them sit behind."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    """Whether there are other processes. Every collective below asks this first."""
+    return world_size() > 1
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """Concatenate over processes; the gradient of a row is the sum of what all processes' losses say about it."""
+    """Concatenation over processes. The gradient of a row is the sum of its gradients in all processes' losses."""
 
     @staticmethod
     def forward(ctx, x):
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
@@ -110,52 +116,47 @@ class _GatherWithGradient(torch.autograd.Function):
     def backward(ctx, grad):
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+        return grad.chunk(world_size())[rank()]
 
 
 def gather_with_gradient(x):
-    """(B, ...) of this process -> (world_size * B, ...) of all, rank after rank, differentiable; equal B everywhere."""
+    """(B, ...) of this process -> (world_size * B, ...) of all, rank after rank, differentiable. All B are equal."""
     return _GatherWithGradient.apply(x) if in_group() else x
 
 
 def all_mean(x):
-    """Mean over processes of a float tensor, no gradient; returns a new tensor of the same shape."""
+    """Mean over processes of a float tensor, without gradient, of the same shape."""
     if not in_group():
         return x
     x = x.detach().clone()
     dist.all_reduce(x)
-    return x / dist.get_world_size()
+    return x / world_size()
 
 
 def gather_rows(x):
-    """Rows of all processes, (B_r, ...) with any B_r each -> (sum of B_r, ...), no gradient, for evaluation."""
+    """Rows of all processes, rank after rank: (B_r, ...) with any B_r each -> (sum of B_r, ...), without gradient."""
     if not in_group():
         return x
-    counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
+    counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(world_size())]
     dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
-    longest = max(int(n) for n in counts)
-    padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
+    counts = [int(n) for n in counts]
+    # all_gather takes equal shapes only, so the shorter ones are filled up and cut again
+    padded = torch.cat([x, x.new_zeros(max(counts) - len(x), *x.shape[1:])])
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
-    return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
-
-
-def barrier():
-    if in_group():
-        dist.barrier()
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
 def gather_objects(value):
     """[value of rank 0, of rank 1, ...] on every process; plain Python values and CPU tensors."""
-    if not in_group():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * world_size()
+    if in_group():
+        dist.all_gather_object(values, value)
     return values
 
 
 def any_process(flag):
-    """Whether `flag` is true on any process; every process gets the same answer."""
+    """Whether `flag` is true on any process. Every process gets the same answer."""
     if not in_group():
         return flag
     flag = torch.tensor(float(flag))
@@ -164,39 +165,29 @@ def any_process(flag):
 
 
 def copy_from_main(tensors):
-    """Overwrite the tensors of every process by rank 0's."""
+    """Overwrite the tensors of every process by those of rank 0."""
     if in_group():
         for tensor in tensors:
             dist.broadcast(tensor.data, 0)
 
 
 def same_everywhere(what, value, cure):
-    """Raise InputError naming the rank where `value` is not rank 0's."""
+    """Raise InputError naming the rank where `value` is not that of rank 0."""
     values = gather_objects(value)
-    for rank, other in enumerate(values):
+    for other_rank, other in enumerate(values):
         if other != values[0]:
-            raise InputError(f"{what}: rank {rank} has {other}, rank 0 {values[0]}; {cure}")
+            raise InputError(f"{what}: rank {other_rank} has {other}, rank 0 {values[0]}; {cure}")
 
 
-def checksum(model):
-    """One number of all bits of a model's float32 parameters: that of other weights is almost surely another."""
-    total = 0
-    for i, parameter in enumerate(model.parameters(), 1):
-        total = total + i * parameter.detach().view(torch.int32).sum(dtype=torch.int64)
-    return int(total)
+def distribute(model, processes):
+    """The model as DistributedDataParallel where there are several processes, else the model itself."""
+    # An update uses the heads of one objective. DDP must not wait for gradients of the others.
+    return DistributedDataParallel(model, find_unused_parameters=True) if processes.world_size > 1 else model
 
 
-def check_weights(model, done):
-    """Before a validation or save after `done` updates: rank 0's buffers for all, and parameters that must not differ.
-
-    Raises InputError naming the rank that has drifted."""
-    copy_from_main(model.buffers())  # BatchNorm's averages, which each process moves by its own batch
-    cure = "the last checkpoint is from before it: --resume=auto, and suspect that rank's machine"
-    same_everywhere(f"after update {done} the weights' checksums differ", checksum(model), cure)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# stop requests and health
+def averaging(model, is_last):
+    """The context of a micro-batch: DDP averages the gradients over processes once an update, in the last one."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last else contextlib.nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,7 +195,7 @@ def check_weights(model, done):
 
 
 def seed_step(seed, step, rank):
-    """Seed dropout of one update from (seed, step, rank): any update can be run again without those before it."""
+    """Seed dropout of one update from (seed, step, rank): an update can be repeated without those before it."""
     state = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
     torch.default_generator.manual_seed(state)  # torch.manual_seed keeps a stack trace per call where there is no GPU
     if torch.cuda.is_available():
@@ -212,10 +203,8 @@ def seed_step(seed, step, rank):
 
 
 def autocast(device, dtype):
-    """The autocast context of a config's dtype name; float32 is none."""
-    if dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+    """The autocast context of a dtype's name, one of settings.DTYPES; for float32 it does nothing."""
+    return contextlib.nullcontext() if dtype == "float32" else torch.autocast(device.type, dtype=getattr(torch, dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,55 +212,59 @@ def autocast(device, dtype):
 
 
 def lr_multiplier(n, warmup, milestones, warmup_factor=0.25):
-    """Factor on every rate with `n` updates done: linear from .25 up to `warmup`, a tenth at each milestone."""
+    """Factor on every learning rate with `n` updates done. Source: docs/recipe.md "Optimizer and schedule".
+
+    It grows linearly from `warmup_factor` to 1 at update `warmup`, then falls to a tenth at each milestone."""
     if n < warmup:
         return warmup_factor * (1 - n / warmup) + n / warmup
-    return 0.1 ** sum(n >= m for m in milestones)
+    return 0.1 ** sum(n >= milestone for milestone in milestones)
 
 
 def is_fast(name):
-    """Image encoder, projection and heads learn `lr_factor` times faster; the heads have no part in BERT."""
+    """Whether a parameter learns `lr_factor` times faster: those of the image encoder, the projection and the heads.
+
+    MLM's decoder is the word table, whose name is BERT's, so it learns at the base rate. So does logit_scale."""
     return name.startswith(("image_encoder.", "heads.", "bert.embeddings.projection."))
 
 
 def has_decay(name):
-    """All but biases and LayerNorms decay; the image encoder's BatchNorms do decay, as in the original's optimizer."""
+    """Whether weight decay acts on a parameter: on all but biases and LayerNorms of Transformer and heads.
+
+    The image encoder's BatchNorms do decay, as in the original's optimizer."""
     return name.startswith("image_encoder.") or not (name.endswith(".bias") or "LayerNorm" in name)
 
 
-def parameter_groups(model, config):
-    """AdamW groups, every trainable parameter in exactly one: fast or base rate, with or without decay."""
+def parameter_groups(model, lr, weight_decay, lr_factor=1.0):
+    """AdamW's groups, every trainable parameter in exactly one: fast or base rate, with or without decay."""
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        lr = config.lr * (config.lr_factor if is_fast(name) else 1.0)
-        decay = config.weight_decay if has_decay(name) else 0.0
-        group = groups.setdefault((lr, decay), {"params": [], "base_lr": lr, "lr": lr, "weight_decay": decay})
+        rate = lr * lr_factor if is_fast(name) else lr
+        decay = weight_decay if has_decay(name) else 0.0
+        group = groups.setdefault((rate, decay), {"params": [], "base_lr": rate, "lr": rate, "weight_decay": decay})
         group["params"].append(parameter)
     return list(groups.values())
 
 
-def make_optimizer(model, config):
+def make_optimizer(model, lr, weight_decay, lr_factor=1.0):
     """torch's fused AdamW over `parameter_groups`, betas (.9, .999), eps 1e-8."""
-    return torch.optim.AdamW(parameter_groups(model, config), eps=1e-8, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, lr, weight_decay, lr_factor), eps=1e-8, fused=True)
 
 
-def set_lr(optimizer, n, config):
-    """Set every group's rate for the update that follows `n` finished ones; returns the multiplier."""
-    factor = lr_multiplier(n, config.warmup, config.milestones)
+def set_lr(optimizer, n, warmup, milestones):
+    """Set the learning rate of every group for the update that follows `n` finished ones."""
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
-    return factor
+        group["lr"] = group["base_lr"] * lr_multiplier(n, warmup, milestones)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# run folder
+# files
 
 
 @contextlib.contextmanager
 def writing(path):
-    """What the disk refuses while `path` is written becomes one line: InputError."""
+    """Turn what the disk refuses while `path` is written into one line, an InputError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -283,9 +276,9 @@ def writing(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A binary file, written aside in the same folder, flushed to disk, and only then given its name `path`.
+    """A binary file that is written aside in the same folder, flushed to disk, and only then gets its name `path`.
 
-    Raises InputError on a full disk, a missing folder or permission: the last whole file stays and no half one."""
+    Raises InputError on a full disk, a missing folder or permission. The last whole file stays, no half one."""
     path = Path(path)
     aside = path.with_name(path.name + ".tmp")
     try:
@@ -299,15 +292,9 @@ def replacing(path):
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
-    with contextlib.suppress(OSError):  # makes the rename last; some network file systems cannot sync a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def write_json(path, value):
-    """A reader never sees half a file."""
+    """Write `value` as JSON. A reader never sees half a file."""
     with replacing(path) as file:
         file.write((json.dumps(value, indent=1) + "\n").encode())

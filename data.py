@@ -14,18 +14,9 @@ import tokenizers
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
 from settings import STRIDE, InputError
-
-try:
-    from torchvision.transforms import v2
-except RuntimeError:
-    # PyPI's torchvision for Linux is built for CUDA. On a CPU-only torch its compiled operators cannot load, and the
-    # import stops where it describes two of them. The transforms need no operator, so naming those two is enough.
-    _names = torch.library.Library("torchvision", "FRAGMENT")
-    for _name in ("nms", "qnms"):
-        _names.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    from torchvision.transforms import v2
 
 MEAN = (0.46777044, 0.44531429, 0.40661017)  # of the fashion photos, not ImageNet's; the image tokenizer's too
 STD = (0.12221994, 0.12145835, 0.14380469)
@@ -66,7 +57,7 @@ def open_image(path):
 
 
 def image_transform(kind, size, train):
-    """(PIL image, np.random.Generator) -> uint8 array (size, size, 3), as recipe 3's table.
+    """(PIL image, np.random.Generator) -> uint8 array (size, size, 3), as docs/recipe.md "Images".
 
     kind "crop" (pre-training, FashionGen): resize to 256/224 of `size`, random or centre crop; "scale" (FashionIQ,
     OCIR): random resized crop in training, plain resize else. Training flips half of the images; the generator can be
@@ -224,7 +215,7 @@ def text_batch(vocab, texts, max_tokens=MAX_TOKENS):
 
 
 def mask_words(ids, words, tokenizer, rng, share=0.15):
-    """Whole-word masking (recipe 2, MLM) -> (masked ids, labels), lists as long as ids; labels -100 where unasked.
+    """Whole-word masking (docs/recipe.md "MLM") -> (masked ids, labels), lists as long as ids; -100 = no target.
 
     A word is chosen with p = share; of the chosen 80 % become [MASK], 10 % random tokens (each piece anew), 10 % stay.
     A text in which no word was chosen gets one at random, so that every text asks; one without words asks its [SEP]."""
@@ -248,7 +239,7 @@ def mask_words(ids, words, tokenizer, rng, share=0.15):
 
 
 def mask_patches(side, rng):
-    """BEiT's block-wise mask (recipe 2, MPFC) on a side x side grid -> bool (side * side,), True = masked."""
+    """BEiT's block-wise mask (docs/recipe.md "MPFC") on a side x side grid -> bool (side * side,), True = masked."""
     wanted = max(1, round(8 * side * side / 49))
     smallest = max(1, wanted // 2)
     mask = np.zeros((side, side), bool)
@@ -274,7 +265,7 @@ def mask_patches(side, rng):
 
 
 def drop_some(n, share, rng):
-    """bool (n,) with floor(share * n) True, drawn without replacement (recipe 2, MVC's Decision)."""
+    """bool (n,) with floor(share * n) True, drawn without replacement (docs/recipe.md "MVC")."""
     drop = np.zeros(n, bool)
     drop[rng.choice(n, int(share * n), replace=False)] = True
     return drop
@@ -301,7 +292,7 @@ class Pretraining(Dataset):
         for skipped in range(len(self.products)):
             try:
                 sample = self.sample(*key)
-                return {**sample, "skipped": skipped} if self.skip_broken else sample
+                return {**sample, "skipped": skipped}
             except InputError:
                 if not self.skip_broken:
                     raise
@@ -457,7 +448,7 @@ def pick_image(item, rng):
 
 
 def pick_pair(outfit, rng):
-    """Two different items of an outfit: question and blank (recipe 4, OCIR's Decision), with their categories.
+    """Two different items of an outfit: question and blank (docs/recipe.md "Fine-tuning"), with their categories.
 
     outfit {"items": [(path, category), ...]}; two images and their categories, for `losses.ocir`."""
     a, b = rng.permutation(len(outfit["items"]))[:2]

@@ -15,6 +15,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 python prepare/demo.py data/demo
 python vqvae.py configs/vqvae_demo.py "$@"
 python pretrain.py configs/demo.py "$@"
+python -m tools.summary runs/demo
 tasks="fashiongen_retrieval fashioniq fashiongen_category fashiongen_subcategory polyvore"
 for task in $tasks; do
     python finetune.py configs/demo_finetune.py --task=$task --out_dir=runs/demo_$task "$@"

@@ -1,4 +1,4 @@
-"""Stage 2: fine-tune for one of the five tasks, keep the best checkpoint, evaluate it (recipe 4, 5).
+"""Stage 2: fine-tune for one of the five tasks, keep the best checkpoint, evaluate it (FashionViL 3.3).
 
     CPU, minutes:   python finetune.py configs/demo_finetune.py --task fashioniq --init=runs/demo/best.pt
     one GPU:        python finetune.py --task fashioniq --init=CHECKPOINT --dtype=bfloat16
@@ -7,15 +7,14 @@
 --init takes a pre-trained checkpoint (ours or a released one), "pretrained" (plain ResNet + BERT) or "random".
 Writes run.json, log.jsonl, last.pt, best.pt and results.json (the best checkpoint's full evaluation)."""
 
-import contextlib
 import dataclasses
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import annotations
 import checkpoint
@@ -26,44 +25,34 @@ import losses
 import runs
 import settings
 from model import RESNETS, SIZES, CSANet, FashionViL, ModelConfig
-from settings import STRIDE, InputError, ModelTrainConfig, setting
+from settings import COUNT, DEVICES, DTYPES, FROM_0, SHARE, setting
 
 CONFIGS = Path(__file__).parent / "configs"
 
 
-@dataclass
-class FinetuneConfig(ModelTrainConfig):
-    """Settings of fine-tuning. Without a config file, configs/<task>.py is read."""
-
-    task: str = setting("", "fashiongen_retrieval, fashioniq, fashiongen_category, fashiongen_subcategory or polyvore")
-    split: str = setting("disjoint", "polyvore: disjoint or nondisjoint")
-    gallery: str = setting("original", "fashioniq: original (split file) or val (references and targets)")
-
-
-# Each also reads what the validation will: a fault in it must not wait for the first validation.
+# Each function returns (training items, sizes that the model takes from the data). Each also reads the validation data
+# once, so that a fault in it ends the run now and not at the first validation.
 
 
 def retrieval_items(config):
+    """One item per product of FashionGen."""
     annotations.has_subcategories(annotations.load_products(config.data_root, "FashionGen", "val"))
-    return [
-        {"image": p.images, "text": p.text, "name": p.name}
-        for p in annotations.load_products(config.data_root, "FashionGen", "train")
-    ], {}
+    products = annotations.load_products(config.data_root, "FashionGen", "train")
+    return [{"image": p.images, "text": p.text, "name": p.name} for p in products], {}
 
 
 def fashioniq_items(config):
-    """One item per training triplet of the three classes: reference, target, both captions; no data sizes."""
-    keys = ("image", "image2", "text", "name")
+    """One item per training triplet of the three classes: reference, target, both captions."""
+    items = []
     for garment in annotations.FASHIONIQ_CLASSES:
         annotations.load_fashioniq(config.data_root, garment, "val", config.gallery)
-    classes = (
-        annotations.load_fashioniq(config.data_root, c, "train", "val")[0] for c in annotations.FASHIONIQ_CLASSES
-    )
-    return [{key: query[key] for key in keys} for queries in classes for query in queries], {}
+        queries, _ = annotations.load_fashioniq(config.data_root, garment, "train", gallery="val")
+        items += [{key: query[key] for key in ("image", "image2", "text", "name")} for query in queries]
+    return items, {}
 
 
 def recognition_items(config):
-    """Training items, and as many classes as training and validation labels need."""
+    """One item per product of FashionGen, and as many classes as training and validation labels need."""
     key = annotations.RECOGNITION_LABELS[config.task]
     train, val = (annotations.load_products(config.data_root, "FashionGen", split) for split in ("train", "val"))
     items = [{"image": p.images, "text": p.text, "label": getattr(p, key), "name": p.name} for p in train]
@@ -71,176 +60,165 @@ def recognition_items(config):
 
 
 def polyvore_items(config):
-    """One item per distinct outfit: its questions with their blank, whichever item the row asks for."""
+    """One item per outfit, with all its pieces. Several rows of the file may stand for one outfit."""
     outfits, n_categories = annotations.load_polyvore(config.data_root, config.split, "train")
     annotations.load_polyvore(config.data_root, config.split, "test")
     whole = {frozenset([*o["items"], o["blank_item"]]): o["name"] for o in outfits}
     return [{"items": sorted(items), "name": name} for items, name in whole.items()], {"n_categories": n_categories}
 
 
-# task: loss, heads of the model (none: CSA-Net), training items, how a visit draws from an item, image transform,
-# longest text
-RECOGNITION = (losses.recognition, ("recognition",), recognition_items, data.pick_image, "crop", data.MAX_TOKENS)
+@dataclass
+class Task:
+    """What is special to a task. No heads means a CSA-Net."""
+
+    objective: Callable
+    heads: tuple
+    load_items: Callable
+    pick: Callable | None  # what a visit takes of an item; None: all of it
+    transform: str = "crop"  # as data.image_transform has them
+    max_tokens: int = data.MAX_TOKENS
+
+
+RECOGNITION = Task(losses.recognition, ("recognition",), recognition_items, data.pick_image)
 TASKS = {
-    "fashiongen_retrieval": (losses.itc, ("contrastive",), retrieval_items, data.pick_image, "crop", data.MAX_TOKENS),
-    "fashioniq": (losses.tgir, ("contrastive",), fashioniq_items, None, "scale", data.FASHIONIQ_MAX_TOKENS),
+    "fashiongen_retrieval": Task(losses.itc, ("contrastive",), retrieval_items, data.pick_image),
+    "fashioniq": Task(losses.tgir, ("contrastive",), fashioniq_items, None, "scale", data.FASHIONIQ_MAX_TOKENS),
     "fashiongen_category": RECOGNITION,
     "fashiongen_subcategory": RECOGNITION,
-    "polyvore": (losses.ocir, (), polyvore_items, data.pick_pair, "scale", data.MAX_TOKENS),
+    "polyvore": Task(losses.ocir, (), polyvore_items, data.pick_pair, "scale"),
 }
 
 
+@dataclass
+class FinetuneConfig:
+    """Settings of fine-tuning. Without a config file, configs/<task>.py is read."""
+
+    task: str = setting("", ", ".join(TASKS), choices=tuple(TASKS), group="task")
+    split: str = setting("disjoint", "polyvore: disjoint or nondisjoint")
+    gallery: str = setting("original", "fashioniq: original (split file) or val (references and targets)")
+
+    data_root: str = setting("data/datasets", "folder that holds FashionGen/, FashionIQ/, ...", group="data")
+    vocab: str = setting("", "WordPiece vocab.txt; empty: the checkpoint's, DATA_ROOT/vocab.txt, BERT's or the hub's")
+    image_size: int = setting(224, "pixels a side, a multiple of 32")
+    max_tokens: int = setting(0, "longest text, [CLS] and [SEP] included; 0: the paper's 75, for fashioniq 50", FROM_0)
+
+    init: str = setting("pretrained", "a checkpoint, pretrained (ImageNet ResNet + BERT) or random", group="model")
+    size: str = setting(
+        "base", "Transformer size, a row of model.SIZES; a checkpoint brings its own", choices=tuple(SIZES)
+    )
+    resnet: str = setting("resnet50", "resnet18, resnet34 or resnet50", choices=tuple(RESNETS))
+    width: int = setting(64, "channels of the ResNet's first stage", COUNT)
+    dropout: float = setting(0.1, "dropout of the Transformer", SHARE)
+    bert: str = setting("", "BERT folder or hub name, also sets the Transformer's size; empty: bert-base-uncased")
+    resnet_file: str = setting("", "torchvision's ResNet weights for --init=pretrained; empty: fetched, random: none")
+
+    batch_size: int = setting(256, "products per update, all processes together", COUNT, group="optimization")
+    grad_accum: int = setting(1, "micro-batches per update; contrastive candidates are one micro-batch", COUNT)
+    max_steps: int = setting(120_000, "updates", COUNT)
+    lr: float = setting(1e-5, "base learning rate", FROM_0)
+    lr_factor: float = setting(20.0, "image encoder, projection and heads learn this much faster", FROM_0)
+    weight_decay: float = setting(1e-4, "AdamW weight decay", FROM_0)
+    warmup: int = setting(15_000, "updates until the full learning rate; 0: none", FROM_0)
+    milestones: tuple = setting((45_000, 90_000), "updates at which the learning rate falls to a tenth")
+
+    device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES, group="machine")
+    dtype: str = setting("float32", "float32, bfloat16 (autocast) or float16 (and GradScaler)", choices=DTYPES)
+    compile: bool = setting(False, "torch.compile the image encoder")
+    workers: int = setting(4, "data loader workers per process; 0: load in the training process", FROM_0)
+    seed: int = setting(0, "every random draw follows from it", (0, 2**63 - 1))
+    deterministic: bool = setting(False, "only deterministic kernels; on CPU they always are")
+
+    out_dir: str = setting("", "run folder; empty: runs/<name of the config file>", group="log and checkpoints")
+    resume: str = setting("", "auto (newest whole checkpoint of the run folder, else start) or a checkpoint")
+    log_interval: int = setting(50, "updates between log lines", COUNT)
+    eval_interval: int = setting(2_000, "updates between validations; 0: only at the end, -1: never", (-1, math.inf))
+    eval_batch_size: int = setting(64, "images or texts a process embeds at a time in validation", COUNT)
+    save_interval: int = setting(0, "updates between further checkpoints; 0: none but those of validations", FROM_0)
+    wandb: str = setting("", "Weights & Biases project; empty: off")
+
+
 def build_model(config, heads, vocab_size, n_classes=0, n_categories=0):
-    """The task's model, sized as the --init checkpoint is, else by the config's own settings."""
+    """The task's model, of the sizes of the --init checkpoint, else of the config's own settings."""
     if config.init in ("random", "pretrained"):
-        sizes = checkpoint.bert_sizes(config.bert) if Path(config.bert, "config.json").exists() else SIZES[config.size]
-        model_config = ModelConfig(resnet=config.resnet, width=config.width, **{**sizes, "vocab_size": vocab_size})
+        sizes = {**checkpoint.transformer_sizes(config.bert, config.size), "vocab_size": vocab_size}
+        sizes = ModelConfig(resnet=config.resnet, width=config.width, **sizes)
     else:
-        model_config = checkpoint.model_config(config.init)
-    model_config = dataclasses.replace(model_config, heads=heads, n_classes=n_classes, dropout=config.dropout)
-    return FashionViL(model_config) if heads else CSANet(model_config, n_categories)
-
-
-def check_config(config):
-    """Raise InputError for a task that does not exist or sizes that none has."""
-    settings.check_limits(config)
-    if config.task not in TASKS:
-        raise InputError(f"task: found {config.task!r}, expected one of {', '.join(TASKS)}")
-    if config.size not in SIZES:
-        raise InputError(f"size: found {config.size!r}, expected one of {', '.join(SIZES)}")
-    if config.resnet not in RESNETS:
-        raise InputError(f"resnet: found {config.resnet!r}, expected one of {', '.join(RESNETS)}")
-    if config.image_size < STRIDE or config.image_size % STRIDE:
-        raise InputError(f"image_size: found {config.image_size}, expected a multiple of {STRIDE}")
+        sizes = checkpoint.load_model(config.init)[0].config
+    sizes = dataclasses.replace(sizes, heads=heads, n_classes=n_classes, dropout=config.dropout)
+    return FashionViL(sizes) if heads else CSANet(sizes, n_categories)
 
 
 def train(config, processes):
-    """The whole stage on this process. Returns {protocol: result} of the best checkpoint."""
-    check_config(config)
-    main, device = processes.is_main, processes.device
-    run_dir = Path(config.out_dir)
-    objective, heads, load_items, draw, kind, max_tokens = TASKS[config.task]
-    run_protocol, criterion, *_ = evaluate.PROTOCOLS[config.task]
+    """The whole stage on this process. Returns {protocol: Result} of the best checkpoint."""
+    settings.check_limits(config)
+    task, evaluation, device = TASKS[config.task], evaluate.EVALUATIONS[config.task], processes.device
     torch.manual_seed(config.seed)  # every process starts from the same weights
 
-    items, data_sizes = load_items(config)
+    # The data and the model.
+    items, sizes = task.load_items(config)
     vocab = checkpoint.vocabulary(config, config.init)
     tokenizer = data.wordpiece(vocab)
-    model = build_model(config, heads, tokenizer.get_vocab_size(), **data_sizes)
-    if heads:
-        data.check_lengths(config, model.config.max_position_embeddings, max_tokens)
+    model = build_model(config, task.heads, tokenizer.get_vocab_size(), **sizes)
+    if task.heads:  # a CSA-Net reads no text
+        data.check_lengths(config, model.config.max_position_embeddings, task.max_tokens)
     report = checkpoint.initialise(model, config.init, bert=config.bert, resnet=config.resnet_file)
     model.to(device)
-    optimizer = common.make_optimizer(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+    optimizer = common.make_optimizer(model, config.lr, config.weight_decay, config.lr_factor)
 
-    start, best, totals, health = 0, -1.0, {}, runs.Health(device)
-    state = checkpoint.find_resume(config.resume, run_dir, model)
-    if state is not None:
-        report += checkpoint.restore(state, config, model, optimizer, scaler)
-        start, best, totals = state["step"], state["best"], runs.own_part(state, processes).get("totals", {})
-        health.skipped_updates = state.get("skipped_updates", 0)
-    common.same_everywhere("resume", f"a start at update {start}", "the run folder must be the same on every node")
+    # The bookkeeping, which resumes an earlier run where config.resume says so.
+    contents = {"kind": "fashionvil" if task.heads else "csa_net", "task": config.task, "vocab": vocab, **sizes}
+    contents["model_config"] = dataclasses.asdict(model.config)
+    run = runs.Run(config, processes, model, optimizer, contents)
 
-    transform = data.image_transform(kind, config.image_size, train=True)
-    dataset = data.Samples(items, tokenizer, transform, config.max_tokens or max_tokens, draw, config.seed)
-    batches = data.Batches(len(items), config, processes, start, lambda step: config.task)
+    # The batches of the updates that are left, and the model that averages gradients over processes.
+    transform = data.image_transform(task.transform, config.image_size, train=True)
+    dataset = data.Samples(items, tokenizer, transform, config.max_tokens or task.max_tokens, task.pick, config.seed)
+    batches = data.Batches(len(items), config, processes, run.start, lambda step: config.task)
     loader = iter(data.train_loader(dataset, batches, config, device))
     if config.compile:
         model.image_encoder.compile()
-    # The retrieval losses never touch BERT's pooler; DDP must not wait for its gradient.
-    ddp = DistributedDataParallel(model, find_unused_parameters=True) if processes.world_size > 1 else model
+    ddp = common.distribute(model, processes)
+    run.open(batches, lambda row: items[row]["name"], [f"{config.task}: {len(items)} training items", *report])
 
-    if main:
-        runs.open_run(config, start)
-        print(f"{config.task}: {len(items)} training items", *report, sep="\n")
-
-    def save(name, step, **more):
-        state = {
-            "kind": "fashionvil" if heads else "csa_net",
-            "task": config.task,
-            "model": model.state_dict(),
-            "model_config": dataclasses.asdict(model.config),
-            **data_sizes,
-            "config": dataclasses.asdict(config),
-            "vocab": vocab,
-            "step": step,
-            "best": best,
-            **more,
-        }
-        checkpoint.save(run_dir / name, state)
-
-    def name_of(index):
-        return items[index]["name"]
-
-    logged, stop = start, runs.StopSignals()
-    clock, bar = time.perf_counter(), tqdm(range(start, config.max_steps), disable=not main, initial=start)
-    for step in bar:
-        common.set_lr(optimizer, step, config)
+    for step in run.steps():
+        # The learning rate and dropout follow from the update's number alone.
+        common.set_lr(optimizer, step, config.warmup, config.milestones)
         common.seed_step(config.seed, step, processes.rank)
         model.train()
         optimizer.zero_grad()
-        update_loss = 0.0
+
         for micro in range(config.grad_accum):
+            # The loss of one micro-batch, then its gradients, averaged over processes in the last micro-batch.
             batch = data.to_device(next(loader), device)
-            last = micro == config.grad_accum - 1
-            with contextlib.nullcontext() if last or ddp is model else ddp.no_sync():
+            with common.averaging(ddp, micro == config.grad_accum - 1):
                 with common.autocast(device, config.dtype):
-                    loss, measured = ddp(batch, objective)
-                scaler.scale(loss / config.grad_accum).backward()
-            update_loss = update_loss + loss.detach() / config.grad_accum
-            for key, value in {"loss": loss.detach(), **measured, "updates": 1}.items():
-                totals[key] = totals.get(key, 0) + value / config.grad_accum
-        health.step(step, update_loss, optimizer, scaler)
+                    loss, measured = ddp(batch, task.objective)
+                run.scaler.scale(loss / config.grad_accum).backward()
+            run.add("", loss, measured)
 
-        done, stopping = step + 1, common.any_process(bool(stop.asked))
-        logging, validating, saving = runs.due(config, done, stopping)
-        if logging or saving:
-            health.check(optimizer, config, batches, name_of)
-        if logging:
-            row = {"step": done, "lr": max(group["lr"] for group in optimizer.param_groups)}
-            row |= runs.mean_of_updates(totals, device)
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            row["samples_per_s"] = config.batch_size * (done - logged) / seconds
-            logged = done
-            row["memory_gb"] = runs.peak_memory_gb(device)
-            if scaler.is_enabled():
-                row["skipped_updates"] = health.skipped_updates
-            totals.clear()
-            if main:
-                runs.append_log(run_dir / "log.jsonl", row)
-                bar.set_postfix(loss=f"{row['loss']:.3f}")
-        pause = time.perf_counter()
-        if saving:
-            common.check_weights(model, done)
-        if validating:
+        # The update itself. The scaler divides the gradients by its scale first; only float16 has one.
+        run.scaler.step(optimizer)
+        run.scaler.update()
+
+        # What is due after this update: a log line, a validation, a checkpoint, or a stop that was asked for.
+        run.end_update(step)
+        if run.logging:
+            run.log()
+        if run.validating:
             model.eval()
-            metrics = next(iter(run_protocol(model, tokenizer, config, processes).values()))["metrics"]
-            if main:
-                runs.append_log(run_dir / "log.jsonl", {"step": done, **{f"val_{k}": v for k, v in metrics.items()}})
-                bar.write(f"step {done}: {criterion} {100 * metrics[criterion]:.1f} %")
-            if metrics[criterion] > best:
-                best = metrics[criterion]
-                if main:
-                    save("best.pt", done)
-        if saving:
-            parts = common.gather_objects({"totals": runs.as_values(totals)})
-            if main:
-                state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "parts": parts}
-                save("last.pt", done, **state, skipped_updates=health.skipped_updates)
-            clock += time.perf_counter() - pause  # speed is that of training
-        if stopping and done < config.max_steps:
-            stop.restore()
-            raise common.Stopped(f"stopped after update {done}, {run_dir / 'last.pt'}; --resume=auto goes on")
-    stop.restore()
+            result = evaluate.selecting(evaluation.run(model, tokenizer, config, processes))
+            run.keep_best(result.metrics, evaluation.criterion)
+        if run.saving:
+            run.save()
 
+    # The best checkpoint is evaluated. The main process surely has its file, so the others take the weights from it.
     if config.eval_interval < 0:
         return {}
-    if main:  # the one that has surely the file
-        model.load_state_dict(checkpoint.read(run_dir / "best.pt")["model"])
+    if processes.is_main:
+        model.load_state_dict(checkpoint.read_weights(run.folder / "best.pt")[0])
     common.copy_from_main(model.state_dict().values())
     model.eval()
-    return run_protocol(model, tokenizer, config, processes)
+    return evaluation.run(model, tokenizer, config, processes)
 
 
 def main():
@@ -249,16 +227,16 @@ def main():
         description=__doc__,
         files=lambda given: CONFIGS / f"{given['task']}.py" if given.get("task") in TASKS else None,
     )
-    check_config(config)
+    settings.check_limits(config)
     if config.out_dir.endswith("finetune"):  # named after the config file: one folder a task
         config.out_dir += f"_{config.task}"
     processes = common.start_processes(config.device, config.deterministic)
     started = time.perf_counter()
     results = train(config, processes)
     if processes.is_main and results:
-        path = Path(config.out_dir, "best.pt")
-        out = Path(config.out_dir, "results.json")
-        evaluate.report(results, config, path, out, time.perf_counter() - started)
+        folder = Path(config.out_dir)
+        seconds = time.perf_counter() - started
+        evaluate.report(results, config, folder / "best.pt", folder / "results.json", seconds)
 
 
 if __name__ == "__main__":

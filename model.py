@@ -1,8 +1,9 @@
-"""FashionViL: one ResNet, one BERT-style Transformer, and the heads (Han et al., ECCV 2022, arXiv 2207.08150).
+"""FashionViL: one ResNet, one BERT-style Transformer, prediction heads (Han et al., ECCV 2022, arXiv 2207.08150).
 
-The same Transformer weights encode text, fuse text with an image, and compose an image with a change in words; only
+The same Transformer weights encode text, fuse text with an image, and compose an image with a change in words. Only
 what is fed in differs. Letters in shape comments: B batch, T text tokens, P image patches (7 x 7 = 49 at 224 px),
-C channels of the image encoder (2048), D hidden size (768), K image codes (1024), A pseudo-attributes (2232).
+L positions of a sequence (T, or T + P), C channels of the image encoder (2048), D hidden size (768), K image codes
+(1024), A pseudo-attributes (2232). Masks are named by what True or 1 means.
 
 Parameters are named as torchvision (image_encoder) and Hugging Face (bert) name them, so that loading is copying."""
 
@@ -12,23 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Transformer sizes by name; head width is always hidden / heads
+# Transformer sizes by name
 SIZES = {
     "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
-    "minilm": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
     "mini": dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=3, intermediate_size=768),
     "demo": dict(hidden_size=192, num_hidden_layers=2, num_attention_heads=6, intermediate_size=384),
     "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128),
 }
 # ResNets by name: blocks per stage, and whether a block is the three-convolution bottleneck
 RESNETS = {"resnet18": ((2, 2, 2, 2), False), "resnet34": ((3, 4, 6, 3), False), "resnet50": ((3, 4, 6, 3), True)}
-HEADS = ("contrastive", "itm", "mlm", "mpfc", "pac", "recognition")
+HEADS = ("contrastive", "itm", "mlm", "mpfc", "pac", "recognition")  # "contrastive" is the learned scale alone
 PRETRAINING_HEADS = HEADS[:5]
 
 
 @dataclass
 class ModelConfig:
-    """Everything that decides shapes, plus dropout and the PAC scale."""
+    """Everything that decides shapes, and dropout, PAC's scale and ITM's candidates."""
 
     resnet: str = "resnet50"
     width: int = 64  # channels of the ResNet's first stage
@@ -45,25 +45,21 @@ class ModelConfig:
     n_attributes: int = 2232  # A, size of the pseudo-attribute vocabulary
     n_classes: int = 0  # of the recognition head
     pac_scale: float = 1.0  # multiplies the cosines of the PAC head; 1 as in the paper
-    itm_candidates: int = 0  # rows of the batch among which ITM looks for its negatives; 0: all, as in the paper
+    itm_candidates: int = 0  # texts among which ITM looks for its hardest negative; 0: the whole batch, as in the paper
 
     def __post_init__(self):
         self.heads = tuple(self.heads)
         if self.resnet not in RESNETS:
             raise ValueError(f"resnet: found {self.resnet!r}, expected one of {', '.join(RESNETS)}")
-        unknown = set(self.heads) - set(HEADS)
-        if unknown:
-            raise ValueError(f"heads: found {sorted(unknown)}, expected some of {', '.join(HEADS)}")
+        if not set(self.heads) <= set(HEADS):
+            raise ValueError(f"heads: found {self.heads}, expected some of {', '.join(HEADS)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden size {self.hidden_size} does not divide into {self.num_attention_heads} heads")
         if "recognition" in self.heads and self.n_classes < 1:
             raise ValueError("the recognition head needs n_classes, the number of classes of the data")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# image encoder
-
-
+# ---- image encoder ---------------------------------------------------------------------------------------------------
 class Block(nn.Module):
     """Residual block of ResNet-18/34 (two 3x3 convolutions) or, as `bottleneck`, of ResNet-50 (1x1, 3x3, 1x1)."""
 
@@ -73,14 +69,12 @@ class Block(nn.Module):
         if bottleneck:
             self.conv1 = nn.Conv2d(c_in, c, 1, bias=False)
             self.conv2 = nn.Conv2d(c, c, 3, stride, 1, bias=False)
-            self.conv3 = nn.Conv2d(c, c_out, 1, bias=False)
-            self.bn3 = nn.BatchNorm2d(c_out)
+            self.conv3, self.bn3 = nn.Conv2d(c, c_out, 1, bias=False), nn.BatchNorm2d(c_out)
         else:
             self.conv1 = nn.Conv2d(c_in, c, 3, stride, 1, bias=False)
             self.conv2 = nn.Conv2d(c, c, 3, 1, 1, bias=False)
         self.bn1, self.bn2 = nn.BatchNorm2d(c), nn.BatchNorm2d(c)
-        self.bottleneck = bottleneck
-        self.downsample = None
+        self.bottleneck, self.downsample = bottleneck, None
         if stride != 1 or c_in != c_out:
             self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
@@ -98,18 +92,16 @@ class ResNet(nn.Module):
     def __init__(self, name="resnet50", width=64):
         super().__init__()
         blocks, bottleneck = RESNETS[name]
-        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
         c_in = width
         for stage, n in enumerate(blocks):
             c = width * 2**stage
-            layers = []
-            for i in range(n):
-                layers.append(Block(c_in, c, 2 if stage and not i else 1, bottleneck))
-                c_in = c * 4 if bottleneck else c
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
-        self.out_channels = c_in
+            c_out = c * 4 if bottleneck else c
+            first = Block(c_in, c, 2 if stage else 1, bottleneck)
+            others = [Block(c_out, c, 1, bottleneck) for _ in range(n - 1)]
+            setattr(self, f"layer{stage + 1}", nn.Sequential(first, *others))
+            c_in = c_out
+        self.out_channels = c_out
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -117,15 +109,12 @@ class ResNet(nn.Module):
 
     def forward(self, images):
         """(B, 3, H, W) float, H and W multiples of 32 -> patch features (B, P, C), patches in row order."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(images)), inplace=True), 3, 2, 1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, C, H/32, W/32)
         return x.flatten(2).transpose(1, 2)  # (B, P, C)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Transformer
-
-
+# ---- Transformer -----------------------------------------------------------------------------------------------------
 class Embeddings(nn.Module):
     """BERT's embeddings, and beside them a projection, positions and token types for image patches."""
 
@@ -141,19 +130,38 @@ class Embeddings(nn.Module):
         self.projection = nn.Linear(image_channels, d)
         self.dropout = config.dropout
 
-    def text(self, input_ids):
-        """(B, T) int64 -> (B, T, D), before the shared LayerNorm."""
+    def text(self, input_ids):  # (B, T) int64 -> (B, T, D), before the shared LayerNorm
         positions = self.position_embeddings.weight[: input_ids.shape[1]]
         return self.word_embeddings(input_ids) + positions + self.token_type_embeddings.weight[0]
 
-    def image(self, features):
-        """(B, P, C) patch features -> (B, P, D), before the shared LayerNorm."""
+    def image(self, features):  # (B, P, C) -> (B, P, D), before the shared LayerNorm
         positions = self.position_embeddings_visual.weight[: features.shape[1]]
         return self.projection(features) + positions + self.token_type_embeddings_visual.weight[0]
 
-    def forward(self, tokens):
-        """(..., D), of text and of patches: one LayerNorm and dropout over both."""
-        return F.dropout(self.LayerNorm(tokens), self.dropout, self.training)
+    def forward(self, embedded):  # (..., D) of text and of patches: one LayerNorm and dropout over both
+        return F.dropout(self.LayerNorm(embedded), self.dropout, self.training)
+
+
+class Positions:
+    """Some positions of a padded batch: `pack` picks their vectors out of the grid, `unpack` puts them back.
+
+    Texts differ in length, and padding is a third of a usual batch. "red dress" and "bag" make a grid of 2 x 4:
+        [CLS] red dress [SEP]     numbered 0 1 2 3
+        [CLS] bag [SEP] [PAD]              4 5 6 7
+    Linear layers, LayerNorm and dropout treat every token alone, so they get the 7 tokens at 0..6 packed as (7, D).
+    Attention compares the tokens of one row, so before it the vectors go back into the grid, with zeros at 7."""
+
+    def __init__(self, chosen):
+        """chosen (B, L) bool, True = this position is one of the N."""
+        self.shape = chosen.shape
+        self.index = chosen.flatten().nonzero().squeeze(1)  # (N,)
+
+    def pack(self, grid):  # (B, L, D) -> (N, D)
+        return grid.flatten(0, 1).index_select(0, self.index)
+
+    def unpack(self, packed):  # (N, D) -> (B, L, D), zeros elsewhere
+        B, L = self.shape
+        return packed.new_zeros(B * L, packed.shape[1]).index_copy(0, self.index, packed).view(B, L, -1)
 
 
 class Layer(nn.Module):
@@ -162,7 +170,7 @@ class Layer(nn.Module):
     def __init__(self, config):
         super().__init__()
         d, wide = config.hidden_size, config.intermediate_size
-        self.heads, self.dropout = config.num_attention_heads, config.dropout
+        self.n_heads, self.dropout = config.num_attention_heads, config.dropout
         qkv = nn.ModuleDict({name: nn.Linear(d, d) for name in ("query", "key", "value")})
         self.attention = nn.ModuleDict({"self": qkv, "output": self._output(d, d)})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(d, wide)})
@@ -175,23 +183,20 @@ class Layer(nn.Module):
     def _residual(self, module, x, residual):
         return module["LayerNorm"](F.dropout(module["dense"](x), self.dropout, self.training) + residual)
 
-    def forward(self, x, mask, rows, wanted=None):
-        """x (N, D), the tokens that stand at `rows` (N,) of a flattened (B, L) grid -> their outputs (N, D).
+    def _project(self, name, x, positions):  # packed x (N, D) -> (B, attention heads, L, D / attention heads)
+        grid = positions.unpack(self.attention["self"][name](x))  # (B, L, D)
+        return grid.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
 
-        mask (B, 1, 1, L) bool, True = attended to; wanted (M,): the outputs of x[wanted] alone, (M, D)."""
-        (B, *_, L), qkv = mask.shape, self.attention["self"]
+    def forward(self, x, attended, inputs, outputs):
+        """x (N, D), the tokens at the Positions `inputs` -> (M, D), the layer's outputs at the Positions `outputs`.
 
-        def spread(name, x, rows):  # (N, D) -> (B, heads, L, D / heads)
-            projected = qkv[name](x)
-            grid = projected.new_zeros(B * L, x.shape[1]).index_copy(0, rows, projected)
-            return grid.view(B, L, self.heads, -1).transpose(1, 2)
-
-        k, v = spread("key", x, rows), spread("value", x, rows)
-        if wanted is not None:
-            x, rows = x.index_select(0, wanted), rows[wanted]
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(spread("query", x, rows), k, v, attn_mask=mask, dropout_p=dropout)
-        y = y.transpose(1, 2).reshape(B * L, -1).index_select(0, rows)  # (N, D)
+        attended (B, 1, 1, L) bool, True = the other tokens of its row see this position."""
+        k, v = self._project("key", x, inputs), self._project("value", x, inputs)
+        if outputs is not inputs:
+            x = outputs.pack(inputs.unpack(x))  # (M, D)
+        q = self._project("query", x, outputs)
+        y = F.scaled_dot_product_attention(q, k, v, attended, dropout_p=self.dropout if self.training else 0.0)
+        y = outputs.pack(y.transpose(1, 2).flatten(2))  # (M, D)
         x = self._residual(self.attention["output"], y, x)
         return self._residual(self.output, F.gelu(self.intermediate["dense"](x)), x)
 
@@ -204,47 +209,37 @@ class Bert(nn.Module):
         self.embeddings = Embeddings(config, image_channels)
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
         self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
-        std = 0.02 * (768 / config.hidden_size) ** 0.5  # BERT's, kept in proportion: narrow ones learn slowly from it
+        std = 0.02 * (768 / config.hidden_size) ** 0.5  # BERT's .02 at width 768; narrow ones learn slowly from it
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-        self.copy_text_tables()
-
-    def copy_text_tables(self):
-        """Start the image side's position and token-type tables as copies of the text side's."""
+        # the image side's tables start as copies of the text side's
         for table in ("position_embeddings", "token_type_embeddings"):
             text, image = getattr(self.embeddings, table), getattr(self.embeddings, table + "_visual")
             image.load_state_dict(text.state_dict())
 
-    def forward(self, tokens, mask=None, asked=None):
-        """tokens (B, L, D) from `embeddings.text` / `.image` -> hidden states (B, L, D).
+    def forward(self, embedded, attended, needed=None):
+        """Embedded tokens (B, L, D), of `embeddings.text` and `.image` -> hidden states (B, L, D).
 
-        mask (B, L): 0 = attended to by none, as padding; None: all are. asked (B, L) bool: whose hidden states are
-        wanted, the others' come out as 0; None: all are. What is neither attended to nor asked for is not computed,
-        nor, in the last layer, what is not asked for."""
-        B, L, D = tokens.shape
-        mask = torch.ones(B, L, dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
-        asked = torch.ones_like(mask) if asked is None else asked
-        rows = (mask | asked).flatten().nonzero().squeeze(1)  # (N,)
-        wanted = asked.flatten()[rows].nonzero().squeeze(1)  # (M,)
-        x = self.embeddings(tokens.reshape(B * L, D).index_select(0, rows))
+        attended (B, L) bool, False = padding or left out. needed (B, L) bool, True = the caller uses this hidden state;
+        the others come out as 0; None: all are needed. Positions that are neither attended nor needed are not computed,
+        and the last layer computes only the needed ones."""
+        needed = torch.ones_like(attended) if needed is None else needed
+        inputs, outputs = Positions(attended | needed), Positions(needed)
+        seen = attended[:, None, None, :]  # (B, 1, 1, L)
+        x = self.embeddings(inputs.pack(embedded))  # (N, D)
         *layers, last = self.encoder["layer"]
         for layer in layers:
-            x = layer(x, mask[:, None, None, :], rows)
-        x = last(x, mask[:, None, None, :], rows, wanted)
-        return x.new_zeros(B * L, D).index_copy(0, rows[wanted], x).view(B, L, D)
+            x = layer(x, seen, inputs, inputs)
+        return outputs.unpack(last(x, seen, inputs, outputs))
 
-    def pool(self, hidden):
-        """(B, L, D) -> (B, D): BERT's pooler on the first token."""
+    def pool(self, hidden):  # (B, L, D) -> (B, D): BERT's pooler on the first token
         return torch.tanh(self.pooler["dense"](hidden[:, 0]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# heads
-
-
+# ---- prediction heads ------------------------------------------------------------------------------------------------
 class PredictionHead(nn.Module):
     """Linear, GELU, LayerNorm, Linear: the head of MLM (decoder tied to the words), MPFC and recognition."""
 
@@ -263,8 +258,7 @@ class CosineHead(nn.Module):
 
     def __init__(self, d, n_out, scale):
         super().__init__()
-        self.projection = nn.Parameter(torch.randn(d, n_out))
-        self.scale = scale
+        self.projection, self.scale = nn.Parameter(torch.randn(d, n_out)), scale
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):  # 2232 cosines differ by less than bfloat16 can tell
@@ -272,7 +266,7 @@ class CosineHead(nn.Module):
 
 
 def masked_mean(x, mask):
-    """Mean of x (B, L, D) over the positions where mask (B, L) is not 0 -> (B, D)."""
+    """Mean of x (B, L, D) over the positions where mask (B, L) is 1 or True -> (B, D)."""
     weights = mask.to(x.dtype).unsqueeze(-1)  # (B, L, 1)
     return (x * weights).sum(1) / weights.sum(1)
 
@@ -307,8 +301,7 @@ class FashionViL(nn.Module):
         if "mlm" in config.heads:
             self.heads["mlm"].decoder.weight = self.bert.embeddings.word_embeddings.weight
 
-    def patches(self, image):
-        """Pixels (B, 3, H, W) -> patch features (B, P, C); features pass through."""
+    def patches(self, image):  # pixels (B, 3, H, W) -> patch features (B, P, C); features pass through
         return self.image_encoder(image) if image.ndim == 4 else image
 
     def encode_image(self, image):
@@ -316,62 +309,57 @@ class FashionViL(nn.Module):
         return self.bert.embeddings.projection(self.patches(image).mean(1))
 
     def encode_text(self, input_ids, attention_mask):
-        """Text alone, (B, T) int64 and (B, T), 0 = padding -> mean over tokens, [CLS] and [SEP] too, (B, D)."""
-        hidden = self.bert(self.bert.embeddings.text(input_ids), attention_mask, attention_mask.bool())
-        return masked_mean(hidden, attention_mask)
+        """Text alone, (B, T) int64 and (B, T) 0 = padding -> mean over tokens, [CLS] and [SEP] included, (B, D)."""
+        attended = attention_mask.bool()
+        return masked_mean(self.bert(self.bert.embeddings.text(input_ids), attended, attended), attention_mask)
 
-    def encode_joint(self, input_ids, attention_mask, image, patch_mask=None, asked=None):
+    def encode_joint(self, input_ids, attention_mask, image, patch_mask=None, patch_keep=None, needed=None):
         """Text + patches through the Transformer -> hidden states (B, T + P, D).
 
-        patch_mask (B, P) bool, True = masked: those patches' features are zero before the projection (MPFC).
-        asked (B, T + P) bool: the positions whose hidden states are wanted, as for `Bert.forward`."""
-        features = self.patches(image)
+        patch_mask (B, P) bool, True = masked: the features of these patches are zero before the projection (MPFC).
+        patch_keep (B, P) bool, False = left out of attention, as tokens are by a 0 in attention_mask.
+        needed (B, T + P) bool, True = the caller uses this hidden state, as for `Bert.forward`."""
+        features, embeddings = self.patches(image), self.bert.embeddings
         if patch_mask is not None:
             features = features.masked_fill(patch_mask.unsqueeze(-1), 0.0)
-        every = features.new_ones(features.shape[:2], dtype=torch.bool)  # (B, P)
-        return self._joint(input_ids, attention_mask, features, every, asked)
+        if patch_keep is None:
+            patch_keep = features.new_ones(features.shape[:2], dtype=torch.bool)
+        embedded = torch.cat([embeddings.text(input_ids), embeddings.image(features)], 1)  # (B, T + P, D)
+        return self.bert(embedded, torch.cat([attention_mask.bool(), patch_keep], 1), needed)
 
     def encode_pair(self, input_ids, attention_mask, image):
-        """Text + patches as `encode_joint` -> BERT's pooler on [CLS] (B, D), which ITM and recognition classify."""
+        """Text + patches -> BERT's pooler on [CLS] (B, D), which ITM and recognition classify."""
         features = self.patches(image)
-        cls = torch.arange(input_ids.shape[1] + features.shape[1], device=features.device) == 0
-        asked = cls.expand(len(features), -1)  # (B, T + P)
-        return self.bert.pool(self.encode_joint(input_ids, attention_mask, features, asked=asked))
+        is_cls = torch.arange(input_ids.shape[1] + features.shape[1], device=features.device) == 0
+        needed = is_cls.expand(len(features), -1)  # (B, T + P)
+        return self.bert.pool(self.encode_joint(input_ids, attention_mask, features, needed=needed))
 
     def encode_composed(self, input_ids, attention_mask, image, patch_keep=None):
-        """Image + change in words -> mean over the patch outputs (B, D), as the paper's composed embedding.
-
-        patch_keep (B, P) bool: the other patches are left out of attention and mean, as tokens are by a 0 in
-        attention_mask."""
-        features = self.patches(image)
-        keep = features.new_ones(features.shape[:2], dtype=torch.bool) if patch_keep is None else patch_keep
-        T = input_ids.shape[1]
-        hidden = self._joint(input_ids, attention_mask, features, keep, F.pad(keep, (T, 0)))
-        return masked_mean(hidden[:, T:], keep)
-
-    def _joint(self, input_ids, attention_mask, features, keep, asked):
-        embeddings = self.bert.embeddings
-        tokens = torch.cat([embeddings.text(input_ids), embeddings.image(features)], 1)  # (B, T + P, D)
-        return self.bert(tokens, torch.cat([attention_mask.bool(), keep], 1), asked)
+        """Image + change in words -> mean over the outputs of the kept patches (B, D), as the paper composes them."""
+        features, T = self.patches(image), input_ids.shape[1]
+        if patch_keep is None:
+            patch_keep = features.new_ones(features.shape[:2], dtype=torch.bool)
+        needed = F.pad(patch_keep, (T, 0))  # (B, T + P), no token of the text
+        hidden = self.encode_joint(input_ids, attention_mask, features, patch_keep=patch_keep, needed=needed)
+        return masked_mean(hidden[:, T:], patch_keep)
 
     def classify(self, batch):
         """Recognition logits (B, n_classes) of a batch's image, input_ids and attention_mask."""
         pooled = self.encode_pair(batch["input_ids"], batch["attention_mask"], batch["image"])
         return self.heads["recognition"](pooled).float()
 
-    def scaled(self, x):
-        """Embeddings (B, D) -> `s * x / ||x||`, whose products are the contrastive logits."""
+    def scaled(self, x):  # embeddings (B, D) -> `s * x / ||x||`, whose products are the contrastive logits
         return scaled_normalize(x, self.logit_scale)
 
     def forward(self, batch, objective):
-        """`objective(self, batch)`: the loss goes through DistributedDataParallel's forward by this door."""
+        """`objective(self, batch)`, for DistributedDataParallel must see every loss inside its own forward."""
         return objective(self, batch)
 
 
 class CSANet(nn.Module):
-    """Category-aware subspace attention for outfits (Lin et al. 2020) on the image encoder alone (OCIR).
+    """Category-aware subspace attention (Lin et al. 2020) on the image encoder alone, for outfits (OCIR).
 
-    All BatchNorms (statistics and weights) and the last stage of the image encoder are frozen."""
+    All BatchNorms, statistics and weights, and the last stage of the image encoder are frozen."""
 
     def __init__(self, config, n_categories, dim=256, n_masks=5, hidden=64):
         super().__init__()
@@ -387,32 +375,26 @@ class CSANet(nn.Module):
                 module.requires_grad_(False)
 
     def train(self, mode=True):
-        """As nn.Module's, but the BatchNorms stay in eval mode."""
+        """As nn.Module's, but the image encoder, and with it every BatchNorm, stays in eval mode."""
         super().train(mode)
-        for module in self.image_encoder.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
+        self.image_encoder.eval()
         return self
 
     def encode_item(self, image):
         """(B, 3, H, W) -> (B, 256), projected and not yet normalised; with `scaled` this is the wanted item's side."""
         return self.proj_layer(self.image_encoder(image).mean(1))
 
-    def encode_query(self, image, category, wanted):
-        """Outfit items (B, 3, H, W), their category and the wanted one (B,) int64 each -> (B, 256), scaled."""
-        return self.fuse(self.encode_item(image), category, wanted)
-
     def fuse(self, item, category, wanted):
-        """`encode_item`'s (B, 256) with the categories: weighted mean over the masked copies, then scaled (B, 256)."""
+        """Outfit items (B, 256) of `encode_item`, their category and the wanted one (B,) int64 -> (B, 256), scaled.
+
+        It is the weighted mean over copies that are multiplied by the learned masks."""
         one_hot = torch.cat([F.one_hot(category, self.n_categories), F.one_hot(wanted, self.n_categories)], 1)
         weights = self.fusion_module["weight_classifier"](one_hot.to(item.dtype)).softmax(-1)  # (B, 5)
         masks = self.fusion_module["masks"].weight  # (5, 256)
         return self.scaled((item * (weights @ masks)) / len(masks))
 
-    def scaled(self, x):
-        """(B, 256) -> `s * x / ||x||`."""
+    def scaled(self, x):  # (B, 256) -> `s * x / ||x||`
         return scaled_normalize(x, self.logit_scale)
 
-    def forward(self, batch, objective):
-        """As FashionViL's: `objective(self, batch)`."""
+    def forward(self, batch, objective):  # as FashionViL's
         return objective(self, batch)

@@ -1,4 +1,4 @@
-"""Stage 1: pre-train FashionViL with six objectives, one of them drawn at every update (recipe 2, 4).
+"""Stage 1: pre-train FashionViL with six objectives, one of them drawn at every update (FashionViL 3.2, 4.1).
 
     CPU, minutes:   python pretrain.py configs/demo.py
     one GPU:        python pretrain.py configs/fashionall.py --grad_accum=4 --dtype=bfloat16
@@ -7,18 +7,13 @@
 Writes into the run folder: run.json (how to run it again), log.jsonl (a line per log step), last.pt (all that a resume
 needs) and best.pt (the model with the best FashionGen-val mean recall)."""
 
-import contextlib
 import dataclasses
-import json
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import annotations
 import checkpoint
@@ -30,288 +25,202 @@ import settings
 import vqvae
 from losses import OBJECTIVES
 from model import RESNETS, SIZES, FashionViL, ModelConfig
-from settings import FROM_0, InputError, ModelTrainConfig, setting
+from settings import COUNT, DEVICES, DTYPES, FROM_0, SHARE, InputError, setting
 
 PAPER_MIX = {"itm": 0.15, "pac": 0.15, "itc": 0.20, "mvc": 0.20, "mlm": 0.15, "mpfc": 0.15}
 
 
 @dataclass
-class PretrainConfig(ModelTrainConfig):
+class PretrainConfig:
     """Settings of pre-training."""
 
+    data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, ...", group="data")
     sets: tuple = setting(tuple(annotations.SETS), "data sets to train on")
-    skip_broken_images: bool = setting(False, data.SKIP_BROKEN)
-    objectives: dict = setting(PAPER_MIX, "objectives and their probabilities, itc:0.5,mlm:0.5")
-    image_tokenizer: str = setting(
-        "", "image tokenizer file for MPFC (vqvae.py trains one; a released encoder will do)"
-    )
+    vocab: str = setting("", "WordPiece vocab.txt; empty: DATA_ROOT/vocab.txt, the BERT folder's, or the hub's file")
+    image_size: int = setting(224, "pixels a side, a multiple of 32")
+    max_tokens: int = setting(0, "longest text, [CLS] and [SEP] included; 0: the paper's 75", FROM_0)
     n_attributes: int = setting(2232, "size of the pseudo-attribute vocabulary; 0: largest id of the data + 1", FROM_0)
-    mask_share: float = setting(0.15, "share of the words that MLM asks for")
+    skip_broken_images: bool = setting(False, data.SKIP_BROKEN)
+
+    init: str = setting("pretrained", "pretrained (ImageNet ResNet + BERT), random, or a checkpoint", group="model")
+    size: str = setting("base", "Transformer size, a row of model.SIZES", choices=tuple(SIZES))
+    resnet: str = setting("resnet50", "resnet18, resnet34 or resnet50", choices=tuple(RESNETS))
+    width: int = setting(64, "channels of the ResNet's first stage", COUNT)
+    dropout: float = setting(0.1, "dropout of the Transformer", SHARE)
+    bert: str = setting("", "BERT folder or hub name, also sets the Transformer's size; empty: bert-base-uncased")
+    resnet_file: str = setting("", "torchvision's ResNet weights for --init=pretrained; empty: fetched, random: none")
+    image_tokenizer: str = setting("", "image tokenizer file for MPFC: one of vqvae.py, or the released encoder")
+
+    objectives: dict = setting(PAPER_MIX, "objectives and their probabilities, itc:0.5,mlm:0.5", group="objectives")
+    mask_share: float = setting(0.15, "share of the words that MLM predicts")
     pac_scale: float = setting(1.0, "multiplies the cosines of PAC's head")
-    itm_candidates: int = setting(0, "rows of the batch among which ITM looks for its hardest negative; 0: all", FROM_0)
+    itm_candidates: int = setting(0, "texts among which ITM looks for its hardest negative; 0: the whole batch", FROM_0)
+
+    batch_size: int = setting(256, "products per update, all processes together", COUNT, group="optimization")
+    grad_accum: int = setting(1, "micro-batches per update; contrastive candidates are one micro-batch", COUNT)
+    max_steps: int = setting(120_000, "updates", COUNT)
+    lr: float = setting(1e-5, "base learning rate", FROM_0)
+    lr_factor: float = setting(20.0, "image encoder, projection and heads learn this much faster", FROM_0)
+    weight_decay: float = setting(1e-4, "AdamW weight decay", FROM_0)
+    warmup: int = setting(15_000, "updates until the full learning rate; 0: none", FROM_0)
+    milestones: tuple = setting((45_000, 90_000), "updates at which the learning rate falls to a tenth")
+
+    device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES, group="machine")
+    dtype: str = setting("float32", "float32, bfloat16 (autocast) or float16 (and GradScaler)", choices=DTYPES)
+    compile: bool = setting(False, "torch.compile the model")
+    workers: int = setting(4, "data loader workers per process; 0: load in the training process", FROM_0)
+    seed: int = setting(0, "every random draw follows from it", (0, 2**63 - 1))
+    deterministic: bool = setting(False, "only deterministic kernels; on CPU they always are")
+
+    out_dir: str = setting("", "run folder; empty: runs/<name of the config file>", group="log and checkpoints")
+    resume: str = setting("", "auto (newest whole checkpoint of the run folder, else start) or a checkpoint")
+    log_interval: int = setting(50, "updates between log lines", COUNT)
+    eval_interval: int = setting(2_000, "updates between validations; 0: only at the end, -1: never", (-1, math.inf))
+    eval_batch_size: int = setting(64, "images or texts a process embeds at a time in validation", COUNT)
+    save_interval: int = setting(0, "updates between further checkpoints; 0: none but those of validations", FROM_0)
+    wandb: str = setting("", "Weights & Biases project; empty: off")
 
 
 def check_config(config):
-    """Raise InputError for an objective that does not exist, probabilities that are none, sizes that no model has."""
+    """Raise InputError for a setting out of its limits, an unknown objective, or probabilities that are none."""
     settings.check_limits(config)
     for name in config.objectives:
         if name not in OBJECTIVES:
             raise InputError(f"objectives: found {name!r}, expected some of {', '.join(OBJECTIVES)}")
     shares = list(config.objectives.values())
-    numbers = all(type(share) in (int, float) and share >= 0 for share in shares)
-    if not numbers or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
+    are_shares = all(type(share) in (int, float) and share >= 0 for share in shares)
+    if not are_shares or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
         raise InputError(f"objectives: found probabilities {config.objectives}, expected none below 0 and a sum of 1")
-    if config.image_size < settings.STRIDE or config.image_size % settings.STRIDE:
-        raise InputError(f"image_size: found {config.image_size}, expected a multiple of {settings.STRIDE}")
     if not 0 < config.mask_share < 1:
         raise InputError(f"mask_share: found {config.mask_share}, expected a share between 0 and 1")
-    if config.size not in SIZES:
-        raise InputError(f"size: found {config.size!r}, expected one of {', '.join(SIZES)}")
-    if config.resnet not in RESNETS:
-        raise InputError(f"resnet: found {config.resnet!r}, expected one of {', '.join(RESNETS)}")
 
 
-def objective_at(step, config):
+def objective_at(step, objectives, seed):
     """Name of the objective of update `step`: a function of (seed, step), so every process and every resume agrees."""
-    draw = np.random.default_rng([config.seed, step]).random()
-    ends = np.cumsum(list(config.objectives.values()))
-    return list(config.objectives)[min(int(np.searchsorted(ends, draw, side="right")), len(ends) - 1)]
+    uniform = np.random.default_rng([seed, step]).random()
+    ends = np.cumsum(list(objectives.values()))
+    return list(objectives)[min(int(np.searchsorted(ends, uniform, side="right")), len(ends) - 1)]
+
+
+def prepare_image_tokenizer(config, device):
+    """The frozen image tokenizer of MPFC, or None where MPFC is not trained.
+
+    A random start without a file makes do with random codes, and says so. Raises InputError where none can be had."""
+    if not config.objectives.get("mpfc"):
+        return None
+    path = config.image_tokenizer
+    if config.init == "random" and not Path(path).is_file():
+        print(f"image tokenizer: no file at {path!r}; --init=random goes on with random codes")
+        return vqvae.random_image_tokenizer(vqvae.ImageTokenizerConfig()).to(device)
+    cure = "train one with vqvae.py"
+    if not path:
+        raise InputError(f"image_tokenizer: MPFC needs an image tokenizer; {cure} and set --image_tokenizer=FILE")
+    image_tokenizer = vqvae.load_image_tokenizer(path, device)
+    found, expected = image_tokenizer.config.stride, settings.STRIDE
+    if found != expected:
+        message = f"{path} has patches of {found} pixels, expected {expected} as the ResNet's"
+        raise InputError(f"image_tokenizer: {message}; {cure}")
+    return image_tokenizer
 
 
 def build_model(config, **data_sizes):
-    """FashionViL with the pre-training heads, of the config's sizes (a BERT folder's own sizes where one is named)."""
-    sizes = checkpoint.bert_sizes(config.bert) if Path(config.bert, "config.json").exists() else SIZES[config.size]
-    return FashionViL(
-        ModelConfig(
-            resnet=config.resnet,
-            width=config.width,
-            dropout=config.dropout,
-            pac_scale=config.pac_scale,
-            itm_candidates=config.itm_candidates,
-            **{**sizes, **data_sizes},
-        )
-    )
-
-
-def load_image_tokenizer(config, device):
-    """The frozen image tokenizer of MPFC, or None where MPFC is not trained.
-
-    A random start (`--init=random`) makes do with a random tokenizer where no file is named or there, and says so."""
-    if not config.objectives.get("mpfc"):
-        return None
-    if config.init == "random" and not Path(config.image_tokenizer).is_file():
-        print(f"image tokenizer: no file at {config.image_tokenizer!r}; --init=random goes on with random codes")
-        return vqvae.random_image_tokenizer(vqvae.ImageTokenizerConfig()).to(device)
-    if not config.image_tokenizer:
-        raise InputError(
-            "image_tokenizer: MPFC needs an image tokenizer; train one with vqvae.py and set --image_tokenizer=FILE"
-        )
-    tokenizer = vqvae.load_image_tokenizer(config.image_tokenizer, device)
-    if tokenizer.config.stride != settings.STRIDE:
-        found = f"patches of {tokenizer.config.stride} pixels, expected {settings.STRIDE} as the ResNet's"
-        raise InputError(f"image_tokenizer: {config.image_tokenizer} has {found}; train one with vqvae.py")
-    return tokenizer
-
-
-def validate(model, products, tokenizer, config, processes):
-    """FashionGen-val retrieval over the full gallery -> metrics, recalls in 0..1, {"i2t_r@1": ..., "mean_recall"}."""
-    return evaluate.full_gallery(*evaluate.embed_retrieval(model, products, tokenizer, config, processes))["metrics"]
+    """FashionViL with the pre-training heads, of the config's sizes and of those that the data decide."""
+    own = {name: getattr(config, name) for name in ("resnet", "width", "dropout", "pac_scale", "itm_candidates")}
+    return FashionViL(ModelConfig(**own, **{**checkpoint.transformer_sizes(config.bert, config.size), **data_sizes}))
 
 
 def train(config, processes):
     """The whole stage on this process. Returns the metrics of the last validation."""
     check_config(config)
-    main, device = processes.is_main, processes.device
-    run_dir = Path(config.out_dir)
+    device = processes.device
     torch.manual_seed(config.seed)  # every process starts from the same weights
 
+    # The data: products to train on and to validate with, and the words of their texts.
     products = annotations.load_pretraining(config.data_root, config.sets)
-    n_attributes = annotations.count_labels(products, "attributes", config.n_attributes)
     val_products = annotations.load_products(config.data_root, "FashionGen", "val")
+    n_attributes = annotations.count_labels(products, "attributes", config.n_attributes)
     vocab = checkpoint.vocabulary(config, config.init)
     tokenizer = data.wordpiece(vocab)
 
-    # frozen, so it is a variable here and no part of what is trained and saved
-    image_tokenizer = load_image_tokenizer(config, device)
+    # The model. The image tokenizer is frozen, so it is a variable here and no part of what is trained and saved.
+    image_tokenizer = prepare_image_tokenizer(config, device)
     n_codes = image_tokenizer.config.n_codes if image_tokenizer else ModelConfig.n_codes
-    model = build_model(config, vocab_size=tokenizer.get_vocab_size(), n_attributes=n_attributes, n_codes=n_codes)
+    n_words = tokenizer.get_vocab_size()
+    model = build_model(config, vocab_size=n_words, n_attributes=n_attributes, n_codes=n_codes)
     data.check_lengths(config, model.config.max_position_embeddings)
     report = checkpoint.initialise(model, config.init, bert=config.bert, resnet=config.resnet_file)
     model.to(device)
-    optimizer = common.make_optimizer(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+    optimizer = common.make_optimizer(model, config.lr, config.weight_decay, config.lr_factor)
 
-    start, best, totals, skipped, health = 0, -1.0, {}, 0, runs.Health(device)
-    code_counts = torch.zeros(n_codes, dtype=torch.long, device=device)  # of masked patches, for the last table
-    state = checkpoint.find_resume(config.resume, run_dir, model)
-    if state is not None:
-        report += checkpoint.restore(state, config, model, optimizer, scaler)
-        start, best, code_counts = state["step"], state["best"], state["code_counts"].to(device)
-        mine = runs.own_part(state, processes)
-        totals, skipped = mine.get("totals", {}), mine.get("skipped_images", 0)
-        health.skipped_updates = state.get("skipped_updates", 0)
-        # Used parameters carry gradients of zero between updates (below), so a resumed run must hold them too.
-        for parameter in optimizer.state:
-            parameter.grad = torch.zeros_like(parameter)
-    common.same_everywhere("resume", f"a start at update {start}", "the run folder must be the same on every node")
+    # The bookkeeping, which resumes an earlier run where config.resume says so.
+    contents = {"kind": "fashionvil", "task": "pretrain", "model_config": dataclasses.asdict(model.config)}
+    run = runs.Run(config, processes, model, optimizer, {**contents, "vocab": vocab})
 
-    batches = data.Batches(len(products), config, processes, start, lambda step: objective_at(step, config))
-    dataset = data.Pretraining(products, tokenizer, n_attributes, config)
-    loader = iter(data.train_loader(dataset, batches, config, device))
+    # The batches of the updates that are left, and the model that averages gradients over processes.
+    batches = data.Batches(
+        len(products), config, processes, run.start, lambda step: objective_at(step, config.objectives, config.seed)
+    )
+    loader = iter(
+        data.train_loader(data.Pretraining(products, tokenizer, n_attributes, config), batches, config, device)
+    )
     if config.compile:
         model.image_encoder.compile()
         for layer in model.bert.encoder["layer"]:
             layer.compile(dynamic=True)  # text lengths differ from batch to batch
-    # An update uses one objective's heads; DDP must not wait for the others' gradients.
-    ddp = DistributedDataParallel(model, find_unused_parameters=True) if processes.world_size > 1 else model
+    ddp = common.distribute(model, processes)
 
-    if main:
-        runs.open_run(config, start)
-        micro = config.batch_size // config.grad_accum
-        print(f"{len(products)} products, {len(val_products)} for validation, {tokenizer.get_vocab_size()} word pieces")
-        print(*report, sep="\n")
-        for group in optimizer.param_groups:
-            n = sum(p.numel() for p in group["params"])
-            print(f"learning rate {group['base_lr']:.2e}, weight decay {group['weight_decay']:.0e}: {n:,} parameters")
-        print(f"batch {config.batch_size}, contrastive candidates {micro}, updates {start} to {config.max_steps}")
-    wandb = runs.start_wandb(config) if main else None
+    report.append(f"{len(products)} products, {len(val_products)} for validation, {n_words} word pieces")
+    for group in optimizer.param_groups:
+        n = sum(p.numel() for p in group["params"])
+        report.append(
+            f"learning rate {group['base_lr']:.2e}, weight decay {group['weight_decay']:.0e}: {n:,} parameters"
+        )
+    candidates = config.batch_size // config.grad_accum
+    report.append(f"batch {config.batch_size}, contrastive candidates {candidates}, updates from {run.start}")
+    run.open(batches, lambda row: products[row].name, report)
 
-    def save(name, step, **more):
-        state = {
-            "kind": "fashionvil",
-            "task": "pretrain",
-            "model": model.state_dict(),
-            "model_config": dataclasses.asdict(model.config),
-            "config": dataclasses.asdict(config),
-            "vocab": vocab,
-            "step": step,
-            "best": best,
-            **more,
-        }
-        checkpoint.save(run_dir / name, state)
-
-    def name_of(index):
-        return products[index].name
-
-    metrics, logged, stop = {}, start, runs.StopSignals()
-    clock, bar = time.perf_counter(), tqdm(range(start, config.max_steps), disable=not main, initial=start)
-    for step in bar:
-        objective = objective_at(step, config)
-        common.set_lr(optimizer, step, config)
+    metrics = {}
+    for step in run.steps():
+        # The objective, the learning rate and dropout follow from the update's number alone.
+        objective = objective_at(step, config.objectives, config.seed)
+        common.set_lr(optimizer, step, config.warmup, config.milestones)
         common.seed_step(config.seed, step, processes.rank)
         model.train()
-        # Zeros, not None: a head that was used before and not in this update still moves by its momentum and decays;
-        # one never used has no gradient yet and is skipped. The original does so, and it changes the numbers.
+
+        # Gradients become zeros, not None: a head that an earlier update used and this one does not still moves by its
+        # momentum and decays. A head that was never used has no gradient yet. The original does so, and it matters.
         optimizer.zero_grad(set_to_none=False)
-        update_loss = 0.0
+
         for micro in range(config.grad_accum):
-            batch = data.to_device(next(loader), device)
-            skipped += int(batch.pop("skipped").sum()) if "skipped" in batch else 0
+            # One micro-batch goes to the device. For MPFC the image tokenizer adds the codes to predict.
+            batch = next(loader)
+            run.skipped_images += int(batch["skipped"].sum())
+            batch = data.to_device(batch, device)
             if objective == "mpfc":
                 batch = {**batch, "image_codes": image_tokenizer.encode(batch["image"])}
-                code_counts += torch.bincount(batch["image_codes"][batch["patch_mask"]], minlength=len(code_counts))
-            last = micro == config.grad_accum - 1
-            sync = contextlib.nullcontext() if last or ddp is model else ddp.no_sync()
-            with sync:
+
+            # The loss of the whole objective, then its gradients, averaged over processes in the last micro-batch.
+            with common.averaging(ddp, micro == config.grad_accum - 1):
                 with common.autocast(device, config.dtype):
                     loss, measured = ddp(batch, OBJECTIVES[objective])
-                scaler.scale(loss / config.grad_accum).backward()
-            update_loss = update_loss + loss.detach() / config.grad_accum
-            # sums stay on the device until a log line reads them
-            row = totals.setdefault(objective, {})
-            for key, value in {"loss": loss.detach(), **measured}.items():
-                row[key] = row.get(key, 0) + value / config.grad_accum
-            row["updates"] = row.get("updates", 0) + 1 / config.grad_accum
-        health.step(step, update_loss, optimizer, scaler)
+                run.scaler.scale(loss / config.grad_accum).backward()
+            run.add(objective, loss, measured)
 
-        done, stopping = step + 1, common.any_process(bool(stop.asked))
-        logging, validating, saving = runs.due(config, done, stopping)
-        if logging or saving:
-            health.check(optimizer, config, batches, name_of)
-        if logging:
-            row = {"step": done, "lr": optimizer.param_groups[0]["lr"]}
-            for name, sums in totals.items():
-                means = runs.mean_of_updates(sums, device)
-                row |= {f"{name}_loss": means.pop("loss"), **means, f"{name}_updates": round(sums["updates"])}
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            row["samples_per_s"] = config.batch_size * (done - logged) / seconds
-            logged = done
-            row["memory_gb"] = runs.peak_memory_gb(device)
-            if config.skip_broken_images:
-                row["skipped_images"] = sum(common.gather_objects(skipped))
-            if scaler.is_enabled():
-                row["skipped_updates"] = health.skipped_updates
-            totals.clear()
-            if main:
-                runs.append_log(run_dir / "log.jsonl", row)
-                bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k.endswith("_loss")})
-                if wandb:
-                    wandb.log(row, step=done)
-        pause = time.perf_counter()
-        if saving:
-            common.check_weights(model, done)
-        if validating:
+        # The update itself. The scaler divides the gradients by its scale first; only float16 has one.
+        run.scaler.step(optimizer)
+        run.scaler.update()
+
+        # What is due after this update: a log line, a validation, a checkpoint, or a stop that was asked for.
+        run.end_update(step)
+        if run.logging:
+            run.log()
+        if run.validating:
             model.eval()
-            metrics = validate(model, val_products, tokenizer, config, processes)
-            if main:
-                runs.append_log(run_dir / "log.jsonl", {"step": done, **{f"val_{k}": v for k, v in metrics.items()}})
-                bar.write(f"step {done}: val mean recall {100 * metrics['mean_recall']:.1f} %")
-                if metrics["mean_recall"] > best:
-                    best = metrics["mean_recall"]
-                    save("best.pt", done)
-        if saving:
-            parts = common.gather_objects({"totals": runs.as_values(totals), "skipped_images": skipped})
-            if main:
-                state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "parts": parts}
-                save("last.pt", done, **state, code_counts=code_counts, skipped_updates=health.skipped_updates)
-            clock += time.perf_counter() - pause  # speed is that of training
-        if stopping and done < config.max_steps:
-            stop.restore()
-            raise common.Stopped(f"stopped after update {done}, {run_dir / 'last.pt'}; --resume=auto goes on")
-    stop.restore()
-    if main:
-        print_summary(
-            run_dir / "log.jsonl", trivial_answers(products, tokenizer, config, code_counts.double().cpu().numpy())
-        )
+            metrics = evaluate.retrieval_metrics(model, val_products, tokenizer, config, processes)
+            run.keep_best(metrics, "mean_recall")
+        if run.saving:
+            run.save()
     return metrics
-
-
-def trivial_answers(products, tokenizer, config, code_counts):
-    """{objective: (loss, accuracy)} of answering without looking: the table's yardstick.
-
-    Uniform over the candidates (ITC, MVC) or attributes (PAC), the frequency of each token (MLM) and code (MPFC,
-    code_counts (K,) of the masked patches seen). ITM's is the majority of all mined pairs, which its log lines hold."""
-    words = np.zeros(tokenizer.get_vocab_size())
-    texts = [product.text for product in products[:: max(1, len(products) // 5000)]]
-    for ids, _ in data.tokenize(tokenizer, texts, config.max_tokens or data.MAX_TOKENS):
-        np.add.at(words, ids[1:-1], 1)
-    candidates = config.batch_size // config.grad_accum
-    answers = dict.fromkeys(("itc", "mvc"), (math.log(candidates), 1 / candidates))
-    n_attributes = annotations.count_labels(products, "attributes", config.n_attributes)
-    answers["pac"] = (2 * math.log(n_attributes), min(5, n_attributes) / n_attributes)
-    for name, counts in (("mlm", words), ("mpfc", code_counts)):
-        p = counts[counts > 0] / max(counts.sum(), 1)
-        answers[name] = (float(-(p * np.log(p)).sum()), float(p.max(initial=0)))
-    return answers
-
-
-def print_summary(log_file, answers):
-    """A table per objective: loss and accuracy in its first and its last log lines, and the trivial answer."""
-    lines = [json.loads(line) for line in Path(log_file).read_text().splitlines()]
-    print("objective   loss: first    last  trivial     accuracy: first    last  trivial")
-    for name in OBJECTIVES:
-        rows = [line for line in lines if f"{name}_loss" in line]
-        if not rows:
-            continue
-        metric = "pac_recall" if name == "pac" else f"{name}_acc"
-        matched = sum(row.get("itm_matched", 0) for row in rows) / len(rows)
-        loss, accuracy = answers.get(name, (math.log(2), max(matched, 1 - matched)))
-        last = [sum(row[key] for row in rows[-5:]) / len(rows[-5:]) for key in (f"{name}_loss", metric)]
-        print(
-            f"{name:9} {rows[0][f'{name}_loss']:14.3f} {last[0]:7.3f} {loss:8.3f}"
-            f" {100 * rows[0][metric]:18.1f} % {100 * last[1]:5.1f} % {100 * accuracy:6.1f} %"
-        )
-    print("last: mean of the last 5 log lines; accuracy: itc, mvc right candidate, pac label weight in the best 5")
 
 
 def main():

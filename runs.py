@@ -1,4 +1,7 @@
-"""The run folder of a training stage, requests to stop it, and its health."""
+"""The bookkeeping of a training run, the same for all stages: run folder, log, checkpoints, stops, health.
+
+pretrain.py shows how a loop uses it. A run folder holds run.json (how to run it again), log.jsonl, last.pt (all that a
+resume needs), best.pt (the best model by the metric that selects) and lock."""
 
 import contextlib
 import dataclasses
@@ -11,147 +14,224 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from common import all_mean, gather_objects, in_group, lr_multiplier, replacing, write_json, writing
+import checkpoint
+import common
+import health
+from common import gather_objects, replacing, writing
 from settings import InputError
 
 
-class StopSignals:
-    """SIGTERM and SIGINT, from here to `restore()`, only set `asked`: the loop finishes its update, saves and leaves.
+class Run:
+    """One training run of this process. `start` is the number of updates that were done before.
 
-    A second Ctrl-C ends a run of one process at once; under torchrun, which passes each one on, it does not."""
+    After `end_update`, `done` is the number of finished updates; `logging`, `validating` and `saving` say what is due.
+    `skipped_images` counts images that the loader left out. `lasting` holds tensors to sum over the whole run."""
 
-    def __init__(self):
-        self.asked = None
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+    def __init__(self, config, processes, model, optimizer, contents, lasting=None):
+        """Resume from the checkpoint that config.resume means, if any.
 
-    def _note(self, number, frame):
-        if self.asked and number == signal.SIGINT and not in_group():
+        contents: what every checkpoint holds beside weights and progress: "kind", "task", "vocab", sizes."""
+        self.config, self.processes, self.model, self.optimizer = config, processes, model, optimizer
+        self.contents, self.lasting = contents, lasting or {}
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.dtype == "float16")
+        self.folder = Path(config.out_dir)
+        self.start, self.best, self.skipped_images, self.stop_asked, self.report = 0, -1.0, 0, False, []
+        self.sums = {}  # {objective: {name: sum since the last log line}}, on the device
+        self.update_loss = 0.0  # of the current update, over its micro-batches
+        state = checkpoint.find_resume(config.resume, self.folder, model)
+        if state is not None:
+            self._restore(state)
+        self.health = health.Health(optimizer, self.scaler, processes.device, (state or {}).get("skipped_updates", 0))
+        cure = "the run folder must be the same on every node"
+        common.same_everywhere("resume", f"a start at update {self.start}", cure)
+
+    def _restore(self, state):
+        """Go on from what `find_resume` found."""
+        self.report = checkpoint.restore(state, self.config, self.model, self.optimizer, self.scaler)
+        self.start, self.best = state["step"], state.get("best", -1.0)
+        for name, value in state.get("lasting", {}).items():
+            self.lasting[name].copy_(value)
+        # Each process has its own sums. With another number of processes the parts are shared out as they come.
+        parts = state.get("parts") or [{}]
+        part = parts[self.processes.rank % len(parts)]
+        self.sums, self.skipped_images = part.get("sums", {}), part.get("skipped_images", 0)
+        # Between updates a parameter that was used has a gradient of zero, not None. A resumed run needs it, too.
+        for parameter in self.optimizer.state:
+            parameter.grad = torch.zeros_like(parameter)
+
+    def open(self, batches, name_of, lines=()):
+        """Make the run folder ready and print how the run starts. Nothing is written before this.
+
+        batches: data.Batches, and name_of(row): how messages call a row of the data set, both for `health.Health`."""
+        self.batches, self.name_of, self.wandb = batches, name_of, None
+        if self.processes.is_main:
+            open_folder(self.config, self.start)
+            self.wandb = start_wandb(self.config)
+            print(*lines, *self.report, sep="\n")
+        steps = range(self.start, self.config.max_steps)
+        self.bar = tqdm(steps, disable=not self.processes.is_main, initial=self.start)
+        self.clock, self.logged = time.perf_counter(), self.start
+
+    def steps(self):
+        """The numbers of the updates to do. Meanwhile SIGTERM and Ctrl-C only ask for a stop."""
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        handlers = {number: signal.signal(number, self._ask_stop) for number in numbers}
+        try:
+            yield from self.bar
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _ask_stop(self, number, frame):
+        """The loop finishes its update, saves and leaves. A second Ctrl-C ends a run of one process at once."""
+        if self.stop_asked and number == signal.SIGINT and not common.in_group():
             raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name
+        self.stop_asked = True
 
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    def add(self, objective, loss, metrics):
+        """Add a micro-batch to the sums of the next log line. They stay on the device, so nothing waits for it."""
+        n = self.config.grad_accum
+        self.update_loss = self.update_loss + loss.detach() / n
+        sums = self.sums.setdefault(objective, {})
+        for name, value in {"loss": loss.detach(), **metrics, "updates": 1}.items():
+            sums[name] = sums.get(name, 0) + value / n
 
+    def end_update(self, step):
+        """After the optimizer's update `step`: note its health and find out what is due."""
+        self.health.watch(step, self.update_loss)
+        self.update_loss, self.done = 0.0, step + 1
+        self.stopping = common.any_process(self.stop_asked)
 
-class Health:
-    """Notes the first update whose loss or gradient is NaN or infinite, on the device, where nothing waits for it.
+        def every(interval):
+            return self.done == self.config.max_steps or (interval > 0 and self.done % interval == 0)
 
-    `check` reads the note, at log lines and before every save: so the run ends some updates later, yet names the right
-    one, for what an update was made of follows from its number. Under float16 infinite gradients are the scaler's
-    business, which skips such updates; they are counted, and count as broken once its scale has fallen below 1."""
+        self.logging = every(self.config.log_interval)
+        self.validating = self.config.eval_interval >= 0 and every(self.config.eval_interval)
+        self.saving = self.validating or every(self.config.save_interval) or self.stopping
+        if self.logging or self.saving:
+            self.health.check(self.config, self.batches, self.name_of)
+        if self.saving:
+            health.check_weights(self.model, self.done)
+        self.ended = time.perf_counter()
 
-    def __init__(self, device, skipped_updates=0):
-        self.note = torch.tensor([-1.0, 0.0, 0.0], dtype=torch.float64, device=device)  # update, loss, gradient norm
-        self.skipped_updates = skipped_updates
+    def log(self, **more):
+        """Write a log line: means per update over all processes since the last line, speed, memory, and `more`."""
+        row = {"step": self.done, "lr": self.optimizer.param_groups[0]["lr"]}
+        for objective, sums in self.sums.items():
+            n = sums.pop("updates")
+            prefix = f"{objective}_" if objective else ""
+            for name, total in sums.items():
+                total = torch.as_tensor(total, dtype=torch.float64, device=self.processes.device)
+                row[f"{prefix}loss" if name == "loss" else name] = float(common.all_mean(total / n))
+            row[f"{prefix}updates"] = round(n)
+        self.sums.clear()
+        row |= more
+        row["samples_per_s"] = self.config.batch_size * (self.done - self.logged) / (self.ended - self.clock)
+        self.clock, self.logged = self.ended, self.done
+        row["memory_gb"] = peak_memory_gb(self.processes.device)
+        if getattr(self.config, "skip_broken_images", False):
+            row["skipped_images"] = sum(gather_objects(self.skipped_images))
+        if self.scaler.is_enabled():
+            row["skipped_updates"] = self.health.skipped_updates
+        self._write_line(row)
+        self.bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name.endswith("loss")})
 
-    def step(self, step, loss, optimizer, scaler):
-        """Do the optimizer's update `step` (from 0), whose loss on this process is `loss` (), and look at both."""
-        scale = scaler.get_scale()  # 1.0 without a scaler; with one, scaler.step waits for the device anyway
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        gradients = [] if scaler.is_enabled() else [p.grad for p in parameters]
-        norm = torch.nn.utils.get_total_norm(gradients).to(loss.device)  # of nothing: 0
-        scaler.step(optimizer)
-        scaler.update()
-        if scaler.get_scale() < scale:
-            self.skipped_updates += 1
-            norm = norm + (math.inf if scale < 1 else 0.0)
-        number = torch.full((), step, device=loss.device)
-        row = torch.stack([value.to(self.note) for value in (number, loss.detach(), norm)])
-        self.note = torch.where((self.note[0] < 0) & ~row.isfinite().all(), row, self.note)
+    def keep_best(self, metrics, criterion=None):
+        """Log a validation. Where metrics[criterion] is the best so far, save best.pt."""
+        self._write_line({"step": self.done, **{f"val_{name}": value for name, value in metrics.items()}})
+        if criterion:
+            if self.processes.is_main:
+                self.bar.write(f"step {self.done}: val {criterion} {100 * metrics[criterion]:.1f} %")
+            if metrics[criterion] > self.best:
+                self.best = metrics[criterion]
+                self._write_checkpoint("best.pt")
 
-    def check(self, optimizer, config, batches, name_of):
-        """Raise InputError, on every process, where an update was broken: its number, objective, rate and products.
-
-        name_of(index): how messages call the data set's item. To be called by all processes together."""
-        broken = [row for row in gather_objects(self.note.tolist()) if row[0] >= 0]
-        if not broken:
-            return
-        step, loss, norm = min(broken, key=lambda row: row[0])
-        _, rows, objective = batches.rows_of(int(step))
-        lr = optimizer.param_groups[0]["base_lr"] * lr_multiplier(step, config.warmup, config.milestones)
-        raise InputError(
-            f"update {int(step) + 1}: loss {loss:g}, gradient norm {norm:g} (objective {objective}, learning rate "
-            f"{lr:.3g}); the last checkpoint is older and stays; lower --lr, or look at this update's products: "
-            f"{', '.join(name_of(int(row)) for row in rows)}"
+    def save(self):
+        """Write last.pt with all that a resume needs. Where a stop was asked, leave by raising Stopped."""
+        sums = {objective: {name: float(v) for name, v in row.items()} for objective, row in self.sums.items()}
+        self._write_checkpoint(
+            "last.pt",
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            parts=gather_objects({"sums": sums, "skipped_images": self.skipped_images}),
+            lasting={name: tensor.cpu() for name, tensor in self.lasting.items()},
+            skipped_updates=self.health.skipped_updates,
         )
+        self.clock += time.perf_counter() - self.ended  # validations and saves do not count as training time
+        if self.stopping and self.done < self.config.max_steps:
+            path = self.folder / "last.pt"
+            raise common.Stopped(f"stopped after update {self.done}, {path}; --resume=auto goes on")
+
+    def _write_line(self, row):
+        if self.processes.is_main:
+            append_log(self.folder / "log.jsonl", row)
+            if self.wandb:
+                self.wandb.log(row, step=self.done)
+
+    def _write_checkpoint(self, name, **more):
+        if self.processes.is_main:
+            state = {**self.contents, "model": self.model.state_dict(), "config": dataclasses.asdict(self.config)}
+            checkpoint.save(self.folder / name, {**state, "step": self.done, "best": self.best, **more})
 
 
-def mean_of_updates(sums, device):
-    """{name: mean per update over all processes} of {name: sum, "updates": n}; sums are floats or device tensors."""
-    n = sums["updates"]
-    flat = {k: torch.as_tensor(v, dtype=torch.float64, device=device).sum() for k, v in sums.items() if k != "updates"}
-    return {name: float(all_mean(value / n)) for name, value in flat.items()}
-
-
-def describe_run(config):
-    """What must be known to run this again: command, settings, git commit, versions."""
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {
-        "command": shlex.join([sys.executable, *sys.argv]),
-        "config": dataclasses.asdict(config),
-        "git_commit": git.stdout.strip() or None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def due(config, done, stopping=False):
-    """(log, validate, save): what is to be done after `done` updates; `stopping`: and then the run leaves."""
-
-    def every(interval):
-        return done == config.max_steps or (interval > 0 and done % interval == 0)
-
-    validate = config.eval_interval >= 0 and every(config.eval_interval)
-    return every(config.log_interval), validate, validate or every(config.save_interval) or stopping
-
-
-_locks = {}  # {run folder: its open lock file}; the system lets go of it when the process dies, however it does
+_locks = {}  # {run folder: its open lock file}; the system lets go of it when the process dies
 
 
 def lock_folder(folder):
     """Raise InputError where another process trains in the folder: two would write one checkpoint in turns."""
-    import fcntl  # not on Windows
+    import fcntl  # Windows has none
 
     _locks.pop(folder, None)
     file = open(folder / "lock", "a+")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers, which may outlive us, do not hold it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not hold it
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return  # a file system without locks
         file.seek(0)
-        who = file.read().strip() or "another process"
-        raise InputError(f"{folder}: {who} trains in it; stop it or choose another --out_dir") from None
+        raise InputError(f"{folder}: {file.read().strip()} trains in it; stop it or choose another --out_dir") from None
     file.truncate(0)
     print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
     _locks[folder] = file
 
 
-def open_run(config, start):
+def open_folder(config, start):
     """Make the run folder ready for updates from `start` on: a lock, run.json, and a log without lines past `start`.
 
-    A new start in the folder of another run renames that one's files to *.before: a later --resume=auto must not find
-    them, and they may be days of work. Raises InputError where the folder cannot be written, or is in use."""
+    A new start in the folder of an older run renames that run's files to *.before, for they may be days of work."""
     folder = Path(config.out_dir)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock_folder(folder)
-        if start == 0 and (folder / "last.pt").exists():
-            for name in ("last.pt", "best.pt", "log.jsonl"):
-                if (folder / name).exists():
-                    os.replace(folder / name, folder / f"{name}.before")
+        old = [name for name in ("last.pt", "best.pt", "log.jsonl") if (folder / name).exists()]
+        if start == 0 and "last.pt" in old:
+            for name in old:
+                os.replace(folder / name, folder / f"{name}.before")
             print(f"{folder}: holds an older run, kept as *.before (--resume=auto would have gone on with it)")
-    write_json(folder / "run.json", describe_run(config))
+    common.write_json(folder / "run.json", describe_run(config))
     cut_log(folder / "log.jsonl", start)
 
 
+def describe_run(config):
+    """What must be known to run this again: command, settings, git commit, versions."""
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    command = shlex.join([sys.executable, *sys.argv])
+    return {
+        "command": command,
+        "config": dataclasses.asdict(config),
+        "git_commit": git.stdout.strip() or None,
+    } | versions
+
+
 def start_wandb(config):
-    """A Weights & Biases run where the setting `wandb` names a project, else None; InputError if not installed."""
+    """A Weights & Biases run where the setting `wandb` names a project, else None. InputError if not installed."""
     if not config.wandb:
         return None
     try:
@@ -162,47 +242,32 @@ def start_wandb(config):
 
 
 def append_log(path, row):
-    """One JSON line; not-a-number and infinity are not JSON, so they are written as null."""
+    """Append one JSON line. Not-a-number and infinity are not JSON, so they are written as null."""
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     with writing(path), open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
-        os.fsync(file.fileno())  # a checkpoint that lasts, with log lines that do not, would leave a gap
+        os.fsync(file.fileno())  # a checkpoint must not outlast its log lines
 
 
 def cut_log(path, step):
-    """Drop the lines past `step`, and a last line cut short, so that a resumed run writes each step once."""
-    if not Path(path).exists():
+    """Drop the lines past `step` and a last line cut short, so that a resumed run writes each step once."""
+    if not path.exists():
         return
     kept = []
-    for line in Path(path).read_text(errors="replace").splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
-                kept.append(line)
+                kept.append(line + "\n")
     with replacing(path) as file:
-        file.write("".join(line + "\n" for line in kept).encode())
-
-
-def as_values(tree):
-    """A dict of sums, nested or not, for a checkpoint: scalars as floats, exactly; other tensors on the CPU."""
-    if isinstance(tree, dict):
-        return {key: as_values(value) for key, value in tree.items()}
-    return tree.cpu() if torch.is_tensor(tree) and tree.ndim else float(tree)
-
-
-def own_part(state, processes):
-    """This process's part of what differs between them, state["parts"] = gather_objects(...); {} where there is none.
-
-    A run resumed with another number of processes shares the parts out as they come."""
-    parts = state.get("parts") or [{}]
-    return parts[processes.rank % len(parts)]
+        file.write("".join(kept).encode())
 
 
 def peak_memory_gb(device):
-    """Peak memory so far in GB: the GPU's allocator where there is one, else this process's resident set."""
+    """Peak memory so far in GB: of the GPU's allocator where there is one, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    import resource  # not on Windows, which has no torchrun on GPUs to speak of either
+    import resource  # Windows has none
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

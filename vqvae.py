@@ -9,30 +9,25 @@ Writes <out_dir>/last.pt, log.jsonl and reconstructions.png. Pre-training needs 
 Parameters are named as in the released file, so that loading is copying. Letters in shape comments: B batch, P patches
 (7 x 7 = 49 at 224 px), N = B P, C channels, D width of latents and codes (256), K codes (1024)."""
 
-import contextlib
 import dataclasses
 import math
-import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import annotations
-import checkpoint
 import common
 import data
+import formats
 import runs
 import settings
 from common import all_mean, gather_rows
-from settings import COUNT, FROM_0, InputError, TrainConfig, setting
+from settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model
@@ -228,7 +223,7 @@ class ImageTokenizer(nn.Module):
 class VQVAE(ImageTokenizer):
     """The tokenizer with its decoder and the learning of its codebook; only its training needs them."""
 
-    DECAY, EPS = 0.99, 1e-5  # of the codebook's moving averages (recipe 2)
+    DECAY, EPS = 0.99, 1e-5  # of the codebook's moving averages (docs/recipe.md "Image tokenizer")
 
     def __init__(self, config):
         super().__init__(config)
@@ -265,8 +260,7 @@ class VQVAE(ImageTokenizer):
         book = self.codebook
         K, D = book.weight.shape
         rows = torch.cat([z.float(), z.new_ones(len(z), 1)], 1)  # (N, D + 1): the last column counts
-        world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        sums = all_mean(z.new_zeros(K, D + 1).index_add_(0, codes, rows)) * world_size
+        sums = all_mean(z.new_zeros(K, D + 1).index_add_(0, codes, rows)) * common.world_size()
         counts = sums[:, D].round()
         book.embed_avg.lerp_(sums[:, :D], 1 - self.DECAY)
         book.cluster_size.lerp_(counts, 1 - self.DECAY)
@@ -304,7 +298,7 @@ def load_image_tokenizer(path, device="cpu"):
     pre-training file with the tokenizer inside. Sizes are read from the tensors.
 
     Raises InputError where the file holds no tokenizer, or not all of one, or more than one."""
-    file = checkpoint.read(path, mmap=True)
+    file = formats.read_file(path)
     state = file["model"] if isinstance(file.get("model"), dict) else file
     state = {str(name).removeprefix("module."): value for name, value in state.items() if torch.is_tensor(value)}
     if any(name.startswith(INSIDE) for name in state):
@@ -342,17 +336,16 @@ def read_sizes(state):
 
 
 @dataclass
-class VQVAEConfig(TrainConfig):
+class VQVAEConfig:
     """Settings of the image tokenizer's training."""
 
-    batch_size: int = setting(64, "images per update, all processes together", COUNT)
-    max_steps: int = setting(150_000, "updates", COUNT)
-    lr: float = setting(2e-4, "learning rate", FROM_0)
-    warmup: int = setting(2_000, "updates until the full learning rate; 0: none", FROM_0)
-    milestones: tuple = setting((100_000, 130_000), "updates at which the learning rate falls to a tenth")
+    data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, ...", group="data")
     sets: tuple = setting(tuple(annotations.SETS), "data sets to train on")
+    image_size: int = setting(224, "pixels a side, a multiple of 32")
     skip_broken_images: bool = setting(False, data.SKIP_BROKEN)
-    ch: int = setting(128, "channels of the first level", COUNT)
+    eval_images: int = setting(1_000, "FashionGen-val images held out to measure on, at most", COUNT)
+
+    ch: int = setting(128, "channels of the first level", COUNT, group="model")
     ch_mult: tuple = setting((1, 1, 2, 2, 4, 4), "channels of each level, as multiples of ch")
     n_blocks: int = setting(2, "residual blocks a level", COUNT)
     latent_dim: int = setting(256, "size of a code's vector", COUNT)
@@ -360,7 +353,28 @@ class VQVAEConfig(TrainConfig):
     unshuffle: int = setting(1, "squares of this many pixels become channels first; 1: none, as released", COUNT)
     commitment: float = setting(0.25, "weight of the commitment loss beside L1", FROM_0)
     reseed_after: int = setting(100, "a code not chosen for so many updates becomes a latent of the batch", COUNT)
-    eval_images: int = setting(1_000, "FashionGen-val images held out to measure on, at most", COUNT)
+
+    batch_size: int = setting(64, "images per update, all processes together", COUNT, group="optimization")
+    grad_accum: int = setting(1, "micro-batches per update", COUNT)
+    max_steps: int = setting(150_000, "updates", COUNT)
+    lr: float = setting(2e-4, "learning rate", FROM_0)
+    weight_decay: float = setting(1e-4, "AdamW weight decay", FROM_0)
+    warmup: int = setting(2_000, "updates until the full learning rate; 0: none", FROM_0)
+    milestones: tuple = setting((100_000, 130_000), "updates at which the learning rate falls to a tenth")
+
+    device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES, group="machine")
+    dtype: str = setting("float32", "float32, bfloat16 (autocast) or float16 (and GradScaler)", choices=DTYPES)
+    compile: bool = setting(False, "torch.compile encoder and decoder")
+    workers: int = setting(4, "data loader workers per process; 0: load in the training process", FROM_0)
+    seed: int = setting(0, "every random draw follows from it", (0, 2**63 - 1))
+    deterministic: bool = setting(False, "only deterministic kernels; on CPU they always are")
+
+    out_dir: str = setting("", "run folder; empty: runs/<name of the config file>", group="log and checkpoints")
+    resume: str = setting("", "auto (newest whole checkpoint of the run folder, else start) or a checkpoint")
+    log_interval: int = setting(50, "updates between log lines", COUNT)
+    eval_interval: int = setting(2_000, "updates between validations; 0: only at the end, -1: never", (-1, math.inf))
+    save_interval: int = setting(0, "updates between further checkpoints; 0: none but those of validations", FROM_0)
+    wandb: str = setting("", "Weights & Biases project; empty: off")
 
 
 def check_config(config):
@@ -372,8 +386,6 @@ def check_config(config):
     if sizes.stride != settings.STRIDE:
         levels = f"{len(config.ch_mult)} levels and unshuffle {config.unshuffle}"
         raise InputError(f"ch_mult: {levels} make patches of {sizes.stride} pixels, expected {settings.STRIDE}")
-    if config.image_size < settings.STRIDE or config.image_size % settings.STRIDE:
-        raise InputError(f"image_size: found {config.image_size}, expected a multiple of {settings.STRIDE}")
     return sizes
 
 
@@ -440,131 +452,79 @@ def draw_reconstructions(model, images, path, device, columns=8, rows=2):
 
 def train(config, processes):
     """The whole stage on this process. Returns (model, held-out metrics of the main process, {} on others)."""
-    main, device = processes.is_main, processes.device
+    is_main, device = processes.is_main, processes.device
     sizes = check_config(config)
-    run_dir = Path(config.out_dir)
     products = annotations.load_pretraining(config.data_root, config.sets)
-    held_out = load_held_out(config) if main else None
+    held_out = load_held_out(config) if is_main else None
 
     torch.manual_seed(config.seed)  # every process starts from the same weights
     model = VQVAE(sizes).to(device)
-    optimizer = common.make_optimizer(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    start, totals, skipped, health, report = 0, {}, 0, runs.Health(device), []
-    state = checkpoint.find_resume(config.resume, run_dir)
-    if state is not None:
-        found, asked = state.get("tokenizer_config"), dataclasses.asdict(sizes)
-        if found != asked:
-            raise InputError(f"resume: the checkpoint's tokenizer is {found}, the settings ask for {asked}")
-        report = checkpoint.restore(state, config, model, optimizer, scaler)
-        start, mine = state["step"], runs.own_part(state, processes)
-        totals, skipped = mine.get("totals", {}), mine.get("skipped_images", 0)
-        totals = {name: torch.as_tensor(value, dtype=torch.float32, device=device) for name, value in totals.items()}
-        health.skipped_updates = state.get("skipped_updates", 0)
-    common.same_everywhere("resume", f"a start at update {start}", "the run folder must be the same on every node")
+    optimizer = common.make_optimizer(model, config.lr, config.weight_decay)
 
-    batches = data.Batches(len(products), config, processes, start, lambda step: "reconstruction")
+    # The bookkeeping, which resumes an earlier run where config.resume says so. `counts` says how often each code was
+    # chosen since the last log line.
+    counts = torch.zeros(sizes.n_codes, device=device)
+    contents = {"kind": "image_tokenizer", "image_tokenizer_config": dataclasses.asdict(sizes)}
+    run = runs.Run(config, processes, model, optimizer, contents, {"counts": counts})
+
+    batches = data.Batches(len(products), config, processes, run.start, lambda step: "reconstruction")
     loader = iter(data.train_loader(Photos(products, config), batches, config, device))
     if config.compile:
         model.encoder.compile()
         model.decoder.compile()
     # DDP also copies rank 0's buffers, the codebook among them, to all before every forward: no drift by rounding
-    ddp = DistributedDataParallel(model) if processes.world_size > 1 else model
-    if main:
-        runs.open_run(config, start)
-        n = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in ("encoder", "decoder")}
-        print(*report, f"{len(products)} products, {len(held_out)} images held out; parameters: {n}; {sizes}", sep="\n")
-    wandb = runs.start_wandb(config) if main else None
+    ddp = common.distribute(model, processes)
+    n = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in ("encoder", "decoder")}
+    report = f"{len(products)} products, {len(held_out) if is_main else 0} images held out; parameters: {n}; {sizes}"
+    run.open(batches, lambda row: products[row].name, [report])
 
-    def name_of(index):
-        return products[index].name
-
-    metrics, logged, stop = {}, start, runs.StopSignals()
-    clock, bar = time.perf_counter(), tqdm(range(start, config.max_steps), disable=not main, initial=start)
-    for step in bar:
-        common.set_lr(optimizer, step, config)
-        common.seed_step(config.seed, step, 0)  # rank 0's on every process: re-seeding must draw the same everywhere
+    metrics = {}
+    for step in run.steps():
+        # Every process draws as rank 0 does, for codes must be seeded anew alike everywhere.
+        common.set_lr(optimizer, step, config.warmup, config.milestones)
+        common.seed_step(config.seed, step, 0)
         model.train()
         optimizer.zero_grad()
-        seen, update_loss = [], 0.0
+
+        latents, chosen = [], []  # of the micro-batches
         for micro in range(config.grad_accum):
-            batch = data.to_device(next(loader), device)
-            skipped += int(batch["skipped"].sum()) if "skipped" in batch else 0
-            images = batch["image"]  # (B, 3, S, S)
-            last = micro == config.grad_accum - 1
-            with contextlib.nullcontext() if last or ddp is model else ddp.no_sync():
+            batch = next(loader)
+            run.skipped_images += int(batch["skipped"].sum())
+            images = data.to_device(batch, device)["image"]  # (B, 3, S, S)
+
+            # Reconstruct the images and compute the gradients, averaged over processes in the last micro-batch.
+            with common.averaging(ddp, micro == config.grad_accum - 1):
                 with common.autocast(device, config.dtype):
                     reconstruction, commitment, z, codes = ddp(images)
                 l1 = F.l1_loss(reconstruction.float(), images)
                 loss = l1 + config.commitment * commitment
-                scaler.scale(loss / config.grad_accum).backward()
-            update_loss = update_loss + loss.detach() / config.grad_accum
-            seen.append((z.flatten(0, 1), codes.flatten()))
-            # sums stay on the device until a log line reads them
-            for name, value in (("l1", l1), ("commitment", commitment)):
-                totals[name] = totals.get(name, 0) + value.detach() / config.grad_accum
-        health.step(step, update_loss, optimizer, scaler)
-        z, codes = (torch.cat(parts) for parts in zip(*seen, strict=True))
-        totals["counts"] = totals.get("counts", 0) + model.update_codebook(z, codes, config.reseed_after)
+                run.scaler.scale(loss / config.grad_accum).backward()
+            run.add("", loss, {"l1": l1.detach(), "commitment": commitment.detach()})
+            latents.append(z.flatten(0, 1))
+            chosen.append(codes.flatten())
 
-        done, stopping = step + 1, common.any_process(bool(stop.asked))
-        logging, validating, saving = runs.due(config, done, stopping)
-        if logging or saving:
-            health.check(optimizer, config, batches, name_of)
-        if logging:
-            counts = totals.pop("counts")
-            updates = float(counts.sum()) / len(z) / processes.world_size  # since the last log line
-            row = {"step": done, "lr": optimizer.param_groups[0]["lr"]}
-            row |= {name: float(all_mean(value)) / updates for name, value in totals.items()}
-            row["loss"] = row["l1"] + config.commitment * row["commitment"]
-            row["perplexity"], row["codes_used"] = usage(counts)
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            row["images_per_s"] = config.batch_size * (done - logged) / seconds
-            row["memory_gb"] = runs.peak_memory_gb(device)
-            if config.skip_broken_images:
-                row["skipped_images"] = sum(common.gather_objects(skipped))
-            if scaler.is_enabled():
-                row["skipped_updates"] = health.skipped_updates
-            totals.clear()
-            logged = done
-            if main:
-                runs.append_log(run_dir / "log.jsonl", row)
-                bar.set_postfix({name: f"{row[name]:.3f}" for name in ("l1", "commitment", "perplexity")})
-                if wandb:
-                    wandb.log(row, step=done)
-        pause = time.perf_counter()
-        if saving:
-            common.check_weights(model, done)
-        if validating:
-            if main:
-                metrics = validate(model, held_out, device)
-                runs.append_log(run_dir / "log.jsonl", {"step": done, **{f"val_{k}": v for k, v in metrics.items()}})
-                bar.write(
-                    f"step {done}, {len(held_out)} FashionGen-val images: L1 {metrics['l1']:.3f} "
-                    f"(mean image {metrics['l1_mean_image']:.3f}, own mean colour {metrics['l1_mean_colour']:.3f}), "
-                    f"perplexity {metrics['perplexity']:.0f}, {metrics['codes_used']} of {sizes.n_codes} codes used"
-                )
-                draw_reconstructions(model, held_out, run_dir / "reconstructions.png", device)
-        if saving:
-            parts = common.gather_objects({"totals": runs.as_values(totals), "skipped_images": skipped})
-            if main:
-                state = {
-                    "kind": "tokenizer",
-                    "model": model.state_dict(),
-                    "tokenizer_config": dataclasses.asdict(sizes),
-                    "config": dataclasses.asdict(config),
-                    "step": done,
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "parts": parts,
-                    "skipped_updates": health.skipped_updates,
-                }
-                checkpoint.save(run_dir / "last.pt", state)
-            clock += time.perf_counter() - pause  # speed is that of training
-        if stopping and done < config.max_steps:
-            stop.restore()
-            raise common.Stopped(f"stopped after update {done}, {run_dir / 'last.pt'}; --resume=auto goes on")
-    stop.restore()
+        # The update of encoder and decoder, then that of the codebook, which has no gradient.
+        run.scaler.step(optimizer)
+        run.scaler.update()
+        counts += model.update_codebook(torch.cat(latents), torch.cat(chosen), config.reseed_after)
+
+        # What is due after this update: a log line, a validation, a checkpoint, or a stop that was asked for.
+        run.end_update(step)
+        if run.logging:
+            perplexity, codes_used = usage(counts)
+            run.log(perplexity=perplexity, codes_used=codes_used)
+            counts.zero_()
+        if run.validating and is_main:
+            metrics = validate(model, held_out, device)
+            run.keep_best(metrics)
+            run.bar.write(
+                f"step {run.done}, {len(held_out)} FashionGen-val images: L1 {metrics['l1']:.3f} "
+                f"(mean image {metrics['l1_mean_image']:.3f}, own mean colour {metrics['l1_mean_colour']:.3f}), "
+                f"perplexity {metrics['perplexity']:.0f}, {metrics['codes_used']} of {sizes.n_codes} codes used"
+            )
+            draw_reconstructions(model, held_out, run.folder / "reconstructions.png", device)
+        if run.saving:
+            run.save()
     return model, metrics
 
 

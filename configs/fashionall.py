@@ -1,4 +1,4 @@
-"""The paper's pre-training (FashionViL 4.1; recipe 4): 4 GPUs, 120,000 updates of 256 products."""
+"""The paper's pre-training (FashionViL 4.1; docs/recipe.md "Optimizer and schedule"): 4 GPUs, batch 256."""
 
 data_root = "data/datasets"
 image_tokenizer = "data/vqvae_ema_pp_224_7x7_encoder_fashionall.pth"  # the released encoder, or one of vqvae.py

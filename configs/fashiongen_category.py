@@ -1,4 +1,4 @@
-"""Fine-tuning for fashiongen_category (recipe 4)."""
+"""Fine-tuning for fashiongen_category (docs/recipe.md "Fine-tuning")."""
 
 task = "fashiongen_category"
 data_root = "data/datasets"

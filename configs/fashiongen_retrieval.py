@@ -1,4 +1,4 @@
-"""Fine-tuning for fashiongen_retrieval (recipe 4)."""
+"""Fine-tuning for fashiongen_retrieval (docs/recipe.md "Fine-tuning")."""
 
 task = "fashiongen_retrieval"
 data_root = "data/datasets"

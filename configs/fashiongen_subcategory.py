@@ -1,4 +1,4 @@
-"""Fine-tuning for fashiongen_subcategory (recipe 4)."""
+"""Fine-tuning for fashiongen_subcategory (docs/recipe.md "Fine-tuning")."""
 
 task = "fashiongen_subcategory"
 data_root = "data/datasets"

@@ -1,4 +1,4 @@
-"""Fine-tuning for fashioniq (recipe 4)."""
+"""Fine-tuning for fashioniq (docs/recipe.md "Fine-tuning")."""
 
 task = "fashioniq"
 data_root = "data/datasets"

@@ -1,6 +1,6 @@
 """Real photos on two CPU cores: pre-training on fashion-mini from random weights, about half an hour."""
 
-data_root = "../shared/data/fashion-mini"
+data_root = "data/fashion-mini"
 image_tokenizer = "runs/vqvae_mini/last.pt"  # python vqvae.py configs/vqvae_mini.py
 
 size = "mini"  # Transformer 3 x 192

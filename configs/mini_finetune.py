@@ -1,6 +1,6 @@
 """Fine-tuning on fashion-mini, any task: python finetune.py configs/mini_finetune.py --task=fashioniq."""
 
-data_root = "../shared/data/fashion-mini"
+data_root = "data/fashion-mini"
 init = "runs/mini/best.pt"  # or random
 
 # sizes of a random start; a checkpoint brings its own

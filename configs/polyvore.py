@@ -1,4 +1,4 @@
-"""Fine-tuning for polyvore (recipe 4)."""
+"""Fine-tuning for polyvore (docs/recipe.md "Fine-tuning")."""
 
 task = "polyvore"
 data_root = "data/datasets"

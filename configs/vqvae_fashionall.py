@@ -1,4 +1,4 @@
-"""The image tokenizer at the released one's size (recipe 2), on the paper's four training sets at 224 px.
+"""The image tokenizer at the released one's size (docs/recipe.md "Image tokenizer"), on the paper's four sets.
 
 The authors give no training settings: sizes are theirs, the schedule is ours and has not been run to its end."""
 

@@ -1,6 +1,6 @@
 """The image tokenizer for configs/mini.py: real photos on two CPU cores, about three minutes."""
 
-data_root = "../shared/data/fashion-mini"
+data_root = "data/fashion-mini"
 
 # encoder and codebook: patches of 32 pixels; less than half the cost of the ResNet they help to train
 image_size = 96

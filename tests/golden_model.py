@@ -12,7 +12,7 @@ sys.path.insert(0, str(HERE))
 import inputs  # noqa: E402
 from fill import fill  # noqa: E402
 
-import checkpoint  # noqa: E402
+import formats  # noqa: E402
 import vqvae  # noqa: E402
 from model import PRETRAINING_HEADS, CSANet, FashionViL, ModelConfig  # noqa: E402
 
@@ -23,8 +23,8 @@ B, SEED, VOCAB = META["B"], META["seed"], META["vocab"]
 
 def filled(model):
     """The model with the golden weights, which depend on the original's parameter names alone."""
-    weights = fill(checkpoint.to_original(model.state_dict()), META["scale"])
-    model.load_state_dict(checkpoint.from_original(weights))
+    weights = fill(formats.to_original(model.state_dict()), META["scale"])
+    model.load_state_dict(formats.from_original(weights))
     # The reference was computed in this memory format; in ours the kernels round otherwise, and what a ReLU makes of a
     # value next to zero moves gradient norms by up to 1.4e-3.
     model.image_encoder.to(memory_format=torch.contiguous_format)

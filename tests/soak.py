@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-TIMES = ("samples_per_s", "images_per_s", "memory_gb")  # of a log line, no two runs agree on them
+TIMES = ("samples_per_s", "memory_gb")  # of a log line, no two runs agree on them
 SIZES = "--size=tiny --resnet=resnet18 --width=8 --image_size=64 --init=random --lr=1e-3 --lr_factor=1 --seed=5"
 EXACT = "--dropout=0.1 --dtype=bfloat16 --grad_accum=2 --workers=1 --log_interval=3 --save_interval=2 --warmup=3"
 STEPS = {"pretrain": 36, "fashioniq": 24}

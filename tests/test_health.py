@@ -17,6 +17,7 @@ from test_pretrain import small
 import checkpoint
 import common
 import finetune
+import health
 import pretrain
 import runs
 from common import Processes
@@ -98,23 +99,25 @@ def test_a_broken_number_stops_the_run_and_names_update_objective_rate_and_produ
 def test_a_broken_gradient_under_a_finite_loss_is_found():
     model = torch.nn.Linear(2, 1)
     optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", enabled=False)
-    health = runs.Health(torch.device("cpu"))
+    watcher = health.Health(optimizer, scaler, torch.device("cpu"))
     for step, gradient in enumerate((1.0, float("inf"), float("nan"))):
         model.weight.grad = torch.full((1, 2), gradient)
-        health.step(step, torch.tensor(0.5, dtype=torch.bfloat16), optimizer, scaler)
-    assert health.note.tolist() == [1.0, 0.5, float("inf")]
+        watcher.watch(step, torch.tensor(0.5, dtype=torch.bfloat16))
+    assert watcher.note.tolist() == [1.0, 0.5, float("inf")]
 
 
 def test_float16_counts_the_updates_that_the_scaler_skips_and_gives_up_below_scale_1():
     model = torch.nn.Linear(2, 1)
     optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=2.0)
-    health = runs.Health(torch.device("cpu"))
+    watcher = health.Health(optimizer, scaler, torch.device("cpu"))
     for step in range(4):
         scaler.scale((model.weight * 0 + float("inf")).sum() * 0 + model.weight.sum() * float("inf")).backward()
-        health.step(step, torch.tensor(1.0), optimizer, scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        watcher.watch(step, torch.tensor(1.0))
         optimizer.zero_grad()
-    assert health.skipped_updates == 4
-    assert health.note.tolist() == [2.0, 1.0, float("inf")]  # scales 2 and 1 were worth a try, .5 was not
+    assert watcher.skipped_updates == 4
+    assert watcher.note.tolist() == [2.0, 1.0, float("inf")]  # scales 2 and 1 were worth a try, .5 was not
 
 
 def test_float16_shows_the_skipped_updates_and_a_resume_goes_on_counting(catalogue, tmp_path, at_update):
@@ -136,12 +139,12 @@ def drift_worker(rank, port, out):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(9, 9), torch.nn.BatchNorm1d(9))
     model[1].running_mean.add_(rank)
-    common.check_weights(model, 5)  # running averages become rank 0's
+    health.check_weights(model, 5)  # running averages become rank 0's
     said = [str(model[1].running_mean.max().item()), str(common.any_process(rank == 1))]
     with torch.no_grad():
         model[0].weight[3, 4] += 1e-7 * rank
     for call in (
-        lambda: common.check_weights(model, 6),
+        lambda: health.check_weights(model, 6),
         lambda: common.same_everywhere("resume", f"a start at update {7 * rank}", "share the folder"),
     ):
         try:
@@ -203,7 +206,7 @@ def test_a_folder_without_permission_is_named():
                 os.seteuid(65534)
             for call, file in (
                 (lambda: checkpoint.save(path, {"kind": "tokenizer", "model": {}}), path),
-                (lambda: runs.open_run(pretrain.PretrainConfig(out_dir=f"{folder}/run"), 0), f"{folder}/run"),
+                (lambda: runs.open_folder(pretrain.PretrainConfig(out_dir=f"{folder}/run"), 0), f"{folder}/run"),
                 (lambda: runs.append_log(f"{folder}/log.jsonl", {"step": 1}), f"{folder}/log.jsonl"),
             ):
                 with pytest.raises(InputError, match=f"{file}: cannot be saved: Permission denied"):
@@ -241,8 +244,8 @@ def test_fine_tuning_stops_for_signals_and_broken_numbers_too(catalogue, tmp_pat
     from test_finetune import small
 
     config = small("fashioniq", catalogue, tmp_path, eval_interval=-1, resume="auto")
-    row = list(finetune.TASKS["fashioniq"])
-    objective = row[0]
+    task = finetune.TASKS["fashioniq"]
+    objective = task.objective
     for effect, error, says in (
         (lambda loss: os.kill(os.getpid(), signal.SIGTERM) or loss, common.Stopped, "stopped after update 1"),
         (lambda loss: loss * float("nan"), InputError, r"update 2: loss nan.*objective fashioniq.*cap\..*entry"),
@@ -252,7 +255,7 @@ def test_fine_tuning_stops_for_signals_and_broken_numbers_too(catalogue, tmp_pat
             loss, metrics = objective(model, batch)
             return effect(loss), metrics
 
-        monkeypatch.setitem(finetune.TASKS, "fashioniq", (broken, *row[1:]))
+        monkeypatch.setitem(finetune.TASKS, "fashioniq", dataclasses.replace(task, objective=broken))
         with pytest.raises(error, match=says):
             finetune.train(config, ONE)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1

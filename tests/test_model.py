@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data  # noqa: F401  (makes torchvision importable on a CPU-only torch)
-from model import RESNETS, SIZES, FashionViL, ModelConfig, ResNet, masked_mean
+from model import RESNETS, SIZES, FashionViL, ModelConfig, Positions, ResNet, masked_mean
 
 
 def tiny(**changes):
@@ -49,8 +49,9 @@ def test_layers_equal_torchs_encoder_layers():
     model = FashionViL(config).eval()
     x, lengths = torch.randn(3, 9, config.hidden_size), torch.tensor([9, 4, 7])
     mask = torch.arange(9)[None] < lengths[:, None]
-    theirs, rows = model.bert.embeddings(x), mask.flatten().nonzero().squeeze(1)
-    ours = theirs[mask]  # (20, D): padding is not computed
+    theirs, inputs = model.bert.embeddings(x), Positions(mask)
+    ours = inputs.pack(theirs)  # (20, D): padding is not computed
+    assert torch.equal(ours, theirs[mask]) and torch.equal(inputs.unpack(ours), theirs * mask[..., None])
     for layer in model.bert.encoder["layer"]:
         other = nn.TransformerEncoderLayer(
             config.hidden_size,
@@ -73,23 +74,25 @@ def test_layers_equal_torchs_encoder_layers():
         for to, source in pairs:
             to.load_state_dict(source.state_dict())
         theirs = other(theirs, src_key_padding_mask=~mask)
-        before, ours = ours, layer(ours, mask[:, None, None, :], rows)
+        before, ours = ours, layer(ours, mask[:, None, None, :], inputs, inputs)
     assert (ours - theirs[mask]).abs().max() < 1e-5
-    wanted = torch.tensor([0, 9, 14])
-    assert (layer(before, mask[:, None, None, :], rows, wanted) - ours[wanted]).abs().max() < 1e-6
+    some = torch.zeros(3, 9, dtype=torch.bool)
+    some[0, 0] = some[1, 0] = some[2, 1] = True  # the packed tokens 0, 9 and 14
+    found = layer(before, mask[:, None, None, :], inputs, Positions(some))
+    assert (found - ours[[0, 9, 14]]).abs().max() < 1e-6
 
 
-def test_hidden_states_that_are_asked_for_are_those_of_all():
+def test_needed_hidden_states_are_those_of_all():
     model = tiny()
     ids, image = torch.randint(5, 50, (3, 11)), torch.randn(3, 3, 64, 64)
     mask = torch.arange(11)[None] < torch.tensor([11, 4, 7])[:, None]
-    asked = torch.rand(3, 15, generator=torch.Generator().manual_seed(0)) < 0.3  # some of them padding
-    assert (asked[:, :11] & ~mask).any()
+    needed = torch.rand(3, 15, generator=torch.Generator().manual_seed(0)) < 0.3  # some of them padding
+    assert (needed[:, :11] & ~mask).any()
     with torch.no_grad():
-        every, some = (model.encode_joint(ids, mask, image, asked=a) for a in (None, asked))
+        every, some = (model.encode_joint(ids, mask, image, needed=n) for n in (None, needed))
         pooled = model.bert.pool(every)
         assert (model.encode_pair(ids, mask, image) - pooled).abs().max() < 1e-6
-    assert (some - every)[asked].abs().max() < 1e-6 and not some[~asked].any()
+    assert (some - every)[needed].abs().max() < 1e-6 and not some[~needed].any()
 
 
 def test_padding_and_batch_do_not_change_an_embedding():
@@ -113,7 +116,7 @@ def test_dropped_patches_are_those_that_attention_and_mean_leave_out():
     with torch.no_grad():
         embeddings = model.bert.embeddings
         tokens = torch.cat([embeddings.text(ids), embeddings.image(model.patches(image))], 1)
-        hidden = model.bert(tokens, torch.cat([mask, keep.long()], 1))
+        hidden = model.bert(tokens, torch.cat([mask, keep.long()], 1).bool())
         expected = masked_mean(hidden[:, 6:], keep)
         assert (model.encode_composed(ids, mask, image, keep) - expected).abs().max() < 1e-5
 

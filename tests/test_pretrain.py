@@ -13,6 +13,7 @@ import settings
 from common import Processes
 from pretrain import PretrainConfig
 from settings import InputError
+from tools import summary
 
 ROOT = Path(__file__).parent.parent
 ALL = dict.fromkeys(("itc", "itm", "mlm", "mpfc", "mvc", "pac"), 1 / 6)
@@ -105,12 +106,12 @@ def test_wrong_runs_end_before_the_first_update(catalogue, tmp_path, changes, me
 
 def test_objectives_are_drawn_by_their_probabilities_from_seed_and_step():
     config = load()
-    drawn = [pretrain.objective_at(step, config) for step in range(20_000)]
+    drawn = [pretrain.objective_at(step, config.objectives, config.seed) for step in range(20_000)]
     counts = Counter(drawn)
     for name, p in pretrain.PAPER_MIX.items():
         assert counts[name] / 20_000 == pytest.approx(p, abs=0.012)
-    assert drawn[500:520] == [pretrain.objective_at(step, config) for step in range(500, 520)]
-    assert drawn[:50] != [pretrain.objective_at(step, load("--seed=1")) for step in range(50)]
+    assert drawn[500:520] == [pretrain.objective_at(step, config.objectives, config.seed) for step in range(500, 520)]
+    assert drawn[:50] != [pretrain.objective_at(step, config.objectives, 1) for step in range(50)]
 
 
 def small(catalogue, out, **changes):
@@ -143,8 +144,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(catalogue, image_tok
     changes = {"image_tokenizer": str(image_tokenizer_file), "grad_accum": 2}
     whole = small(catalogue, tmp_path / "whole", **changes)
     pretrain.train(whole, one)
+    summary.main([str(tmp_path / "whole")])
     table = capsys.readouterr().out
-    drawn = {pretrain.objective_at(step, whole) for step in range(14)}
+    drawn = {pretrain.objective_at(step, whole.objectives, whole.seed) for step in range(14)}
     assert len(drawn) > 4 and all(f"\n{name} " in table for name in drawn)
 
     halves = small(catalogue, tmp_path / "halves", **changes, resume="auto")

@@ -112,7 +112,7 @@ def test_outfit_ranks_the_wanted_category(files, catalogue, tmp_path):
     wanted = category[outfit[0].stem]
     with torch.no_grad():
         parts = [
-            model.encode_query(by_hand(p, "scale"), torch.tensor([category[p.stem]]), torch.tensor([wanted])) / 4
+            model.fuse(model.encode_item(by_hand(p, "scale")), *torch.tensor([[category[p.stem]], [wanted]])) / 4
             for p in outfit
         ]
         query = torch.stack(parts).mean(0)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import checkpoint
 import common
 import data
+import formats
 import pretrain
 import runs
 import settings
@@ -308,7 +309,7 @@ def run_stage(config):
 
 def read_log(out_dir):
     rows = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("images_per_s", "memory_gb")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("samples_per_s", "memory_gb")} for row in rows]
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(data_root, tmp_path, monkeypatch):
@@ -329,14 +330,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(data_root, tmp_path, monkeypatch
 
     for name, value in model.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-    one, two = (checkpoint.read(folder / "last.pt") for folder in (whole, parts))
+    one, two = (formats.read_file(folder / "last.pt") for folder in (whole, parts))
     assert one["step"] == two["step"] == 6
     for a, b in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)
     assert metrics == resumed_metrics
     assert [row["step"] for row in read_log(whole)] == [2, 3, 4, 6, 6]
     assert read_log(whole) == read_log(parts)
-    with pytest.raises(settings.InputError, match="resume: .*'n_codes': 12.*'n_codes': 13"):
+    with pytest.raises(settings.InputError, match=r"does not fit the model: .*\(12, 16\), expected \(13, 16\)"):
         run_stage(make_config(data_root, parts, resume="auto", n_codes=13))
 
 

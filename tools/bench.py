@@ -50,7 +50,7 @@ class BenchConfig:
     only: str = setting("", "objectives and tasks, as itc,mlm,fashioniq; empty: all, for --scale itc")
     batch_size: int = setting(8, "products per step")
     pairs: int = setting(5, "runs of either side")
-    data_root: str = setting("../shared/data/fashion-mini", "texts and photos of the batches")
+    data_root: str = setting("data/fashion-mini", "texts and photos of the batches")
     dtype: str = setting("float32", "float32 or bfloat16 (autocast)")
     out: str = setting("bench.json", "all figures")
     memory: bool = setting(False, "peak memory of a step, each side in a process of its own")
@@ -73,11 +73,12 @@ def prepare(config, name, build="cpu"):
         sizes = {"n_attributes": annotations.count_labels(items, "attributes", own.n_attributes)}
         s.dataset = data.Pretraining(items, words, sizes["n_attributes"], own)
     else:
-        objective, heads, load_items, draw, kind, longest = finetune.TASKS[name]
-        items, sizes = load_items(own)
-        make, sizes["heads"] = finetune.build_model, heads
-        transform = data.image_transform(kind, own.image_size, True)
-        s.dataset = data.Samples(items, words, transform, own.max_tokens or longest, draw)
+        task = finetune.TASKS[name]
+        objective, make = task.objective, finetune.build_model
+        items, sizes = task.load_items(own)
+        sizes["heads"] = task.heads
+        transform = data.image_transform(task.transform, own.image_size, True)
+        s.dataset = data.Samples(items, words, transform, own.max_tokens or task.max_tokens, task.pick)
     if name == "mpfc":
         s.image_tokenizer = vqvae.random_image_tokenizer(
             vqvae.check_config(settings.load_config(vqvae.VQVAEConfig, [vq]))

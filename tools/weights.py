@@ -12,16 +12,14 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import _image_sizes, _is_zip, _plan, _reading, _shown, _text_sizes, _write, read_model
-from common import run
+import checkpoint
+import vqvae
+from common import replacing, run
+from formats import is_zip, read_weights, reading, shown
 from settings import InputError
 
 STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16}
-
-
 STORAGES |= {"DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32}
-
-
 STORAGES |= {"ShortStorage": torch.int16, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
 
 
@@ -64,10 +62,10 @@ def convert(source, target):
     source: a zip of torch.save that holds a dict of tensors or {"model": such a dict, ...}. Raises InputError."""
     if Path(target).exists():
         raise InputError(f"{target}: exists, expected a new name")
-    if not _is_zip(source):
+    if not is_zip(source):
         raise InputError(f"{source}: not a zip of torch.save (torch 1.6 or newer); no other file is converted")
     storages, tensors = {}, {}
-    with _reading(source, "cannot be converted"), zipfile.ZipFile(source) as archive:
+    with reading(source, "cannot be converted"), zipfile.ZipFile(source) as archive:
         entry = next(name for name in archive.namelist() if Path(name).name == "data.pkl")
         unpickler = TensorsOnly(BytesIO(archive.read(entry)))
         unpickler.strangers = set()
@@ -82,30 +80,29 @@ def convert(source, target):
                 tensors[name] = storages[key].as_strided(size, stride, offset)  # raises past the storage's end
     if not tensors:
         raise InputError(f"{source}: no tensors in it, expected a state dict or {{'model': a state dict}}")
-    _write(target, {"model": tensors})
+    with replacing(target) as file:
+        torch.save({"model": tensors}, file)
     left = ", ".join(map(repr, sorted(unpickler.strangers))) or "nothing foreign"
     return [f"{target}: {len(tensors)} tensors", f"left out: {left}, and all beside the model's tensors"]
 
 
 def describe(path):
     """Print what --info says of a file. Raises InputError, with the kind printed before, where it does not load."""
-    state, info = read_model(path)
+    state, info = read_weights(path)
     print(f"{path}: {info['kind']}, layout {info['layout']}, {len(state)} tensors")
-    for key, value in {"task": info["task"], "step": info["step"], **(info["config"] or {})}.items():
-        print(f"{key}: {_shown(value)}")
-    for what, n in info["set_aside"].items():
-        print(f"set aside: {n} names of {what}")
+    for key, value in {"task": info["task"], "step": info["step"], **info["config"]}.items():
+        print(f"{key}: {shown(value)}")
+    for what, tensors in info["set_aside"].items():
+        print(f"set aside: {len(tensors)} names of {what}")
     if info["kind"] in ("bert", "resnet"):
-        with _reading(path, "incomplete"):
-            print(_text_sizes(state) if info["kind"] == "bert" else _image_sizes(state))
+        with reading(path, "incomplete"):
+            print(checkpoint.read_sizes(state, info["kind"]))
         print("loads: with --bert=ITS FOLDER" if info["kind"] == "bert" else "loads: with --resnet_file=FILE")
         return
-    if info["kind"] == "tokenizer":
-        import vqvae  # which imports this module
-
+    if info["kind"] == "image_tokenizer":
         model = vqvae.load_image_tokenizer(path)
     else:
-        model, *_ = _plan(path)
+        model, _ = checkpoint.load_model(path)
     print("sizes:", dataclasses.asdict(model.config))
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     print("loads: yes")
