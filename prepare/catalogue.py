@@ -173,8 +173,8 @@ def label(root, out, config):
     """Mine one vocabulary from the train splits under `root`; write all annotation files with their attributes_id, and
     labels.json, to `out` (which may be `root`). Prints head and tail. Raises InputError on the first faulty entry."""
     ignored, items, texts = STOP_WORDS | set(config.stop_words.lower().split(",")), {}, {}
-    for source, row in annotations.SETS.items():
-        for split, (file, _) in row["splits"].items():
+    for source, data_set in annotations.SETS.items():
+        for split, file in data_set.files.items():
             if Path(root, source, file).exists():
                 products = annotations.load_products(root, source, split)
                 texts[source, split] = [phrases(product.text, ignored, config.max_words) for product in products]
@@ -186,7 +186,7 @@ def label(root, out, config):
     for (source, split), part in items.items():
         for item, text in zip(part, texts[source, split], strict=True):
             item["attributes_id"] = sorted(number[phrase] for phrase in text & number.keys())
-        values[Path(out, source, annotations.SETS[source]["splits"][split][0])] = part
+        values[Path(out, source, annotations.SETS[source].files[split])] = part
     write_together({**values, Path(out, "labels.json"): {**read_labels(root), "attributes": list(number)}})
     counts = [len(item["attributes_id"]) for part in items.values() for item in part]
     print(f"{len(number)} pseudo-attributes, {np.mean(counts):.1f} a product, {counts.count(0)} products without any")

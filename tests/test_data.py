@@ -190,7 +190,7 @@ class Settings:
 
 
 def write_products(root, source, split, items, size=40):
-    file, folder = annotations.SETS[source]["splits"][split]
+    file, folder = annotations.SETS[source].files[split], annotations.SETS[source].images.format(split=split)
     (root / source / folder).mkdir(parents=True, exist_ok=True)
     for item in items:
         names = [item["images"]] if isinstance(item["images"], str) else item["images"]

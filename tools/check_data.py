@@ -8,79 +8,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from annotations import (
-    FASHIONIQ_CLASSES,
-    SETS,
-    collecting,
-    has_subcategories,
-    load_fashioniq,
-    load_polyvore,
-    scan_products,
-)
+import annotations
+from annotations import collecting
 from common import run
 from data import open_image
 from settings import InputError, load_config, setting
-
-
-def image_fault(image):
-    """What is wrong with (path, product or row that names it), as a line, or None."""
-    path, name = image
-    if not os.path.exists(path):
-        return f"{path}: missing (of {name})"
-    try:
-        open_image(path)
-    except InputError as error:
-        return f"{name}: {error}"
-
-
-def check(root, workers=0, open_images=True):
-    """(report lines, faults) over everything under `root`: counts per file, and every fault with file and entry.
-
-    Every image is opened once, by `workers` processes (0: this one)."""
-    report, faults, images = [], [], {}
-    for source, row in SETS.items():
-        for split, (file, _) in row["splits"].items():
-            if not Path(root, source, file).exists():
-                report.append(f"{source:16} {split:5}  no {file}")
-                continue
-            with collecting(faults):
-                products, found = scan_products(root, source, split)
-                faults += found
-                images |= {path: product.name for product in products for path in product.images}
-                n_images, vocabulary = sum(len(p.images) for p in products), {a for p in products for a in p.attributes}
-                labels = [f"{len({getattr(p, k) for p in products} - {None})} {k}" for k in ("category", "subcategory")]
-                shown = f", {', '.join(labels)} labels" if source == "FashionGen" else ""
-                counts = f"{len(products)} products, {n_images} images, {len(vocabulary)} attributes{shown}"
-                report.append(f"{source:16} {split:5}  {counts}")
-                if split == "val":
-                    has_subcategories(products)
-    for garment in FASHIONIQ_CLASSES:
-        for split in ("train", "val"):
-            if Path(root, "FashionIQ", "captions", f"cap.{garment}.{split}.json").exists():
-                with collecting(faults):
-                    gallery = "original" if split == "val" else "val"  # training needs no split file
-                    queries, names = load_fashioniq(root, garment, split, gallery, faults)
-                    images |= {q[key]: q["name"] for q in queries for key in ("image", "image2")}
-                    folder = os.path.join(root, "FashionIQ", "images")
-                    images = {**{f"{folder}/{name}.jpg": f"split.{garment}.{split}.json" for name in names}, **images}
-                    report.append(
-                        f"FashionIQ        {split:5}  {garment}: {len(queries)} queries, gallery {len(names)}"
-                    )
-    for split in ("disjoint", "nondisjoint"):
-        for part in ("train", "test"):
-            if Path(root, "PolyvoreOutfits", f"ocir_{split}_{part}.json").exists():
-                with collecting(faults):
-                    outfits, n = load_polyvore(root, split, part, faults)
-                    images |= {path: o["name"] for o in outfits for path, _ in [*o["items"], o["blank_item"]]}
-                    report.append(f"PolyvoreOutfits  {part:5}  {split}: {len(outfits)} outfits, {n} categories")
-    if not open_images:
-        return report, list(dict.fromkeys(faults))
-    pool = concurrent.futures.ProcessPoolExecutor(workers) if workers else contextlib.nullcontext()
-    with pool:
-        found = pool.map(image_fault, images.items(), chunksize=64) if workers else map(image_fault, images.items())
-        faults += filter(None, tqdm(found, "images", len(images), leave=False, disable=None))
-    return report, list(dict.fromkeys(faults))
-
 
 NEEDS = """
 pre-training             FashionGen, BigFACAD, Fashion200k, PolyvoreOutfits: train; FashionGen: val for validation
@@ -97,6 +29,80 @@ class DataConfig:
 
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, Fashion200k/, ...")
     workers: int = setting(4, "processes that open images; 0: this one")
+
+
+# Each of these reads one annotation file and returns a line of counts. It adds the file's images to the dict `images`,
+# {path: product or row that names it}, and the file's faults to the list `faults`.
+
+
+def check_products(root, source, split, images, faults):
+    products = annotations.load_products(root, source, split, faults)
+    images |= {path: product.name for product in products for path in product.images}
+    vocabulary = {attribute for product in products for attribute in product.attributes}
+    counts = [f"{sum(len(product.images) for product in products)} images", f"{len(vocabulary)} attributes"]
+    if source == "FashionGen":
+        for key in ("category", "subcategory"):
+            counts.append(f"{len({getattr(product, key) for product in products} - {None})} {key}")
+        counts[-1] += " labels"
+    if split == "val":
+        with collecting(faults):
+            annotations.has_subcategories(products)
+    return f"{source:16} {split:5}  {len(products)} products, {', '.join(counts)}"
+
+
+def check_fashioniq(root, garment, split, images, faults):
+    gallery = "original" if split == "val" else "val"  # training needs no split file
+    queries, names = annotations.load_fashioniq(root, garment, split, gallery, faults)
+    images |= {query[key]: query["name"] for query in queries for key in ("image", "image2")}
+    for name in names:
+        images.setdefault(os.path.join(root, "FashionIQ", "images", f"{name}.jpg"), f"split.{garment}.{split}.json")
+    return f"FashionIQ        {split:5}  {garment}: {len(queries)} queries, gallery {len(names)}"
+
+
+def check_polyvore(root, split, part, images, faults):
+    outfits, n_categories = annotations.load_polyvore(root, split, part, faults)
+    images |= {path: row["name"] for row in outfits for path, _ in [*row["items"], row["blank_item"]]}
+    return f"PolyvoreOutfits  {part:5}  {split}: {len(outfits)} outfits, {n_categories} categories"
+
+
+def image_fault(image):
+    """What is wrong with (path, product or row that names it), as a line, or None."""
+    path, name = image
+    if not os.path.exists(path):
+        return f"{path}: missing (of {name})"
+    try:
+        open_image(path)
+    except InputError as error:
+        return f"{name}: {error}"
+
+
+def check(root, workers=0, open_images=True):
+    """(report lines, faults) of all that is under `root`: counts of every file, and every fault with file and entry.
+
+    Every image is opened once, by `workers` processes (0: this one)."""
+    report, faults, images, checks = [], [], {}, []
+    for source, data_set in annotations.SETS.items():
+        for split, file in data_set.files.items():
+            checks.append((check_products, source, split, Path(root, source, file)))
+    for garment in annotations.FASHIONIQ_CLASSES:
+        for split in ("train", "val"):
+            path = Path(root, "FashionIQ", "captions", f"cap.{garment}.{split}.json")
+            checks.append((check_fashioniq, garment, split, path))
+    for split in ("disjoint", "nondisjoint"):
+        for part in ("train", "test"):
+            checks.append((check_polyvore, split, part, Path(root, "PolyvoreOutfits", f"ocir_{split}_{part}.json")))
+    for check_file, name, split, path in checks:
+        if path.exists():
+            with collecting(faults):
+                report.append(check_file(root, name, split, images, faults))
+        elif check_file is check_products:
+            report.append(f"{name:16} {split:5}  no {path.name}")
+    if open_images:
+        pool = concurrent.futures.ProcessPoolExecutor(workers) if workers else contextlib.nullcontext()
+        with pool:
+            found = pool.map(image_fault, images.items(), chunksize=64) if workers else map(image_fault, images.items())
+            faults += filter(None, tqdm(found, "images", len(images), leave=False, disable=None))
+    return report, list(dict.fromkeys(faults))
 
 
 def main():
