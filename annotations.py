@@ -46,13 +46,11 @@ SETS = {
 
 @dataclass
 class Product:
-    """One product. Messages use its name ("FashionGen 1234"); a label is None where the file has none."""
-
-    name: str
+    name: str  # for messages, such as "FashionGen 1234"
     images: list  # paths
     text: str
     attributes: list  # ids of pseudo-attributes
-    category: int = None
+    category: int = None  # None: the file has no such label
     subcategory: int = None
     title: str = ""
 
@@ -70,14 +68,12 @@ def read_json(path, kind):
 
 
 def need(row, key, kinds, where):
-    """row[key]. Raises InputError where its type is not `kinds` (a type or a tuple of types).
-
-    `where` is the file and the entry that the message names, here and below."""
+    """row[key], of a type in `kinds` (one or a tuple); InputError if not. `where`: the file and entry to name in it."""
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     value = row.get(key) if isinstance(row, dict) else None
     if type(value) not in kinds:
-        names = " or ".join(kind.__name__ for kind in kinds)
-        raise InputError(f"{where}: key {key!r}: found {value!r:.60}, expected {names}")
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise InputError(f"{where}: key {key!r}: found {value!r:.60}, expected {expected}")
     return value
 
 
@@ -131,9 +127,7 @@ def parse_product(item, source, folder, where):
 
 
 def load_products(root, source, split, faults=None):
-    """The products of one data set and split. Raises InputError with the first faulty entry.
-
-    A list `faults` gets the faults of all entries instead; the entries without one are returned."""
+    """The products of one data set and split. InputError names the first faulty entry; a list `faults` gets all."""
     path = Path(root, source, SETS[source].files[split])
     folder = os.path.join(root, source, SETS[source].images.format(split=split))
     products, found, names = [], [], set()
@@ -164,9 +158,7 @@ def load_pretraining(root, sets=tuple(SETS)):
 
 
 def load_titles(folder):
-    """{image path: (product id, title)} of an image folder of a data set in SETS; of any other folder {}.
-
-    Entries that have faults are left out. Raises InputError on an annotation file that cannot be read."""
+    """{image path: (product id, title)} of a data set's image folder, {} of another. Faulty entries are left out."""
     folder, titles = Path(folder).resolve(), {}
     source, root = folder.parent.name, folder.parent.parent
     for split, file in SETS[source].files.items() if source in SETS else ():
@@ -198,10 +190,10 @@ def count_labels(products, key, limit=0):
 
 def has_subcategories(products):
     """True where all products have a sub-category, False where none has. Raises InputError where only some have."""
-    some_have = any(product.subcategory is not None for product in products)
-    if some_have:
-        count_labels(products, "subcategory")  # raises for the first product that has none
-    return some_have
+    if all(product.subcategory is None for product in products):
+        return False
+    count_labels(products, "subcategory")  # raises for the first product that has none
+    return True
 
 
 class FashionIQ(NamedTuple):
@@ -237,8 +229,9 @@ def load_fashioniq(root, garment, split, gallery="original", faults=None):
                 raise InputError(f"{where}: key 'captions': found {captions!r:.60}, expected texts")
             if not extended:
                 names.append(candidate)
-            text = ", ".join(captions)
-            queries.append({"image": image, "image2": image2, "text": text, "target": target, "name": where})
+            queries.append(
+                {"image": image, "image2": image2, "text": ", ".join(captions), "target": target, "name": where}
+            )
     if gallery == "original" and not extended:
         path = folder / "image_splits" / f"split.{garment}.{split}.json"
         names = []
@@ -280,9 +273,9 @@ class Polyvore(NamedTuple):
 
 
 def load_polyvore(root, split, part, faults=None):
-    """The `Polyvore` of split disjoint or nondisjoint, part train or test. Source: docs/recipe.md "Outfit completion".
+    """The `Polyvore` of one split and part. Source: docs/recipe.md "Outfit completion".
 
-    Raises InputError on files that are missing or bad; `faults` as in `collecting`."""
+    split: disjoint or nondisjoint, part: train or test. Raises InputError on bad files; `faults` as in `collecting`."""
     folder = Path(root, "PolyvoreOutfits")
     if split not in ("disjoint", "nondisjoint"):
         raise InputError(f"split: found {split!r}, expected disjoint or nondisjoint")

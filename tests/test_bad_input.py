@@ -45,7 +45,7 @@ def root(catalogue, tmp_path):
 
 
 def edit(file, entry, **changes):
-    """Change keys of an entry of an annotation file (None: remove; entry None: of all)."""
+    """Change keys of an entry of an annotation file (None: remove; entry None: of all); the result has `.file`."""
 
     def apply(root):
         rows = json.loads((root / file).read_text())
@@ -55,16 +55,18 @@ def edit(file, entry, **changes):
                 del row[key]
         (root / file).write_text(json.dumps(rows))
 
+    apply.file = file
     return apply
 
 
 def put(file, content):
-    """Replace a file's content; bytes, text or something for JSON."""
+    """Replace a file's content; bytes, text or something for JSON. The result has `.file`."""
 
     def apply(root):
         text = content if isinstance(content, str | bytes) else json.dumps(content)
         (root / file).write_bytes(text if isinstance(text, bytes) else text.encode())
 
+    apply.file = file
     return apply
 
 
@@ -113,10 +115,7 @@ SETTINGS = [
     (dict(objectives={"itc": "much"}), "objectives: found probabilities ***, expected none below 0 and a sum of 1"),
     (dict(objectives={"itc": float("nan")}), "objectives: found probabilities {{'itc': nan}}, expected ***"),
     (dict(resume="gone.pt"), "gone.pt: ***: No such file or directory"),
-    (
-        dict(data_root="/nowhere"),
-        "/nowhere/FashionGen/train_info.json: cannot be read as JSON (***); fetch the file ***",
-    ),
+    (dict(data_root="/nowhere"), f"/nowhere/{TRAIN}: cannot be read as JSON (***); fetch the file again"),
 ]
 
 
@@ -166,113 +165,66 @@ def test_settings_of_fine_tuning(changes, message, catalogue, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # annotation files
 
-ENTRY = "{root}/FashionGen/train_info.json: entry 1 (id ***): "
 ONE_SUCH = "; 1 such in the file, python -m tools.check_data --data_root={root} lists them"
-IDS = "expected ids from 0 to 999999"
+ENTRIES = [  # changes of entry 1 of the training file, what the message says of it
+    (dict(title=None), "key 'title': found None, expected str"),
+    (dict(title=5), "key 'title': found 5, expected str"),
+    (dict(id=None), "key 'id': found None, expected int or str"),
+    (dict(id=True), "key 'id': found True, expected int or str"),
+    (dict(id="a\nb"), r"found 'FashionGen a\nb', expected no control characters"),
+    (dict(images="a.jpg"), "key 'images': found 'a.jpg', expected list"),
+    (dict(images=[]), "key 'images': found [], expected file names"),
+    (dict(images=[""]), "key 'images': found [''], expected file names"),
+    (dict(images=["../../a.jpg"]), "image path '../../a.jpg' leaves the folder ***"),
+    (dict(images=["/etc/hosts"]), "image path '/etc/hosts' leaves the folder ***"),
+    (dict(images=["a\0b"]), r"found 'a\x00b', expected no control characters"),
+    (dict(images=["\ud800"]), r"found '\ud800', expected no control characters"),
+    (dict(attributes_id=[-1]), "key 'attributes_id': found -1, expected ids from 0 to 999999"),
+    (dict(attributes_id=[10**12]), "key 'attributes_id': found 1000000000000, expected ids from 0 to 999999"),
+    (dict(attributes_id=[0, 1.5]), "key 'attributes_id': found 1.5, expected ids from 0 to 999999"),
+    (dict(category_id=-2), "key 'category_id': found -2, expected an id from 0 to 999999"),
+    (dict(subcategory_id="x"), "key 'subcategory_id': found 'x', expected an id from 0 to 999999"),
+]
 IQ, SPLIT = "FashionIQ/captions/cap.shirt.val.json", "FashionIQ/image_splits/split.shirt.val.json"
-OCIR, ITEMS = "PolyvoreOutfits/ocir_disjoint_train.json", "PolyvoreOutfits/polyvore_item_metadata.json"
-FILES = [  # task ("": pre-training), what is done to the data, message
-    ("", edit(TRAIN, 1, title=None), ENTRY + "key 'title': found None, expected str" + ONE_SUCH),
-    ("", edit(TRAIN, 1, title=5), ENTRY + "key 'title': found 5, expected str" + ONE_SUCH),
-    ("", edit(TRAIN, 1, id=None), ENTRY + "key 'id': found None, expected int or str" + ONE_SUCH),
-    ("", edit(TRAIN, 1, id=True), ENTRY + "key 'id': found True, expected int or str" + ONE_SUCH),
-    ("", edit(TRAIN, 1, id="a\nb"), ENTRY + r"found 'FashionGen a\nb', expected no control characters" + ONE_SUCH),
-    ("", edit(TRAIN, None, id=7), ENTRY + "this id stood before; ids must be unique; *** such in the file***"),
-    ("", edit(TRAIN, 1, images="a.jpg"), ENTRY + "key 'images': found 'a.jpg', expected list" + ONE_SUCH),
-    ("", edit(TRAIN, 1, images=[]), ENTRY + "key 'images': found [], expected file names" + ONE_SUCH),
-    ("", edit(TRAIN, 1, images=[""]), ENTRY + "key 'images': found [''], expected file names" + ONE_SUCH),
-    ("", edit(TRAIN, 1, images=["../../a.jpg"]), ENTRY + "image path '../../a.jpg' leaves the folder ***" + ONE_SUCH),
-    ("", edit(TRAIN, 1, images=["/etc/hosts"]), ENTRY + "image path '/etc/hosts' leaves the folder ***" + ONE_SUCH),
-    ("", edit(TRAIN, 1, images=["a\0b"]), ENTRY + r"found 'a\x00b', expected no control characters" + ONE_SUCH),
-    ("", edit(TRAIN, 1, images=["\ud800"]), ENTRY + r"found '\ud800', expected no control characters" + ONE_SUCH),
-    ("", edit(TRAIN, 1, attributes_id=[-1]), ENTRY + "key 'attributes_id': found -1, " + IDS + ONE_SUCH),
-    ("", edit(TRAIN, 1, attributes_id=[10**12]), ENTRY + "key 'attributes_id': found 1000000000000, " + IDS + ONE_SUCH),
-    ("", edit(TRAIN, 1, attributes_id=[0, 1.5]), ENTRY + "key 'attributes_id': found 1.5, " + IDS + ONE_SUCH),
-    ("", edit(TRAIN, 1, category_id=-2), ENTRY + "key 'category_id': found -2, expected an id from 0 to 999999***"),
-    ("", edit(TRAIN, 1, subcategory_id="x"), ENTRY + "key 'subcategory_id': found 'x', expected an id from 0 to ***"),
-    ("", put(TRAIN, [5]), "{root}/" + TRAIN + ": entry 0 (id missing): found 5, expected an object" + ONE_SUCH),
-    ("", put(TRAIN, []), "{root}/" + TRAIN + ": found an empty list, expected a filled list"),
-    ("", put(TRAIN, {"a": 1}), "{root}/" + TRAIN + ": found a filled dict, expected a filled list"),
-    (
-        "",
-        put(TRAIN, '[{"id": 1'),
-        "{root}/" + TRAIN + ": cannot be read as JSON (Expecting ',' delimiter: line 1 column 10 (char 9)); "
-        "fetch the file again",
-    ),
-    (
-        "",
-        put(TRAIN, b"[\xff]"),
-        "{root}/" + TRAIN + ": cannot be read as JSON ('utf-8' codec ***); fetch the file again",
-    ),
-    (
-        "",
-        put(TRAIN, "[" * 100_000),
-        "{root}/" + TRAIN + ": cannot be read as JSON (*** recursion ***); fetch the file ***",
-    ),
-    ("", edit(VAL, 1, description=7), "{root}/" + VAL + ": entry 1 (id ***): key 'description': found 7, ***"),
-    ("fashiongen_category", edit(VAL, 3, category_id=None), "FashionGen ***: no category_id, which this task needs"),
-    (
-        "fashiongen_subcategory",
-        edit(VAL, None, subcategory_id=None),
-        "FashionGen ***: no subcategory_id, which this task needs",
-    ),
-    (
-        "fashiongen_retrieval",
-        edit(VAL, 3, subcategory_id=None),
-        "FashionGen ***: no subcategory_id, which this task ***",
-    ),
-    ("fashioniq", put(IQ, []), "{root}/" + IQ + ": found an empty list, expected a filled list"),
-    ("fashioniq", put(IQ, [7]), "{root}/" + IQ + ": entry 0: key 'target': found None, expected str"),
-    ("fashioniq", edit(IQ, 2, candidate=None), "{root}/" + IQ + ": entry 2: key 'candidate': found None, expected str"),
-    (
-        "fashioniq",
-        edit(IQ, 2, captions=[1, 2]),
-        "{root}/" + IQ + ": entry 2: key 'captions': found [1, 2], expected texts",
-    ),
-    (
-        "fashioniq",
-        edit(IQ, 2, candidate="../a"),
-        "{root}/" + IQ + ": entry 2: image path '../a.jpg' leaves the folder ***",
-    ),
-    ("fashioniq", put(SPLIT, ["a"]), "{root}/" + SPLIT + ": target *** stands in no row of the gallery (*** such)"),
-    ("fashioniq", put(SPLIT, [["a"]]), "{root}/" + SPLIT + ": entry 0: found ['a'], expected the name of an image"),
-    (
-        "fashioniq",
-        edit(IQ, None, fake_data=True),
-        "{root}/" + IQ + ": no query in it; expected rows that are not all fake_data",
-    ),
-    ("polyvore", edit(OCIR, 0, question=[]), "{root}/" + OCIR + ": entry 0: item [] is not in *** question is empty"),
-    (
-        "polyvore",
-        edit(OCIR, 0, question=[["a"]]),
-        "{root}/" + OCIR + ": entry 0: found ['a'], expected the name of an ***",
-    ),
-    (
-        "polyvore",
-        edit(OCIR, 0, blank="lost"),
-        "{root}/" + OCIR + ": entry 0: item ['lost'] is not in polyvore_item_***",
-    ),
-    (
-        "polyvore",
-        put(ITEMS, {"1": {"category_id": "x"}}),
-        "{root}/" + ITEMS + ": item '1': category_id: found 'x', ***",
-    ),
-    (
-        "polyvore",
-        put(ITEMS, {"1": {"category_id": 5}}),
-        "{root}/" + ITEMS + ": item '1': key 'category_id': found 5, ***",
-    ),
-    (
-        "polyvore",
-        edit("PolyvoreOutfits/ocir_disjoint_test.json", None, fake_data=True),
-        "{root}/PolyvoreOutfits/ocir_disjoint_test.json: no outfit to ask for in it; expected rows that are ***",
-    ),
+OCIR, OCIR_TEST = "PolyvoreOutfits/ocir_disjoint_train.json", "PolyvoreOutfits/ocir_disjoint_test.json"
+ITEMS = "PolyvoreOutfits/polyvore_item_metadata.json"
+CATEGORY, SUBCATEGORY, RETRIEVAL = "fashiongen_category", "fashiongen_subcategory", "fashiongen_retrieval"
+CUT = "Expecting ',' delimiter: line 1 column 10 (char 9)"
+NO_SUBCATEGORY = "FashionGen ***: no subcategory_id, which this task needs"
+FILES = [  # task ("": pre-training), what is done to the data, message; FILE is the file that was spoilt
+    *(("", edit(TRAIN, 1, **changes), f"FILE: entry 1 (id ***): {text}{ONE_SUCH}") for changes, text in ENTRIES),
+    ("", edit(TRAIN, None, id=7), "FILE: entry 1 (id ***): this id stood before; ids must be unique; *** such in ***"),
+    ("", put(TRAIN, [5]), "FILE: entry 0 (id missing): found 5, expected an object" + ONE_SUCH),
+    ("", put(TRAIN, []), "FILE: found an empty list, expected a filled list"),
+    ("", put(TRAIN, {"a": 1}), "FILE: found a filled dict, expected a filled list"),
+    ("", put(TRAIN, '[{"id": 1'), f"FILE: cannot be read as JSON ({CUT}); fetch the file again"),
+    ("", put(TRAIN, b"[\xff]"), "FILE: cannot be read as JSON ('utf-8' codec ***); fetch the file again"),
+    ("", put(TRAIN, "[" * 100_000), "FILE: cannot be read as JSON (*** recursion ***); fetch the file ***"),
+    ("", edit(VAL, 1, description=7), "FILE: entry 1 (id ***): key 'description': found 7, expected str" + ONE_SUCH),
+    (CATEGORY, edit(VAL, 3, category_id=None), "FashionGen ***: no category_id, which this task needs"),
+    (SUBCATEGORY, edit(VAL, None, subcategory_id=None), NO_SUBCATEGORY),
+    (RETRIEVAL, edit(VAL, 3, subcategory_id=None), NO_SUBCATEGORY),
+    ("fashioniq", put(IQ, []), "FILE: found an empty list, expected a filled list"),
+    ("fashioniq", put(IQ, [7]), "FILE: entry 0: key 'target': found None, expected str"),
+    ("fashioniq", edit(IQ, 2, candidate=None), "FILE: entry 2: key 'candidate': found None, expected str"),
+    ("fashioniq", edit(IQ, 2, captions=[1, 2]), "FILE: entry 2: key 'captions': found [1, 2], expected texts"),
+    ("fashioniq", edit(IQ, 2, candidate="../a"), "FILE: entry 2: image path '../a.jpg' leaves the folder ***"),
+    ("fashioniq", put(SPLIT, ["a"]), "FILE: target *** stands in no row of the gallery (*** such)"),
+    ("fashioniq", put(SPLIT, [["a"]]), "FILE: entry 0: found ['a'], expected the name of an image"),
+    ("fashioniq", edit(IQ, None, fake_data=True), "FILE: no query in it; expected rows that are not all fake_data"),
+    ("polyvore", edit(OCIR, 0, question=[]), "FILE: entry 0: item [] is not in ***, or the question is empty"),
+    ("polyvore", edit(OCIR, 0, question=[["a"]]), "FILE: entry 0: found ['a'], expected the name of an image"),
+    ("polyvore", edit(OCIR, 0, blank="lost"), "FILE: entry 0: item ['lost'] is not in polyvore_item_***"),
+    ("polyvore", put(ITEMS, {"1": {"category_id": "x"}}), "FILE: item '1': category_id: found 'x', ***"),
+    ("polyvore", put(ITEMS, {"1": {"category_id": 5}}), "FILE: item '1': key 'category_id': found 5, ***"),
+    ("polyvore", edit(OCIR_TEST, None, fake_data=True), "FILE: no outfit to ask for in it; expected rows that are ***"),
 ]
 
 
 @pytest.mark.parametrize("task, spoil, message", FILES)
 def test_annotation_files(task, spoil, message, root, tmp_path):
     spoil(root)
+    message = message.replace("FILE", "{root}/" + spoil.file)
     before = sorted(path for path in tmp_path.rglob("*"))
     if task:
         refuse(lambda: finetune.train(small_finetune(task, root, tmp_path / "run"), ONE), message, root)
@@ -285,9 +237,8 @@ def test_annotation_files(task, spoil, message, root, tmp_path):
 def test_an_outfit_of_one_item(root, tmp_path):
     row = json.loads((root / OCIR).read_text())[0]
     edit(OCIR, 0, question=[row["blank"]])(root)
-    message = (
-        "{root}/" + OCIR + f": entry 0: blank '{row['blank']}' is the only item of the question, expected two items"
-    )
+    fault = f"entry 0: blank '{row['blank']}' is the only item of the question, expected two items"
+    message = "{root}/" + OCIR + ": " + fault
     refuse(lambda: finetune.train(small_finetune("polyvore", root, tmp_path / "run"), ONE), message, root)
 
 
@@ -297,24 +248,19 @@ def test_an_outfit_of_one_item(root, tmp_path):
 
 def png(width, height):
     """A PNG that claims this size and has no pixels."""
-    parts = (
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(b"")),
-        (b"IEND", b""),
-    )
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
     chunks = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts)
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
+BOMB = "could be decompression bomb"
 IMAGES = [
     (None, "No such file or directory"),
     (b"", "cannot identify image file ***"),
     (b"no image", "cannot identify image file ***"),
     (lambda whole: whole[: len(whole) // 2], "image file is truncated***"),
-    (
-        png(60_000, 60_000),
-        "Image size (3600000000 pixels) exceeds limit of *** pixels, could be decompression bomb ***",
-    ),
+    (png(60_000, 60_000), f"Image size (3600000000 pixels) exceeds limit of *** pixels, {BOMB} ***"),
     (png(12_000, 12_000), "12000 x 12000 pixels, expected at most 64,000,000"),
     (png(9, 9), "***"),
 ]
@@ -373,17 +319,8 @@ def test_odd_images_and_texts_train(root, tmp_path):
         image.save(folder / name)
     red.save(folder / "turned.jpg", exif=exif)
     red.save(folder / "moving.gif", save_all=True, append_images=[red.transpose(Image.Transpose.ROTATE_90)])
-    texts = [
-        "",
-        " ",
-        "word " * 10_000,
-        "x" * 100_000,
-        "\U0001f457" * 50,
-        "\ud800 half a pair",
-        "\0\n\t",
-        "مرحبا 你好",
-        "a",
-    ]
+    texts = ["", " ", "word " * 10_000, "x" * 100_000, "\U0001f457" * 50, "\ud800 half a pair", "\0\n\t"]
+    texts += ["مرحبا 你好", "a"]
     names = [*images, "turned.jpg", "moving.gif"]
     rows = json.loads((root / TRAIN).read_text())[: len(names)]
     for row, name, text in zip(rows, names, texts, strict=True):

@@ -20,6 +20,7 @@ from tools import check_data
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 VOCAB = SHARED / "bert-base-uncased" / "vocab.txt"
 METRICS = torch.load(Path(__file__).parent / "golden" / "metrics.pt", weights_only=True)
+SLICES = Path(__file__).parent / "slices"  # of BERT's vocabulary and of FashionIQ's captions; all of them are in SHARED
 needs_vocab = pytest.mark.skipif(not VOCAB.exists(), reason="needs shared/data")
 SMALL_VOCAB = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "dress", "##es", "a"])
 
@@ -28,55 +29,88 @@ SMALL_VOCAB = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "d
 # text
 
 
+def tokenizer_of(vocab):
+    return data.wordpiece(vocab.read_text(encoding="utf-8"))
+
+
+def pieces(tokenizer, text):
+    return [tokenizer.id_to_token(i) for i in data.tokenize(tokenizer, [text], max_tokens=10_000)[0].ids]
+
+
+BERTS = [
+    ("hello world", "[CLS] hello world [SEP]", [101, 7592, 2088, 102]),
+    ("Hello,  WORLD", "[CLS] hello , world [SEP]", [101, 7592, 1010, 2088, 102]),
+    ("café", "[CLS] cafe [SEP]", [101, 7668, 102]),  # accents are stripped
+    ("hello\u200b\x00 world", "[CLS] hello world [SEP]", [101, 7592, 2088, 102]),  # control characters vanish
+    ("", "[CLS] [SEP]", [101, 102]),
+    ("\U0001f457", "[CLS] [UNK] [SEP]", [101, 100, 102]),  # an emoji is [UNK]
+    ("x" * 101, "[CLS] [UNK] [SEP]", [101, 100, 102]),  # and so is a word of over 100 characters
+    ("[MASK] hello", "[CLS] [MASK] hello [SEP]", [101, 103, 7592, 102]),
+]
+
+
+@pytest.mark.parametrize("text, tokens, ids", BERTS)
+def test_tokens_are_berts(text, tokens, ids):
+    assert pieces(tokenizer_of(SLICES / "vocab.txt"), text) == tokens.split()
+
+
 @needs_vocab
-@pytest.mark.parametrize(
-    "text, ids",
-    [
-        ("hello world", [101, 7592, 2088, 102]),
-        ("Hello,  WORLD", [101, 7592, 1010, 2088, 102]),
-        ("café", [101, 7668, 102]),  # accents are stripped
-        ("hello\u200b\x00 world", [101, 7592, 2088, 102]),  # control characters vanish
-        ("", [101, 102]),
-        ("\U0001f457", [101, 100, 102]),  # an emoji is [UNK]
-        ("x" * 101, [101, 100, 102]),  # and so is a word of over 100 characters
-        ("[MASK] hello", [101, 103, 7592, 102]),
-    ],
-)
-def test_tokens_are_berts(text, ids):
-    assert data.tokenize(data.wordpiece(VOCAB.read_text(encoding="utf-8")), [text])[0][0] == ids
+@pytest.mark.parametrize("text, tokens, ids", BERTS)
+def test_ids_are_berts(text, tokens, ids):
+    assert data.tokenize(tokenizer_of(VOCAB), [text])[0].ids == ids
+    assert pieces(tokenizer_of(VOCAB), text) == tokens.split()
+
+
+def captions(root):
+    classes = [annotations.load_fashioniq(root, garment, "val").queries for garment in annotations.FASHIONIQ_CLASSES]
+    return [query["text"] for queries in classes for query in queries]
+
+
+def check_greedy_rule(vocab, texts):
+    """Each token is the longest piece that the vocabulary has. Returns the number of texts that were compared."""
+    tokenizer, known = tokenizer_of(vocab), set(vocab.read_text(encoding="utf-8").splitlines())
+
+    def greedy(word):
+        found, start = [], 0
+        while start < len(word):
+            for end in range(len(word), start, -1):
+                piece = ("##" if start else "") + word[start:end]
+                if piece in known:
+                    found.append(piece)
+                    start = end
+                    break
+            else:
+                return ["[UNK]"]
+        return found
+
+    texts = [text for text in texts if text.isascii()]
+    for text in texts:
+        spaced = "".join(c if c.isalnum() or c.isspace() else f" {c} " for c in text.lower())
+        assert pieces(tokenizer, text) == [
+            "[CLS]",
+            *(piece for word in spaced.split() for piece in greedy(word)),
+            "[SEP]",
+        ]
+        numbers = data.tokenize(tokenizer, [text], max_tokens=10_000)[0].words
+        assert numbers[1:-1] == sorted(numbers[1:-1]) and numbers[0] == numbers[-1] == -1
+    return len(texts)
+
+
+def test_captions_tokenize_as_the_greedy_rule_says():
+    assert check_greedy_rule(SLICES / "vocab.txt", captions(SLICES)) == 72
 
 
 @needs_vocab
 def test_real_texts_tokenize_as_the_greedy_rule_says():
-    words = VOCAB.read_text(encoding="utf-8").splitlines()
-    vocab = {word: i for i, word in enumerate(words)}
-    tokenizer = data.wordpiece(VOCAB.read_text(encoding="utf-8"))
-
-    def greedy(word):
-        ids, start = [], 0
-        while start < len(word):
-            for end in range(len(word), start, -1):
-                piece = ("##" if start else "") + word[start:end]
-                if piece in vocab:
-                    ids.append(vocab[piece])
-                    start = end
-                    break
-            else:
-                return [vocab["[UNK]"]]
-        return ids
-
     products = annotations.load_products(SHARED / "fashion-mini", "FashionGen", "val")
-    compared = 0
-    for product in products:
-        if not product.text.isascii():
-            continue
-        spaced = "".join(c if c.isalnum() or c.isspace() else f" {c} " for c in product.text.lower())
-        expected = [i for word in spaced.split() for i in greedy(word)]
-        ids, numbers = data.tokenize(tokenizer, [product.text], max_tokens=10_000)[0]
-        assert ids == [101, *expected, 102]
-        assert numbers[1:-1] == sorted(numbers[1:-1]) and numbers[0] == numbers[-1] == -1
-        compared += 1
-    assert compared > 500
+    assert check_greedy_rule(VOCAB, [product.text for product in products]) > 500
+
+
+@needs_vocab
+def test_the_slice_of_the_vocabulary_gives_the_pieces_of_the_whole():
+    whole, part = tokenizer_of(VOCAB), tokenizer_of(SLICES / "vocab.txt")
+    for text in captions(SLICES):
+        assert pieces(whole, text) == pieces(part, text) and "[UNK]" not in pieces(part, text)
 
 
 def test_long_text_is_cut_to_the_limit_with_sep_last():
@@ -382,7 +416,7 @@ def test_transforms_crop_and_scale():
 
 @pytest.mark.parametrize("size, off", [(224, 0), (64, 2), (96, 2)])
 @pytest.mark.parametrize("width, height", [(144, 144), (300, 400), (1000, 777), (257, 513), (3001, 2000)])
-def test_resize_and_crop_in_one_step_has_torchvisions_pixels(size, off, width, height):
+def test_resize_then_crop_in_one_step_has_torchvisions_pixels(size, off, width, height):
     from torchvision.transforms import v2
 
     rng = np.random.default_rng(0)
@@ -391,8 +425,11 @@ def test_resize_and_crop_in_one_step_has_torchvisions_pixels(size, off, width, h
     whole = v2.Resize((large, large))(image)
     left, top = np.random.default_rng(1).integers(large - size + 1, size=2).tolist()
     pairs = [
-        (data.resize_and_crop(image, size, None), v2.CenterCrop(size)(whole)),
-        (data.resize_and_crop(image, size, np.random.default_rng(1)), v2.functional.crop(whole, top, left, size, size)),
+        (data.resize_then_crop(image, size, None), v2.CenterCrop(size)(whole)),
+        (
+            data.resize_then_crop(image, size, np.random.default_rng(1)),
+            v2.functional.crop(whole, top, left, size, size),
+        ),
     ]
     for ours, theirs in pairs:
         difference = np.abs(np.asarray(ours, int) - np.asarray(theirs, int))
@@ -438,6 +475,15 @@ def test_labels_are_counted_and_checked(root):
         annotations.count_labels(products, "attributes", 2)
     with pytest.raises(InputError, match="FashionGen 0: no subcategory_id"):
         annotations.count_labels(products, "subcategory")
+
+
+@pytest.mark.parametrize("gallery, size", [("original", 60), ("val", 48)])
+def test_fashioniq_slice_counts(gallery, size):
+    for garment in annotations.FASHIONIQ_CLASSES:
+        rows, names = annotations.load_fashioniq(SLICES, garment, "val", gallery)
+        assert (len(rows), len(names), len(set(names))) == (24, size, size)
+        assert {row["target"] for row in rows} < set(names)
+        assert all(Path(row["image"]).stem in names and ", " in row["text"] for row in rows)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs shared/data")
