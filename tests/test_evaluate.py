@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import evaluate
+import metrics
 
 GOLDEN = torch.load(Path(__file__).parent / "golden" / "metrics.pt", weights_only=True)
 WAYS = [f"{way}_r@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
@@ -42,6 +43,17 @@ def line(scores):
 ONE = torch.ones(1, 1)
 
 
+def retrieval(queries, gallery, query_id, gallery_id):
+    """A class as `evaluate.composed_retrieval` takes it."""
+    return {"queries": queries, "gallery": gallery, "query_id": query_id, "gallery_id": gallery_id}
+
+
+def first_rows(ids):
+    """Index of the first row of each distinct id, in the order of the rows."""
+    rows = ids.tolist()
+    return [i for i, value in enumerate(rows) if rows.index(value) == i]
+
+
 # ---- the original's numbers ------------------------------------------------------------------------------------------
 
 
@@ -54,9 +66,9 @@ def test_full_gallery_is_the_original_s(name):
     result = evaluate.full_gallery(*arrays(name, "image", "text", "image_id", "text_id"))
     golden = GOLDEN[name]["r@k_general"]
     for key in WAYS:
-        assert result["metrics"][key] == pytest.approx(golden[key], abs=1e-6)
-    assert result["metrics"]["mean_recall"] == pytest.approx(golden["avg"], abs=1e-6)
-    assert result["counts"] == {"images": GOLDEN[name]["n_image"], "texts": GOLDEN[name]["n_text"]}
+        assert result.metrics[key] == pytest.approx(golden[key], abs=1e-6)
+    assert result.metrics["mean_recall"] == pytest.approx(golden["avg"], abs=1e-6)
+    assert result.counts == {"images": GOLDEN[name]["n_image"], "texts": GOLDEN[name]["n_text"]}
 
 
 README_SAMPLE_100 = {
@@ -72,7 +84,12 @@ def test_given_the_original_s_candidates_scores_are_the_original_s(name):
     got = []
     for way, queries, gallery in (("i2t", image, text), ("t2i", text, image)):
         candidates = torch.cat([drawn[f"{way}_pos"], drawn[f"{way}_neg"]], dim=1)
-        ranks = evaluate.score_candidates(queries[drawn[f"{way}_query"]], gallery, candidates)
+        ranks = torch.tensor(
+            [
+                metrics.candidate_rank(queries[q], gallery, row)
+                for q, row in zip(drawn[f"{way}_query"].tolist(), candidates, strict=True)
+            ]
+        )
         top10 = drawn[f"{way}_top10"] == drawn[f"{way}_pos"]  # where the positive stands among the original's ten best
         expected = torch.where(top10.any(dim=1), top10.int().argmax(dim=1) + 1, 11)
         assert torch.equal(ranks.clamp(max=11), expected)
@@ -86,7 +103,7 @@ def test_seeded_draws_come_close_to_the_original_s_mean(name):
     """Eight of our seeds against the mean of the original's: within 4 standard errors of the difference."""
     inputs = arrays(name, "image", "text", "image_id", "text_id", "image_subcat_id", "text_subcat_id")
     n_seeds = 8
-    ours = [evaluate.sample_100(*inputs, seed=seed)["metrics"] for seed in range(n_seeds)]
+    ours = [evaluate.sample_100(*inputs, seed=seed).metrics for seed in range(n_seeds)]
     mean, std = GOLDEN[name]["kaleido_mean_over_seeds"], GOLDEN[name]["kaleido_std_over_seeds"]
     for i, key in enumerate([*WAYS, "mean_recall"]):
         error = 4 * std[i].item() * math.sqrt(1 / n_seeds + 1 / GOLDEN[name]["kaleido_n_seeds"])
@@ -100,38 +117,38 @@ def test_fashioniq_is_the_original_s():
     classes = {}
     for c, name in enumerate(("dress", "shirt", "toptee")):
         rows = garment == c
-        keep = evaluate.first_rows(target_id[rows])
+        keep = first_rows(target_id[rows])
         real = rows & ~fake
-        classes[name] = (scores[real], targets[rows][keep], target_id[real], target_id[rows][keep])
+        classes[name] = retrieval(scores[real], targets[rows][keep], target_id[real], target_id[rows][keep])
     result = evaluate.composed_retrieval(classes)
     golden = dict(GOLDEN["fashioniq"]["result"])
-    assert result["metrics"].pop("mean_recall") == pytest.approx(golden.pop("avg"), abs=1e-6)
-    assert result["metrics"] == pytest.approx(golden, abs=1e-6)
-    assert (result["counts"]["dress_queries"], result["counts"]["dress_gallery"]) == (208, 220)
+    assert result.metrics.pop("mean_recall") == pytest.approx(golden.pop("avg"), abs=1e-6)
+    assert result.metrics == pytest.approx(golden, abs=1e-6)
+    assert (result.counts["dress_queries"], result.counts["dress_gallery"]) == (208, 220)
 
 
 def golden_ocir():
     scores, targets, blank_id, category, fake = arrays(
         "ocir", "scores", "targets", "blank_id", "blank_cat_id", "fake_data"
     )
-    keep = evaluate.first_rows(blank_id)
+    keep = first_rows(blank_id)
     return scores[~fake], blank_id[~fake], targets[keep], blank_id[keep], category[keep]
 
 
 def test_ocir_is_the_original_s():
     result = evaluate.outfit_retrieval(*golden_ocir())
     golden = dict(GOLDEN["ocir"]["result"])
-    assert result["metrics"].pop("mean_recall") == pytest.approx(golden.pop("avg"), abs=1e-6)
-    assert result["metrics"] == pytest.approx(golden, abs=1e-6)
-    assert result["counts"] == {"queries": 876, "gallery": 719, "categories": 9}
+    assert result.metrics.pop("mean_recall") == pytest.approx(golden.pop("avg"), abs=1e-6)
+    assert result.metrics == pytest.approx(golden, abs=1e-6)
+    assert result.counts == {"queries": 876, "gallery": 719, "categories": 9}
 
 
 def test_recognition_is_the_original_s():
     logits, labels = arrays("classification", "logits", "targets")
     result = evaluate.classification(logits, labels)
-    assert result["metrics"]["accuracy"] == pytest.approx(GOLDEN["classification"]["accuracy"], abs=1e-6)
-    assert result["metrics"]["macro_f1"] == pytest.approx(GOLDEN["classification"]["macro_f1"], abs=1e-6)
-    assert result["counts"]["classes"] == GOLDEN["classification"]["classes_in_targets"]
+    assert result.metrics["accuracy"] == pytest.approx(GOLDEN["classification"]["accuracy"], abs=1e-6)
+    assert result.metrics["macro_f1"] == pytest.approx(GOLDEN["classification"]["macro_f1"], abs=1e-6)
+    assert result.counts["classes"] == GOLDEN["classification"]["classes_in_targets"]
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
@@ -150,7 +167,7 @@ def test_recognition_is_the_original_s():
     ],
 )
 def test_rank_by_hand(scores, ids, rank):
-    assert evaluate.best_ranks(ONE, line(scores), torch.tensor([7]), torch.tensor(ids)).tolist() == [rank]
+    assert metrics.best_ranks(ONE, line(scores), torch.tensor([7]), torch.tensor(ids)).tolist() == [rank]
 
 
 def test_ranks_equal_brute_force_whatever_the_block():
@@ -163,7 +180,7 @@ def test_ranks_equal_brute_force_whatever_the_block():
     scores = (queries @ gallery.t()).tolist()
     expected = [sorted_rank(s, gallery_id == i) for s, i in zip(scores, query_id, strict=True)]
     for block in (1, 7, 56, 57, 64, 512):
-        assert evaluate.best_ranks(queries, gallery, query_id, gallery_id, block=block).tolist() == expected
+        assert metrics.best_ranks(queries, gallery, query_id, gallery_id, block=block).tolist() == expected
     shared = (queries @ gallery.t()).eq((queries @ gallery.t()).amax(dim=1, keepdim=True)).sum(dim=1)
     assert (shared > 1).any()  # the case does hold ties
 
@@ -181,18 +198,18 @@ def test_twins_in_the_gallery_tie_to_the_bit():
         uneven = (naive[:, :501] != naive[:, 501:]).any(dim=0).nonzero().flatten().tolist()
         for target in [0, 500, *uneven][:8]:
             target = torch.full((n_queries,), target)
-            early = evaluate.best_ranks(queries, gallery, target, ids)
-            assert torch.equal(evaluate.best_ranks(queries, gallery, target + 501, ids), early + 1)
+            early = metrics.best_ranks(queries, gallery, target, ids)
+            assert torch.equal(metrics.best_ranks(queries, gallery, target + 501, ids), early + 1)
 
 
 def test_a_target_outside_the_gallery_is_an_error_with_its_id():
     gallery, gallery_id = line([1, 2]), torch.tensor([5, 6])
     with pytest.raises(ValueError, match=r"query 1 \(id 4711\).*gallery of 2"):
-        evaluate.best_ranks(torch.ones(2, 1), gallery, torch.tensor([5, 4711]), gallery_id)
+        metrics.best_ranks(torch.ones(2, 1), gallery, torch.tensor([5, 4711]), gallery_id)
     with pytest.raises(ValueError, match="4711"):
         evaluate.full_gallery(ONE, ONE, torch.tensor([4711]), torch.tensor([5]))
     with pytest.raises(ValueError, match="4711"):
-        evaluate.composed_retrieval({"dress": (ONE, gallery, torch.tensor([4711]), gallery_id)})
+        evaluate.composed_retrieval({"dress": retrieval(ONE, gallery, torch.tensor([4711]), gallery_id)})
     with pytest.raises(ValueError, match="4711"):
         evaluate.outfit_retrieval(ONE, torch.tensor([4711]), gallery, gallery_id, torch.tensor([0, 0]))
 
@@ -204,32 +221,30 @@ def test_scores_that_are_not_finite_are_an_error(bad, where):
     queries, gallery = torch.ones(3, 2), torch.ones(4, 2)
     (queries if where == "query" else gallery)[2, 1] = bad
     with pytest.raises(ValueError, match=f"{where} embedding 2 is not finite or too large"):
-        evaluate.best_ranks(queries, gallery, torch.tensor([0, 1, 2]), torch.arange(4))
+        metrics.best_ranks(queries, gallery, torch.tensor([0, 1, 2]), torch.arange(4))
+    ids = torch.arange(3), torch.arange(4)
+    groups = torch.zeros(3, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(ValueError, match=f"{where} embedding 2 is not finite or too large"):
-        evaluate.score_candidates(queries, gallery, torch.tensor([[0, 1], [1, 2], [2, 0]]))
+        evaluate.sample_100(queries, gallery, *ids, *groups)
 
 
 def test_shapes_and_dtypes_that_do_not_match_are_errors():
     ids = torch.arange(3)
     with pytest.raises(ValueError, match=r"\(3, 4\).*\(3, 5\)"):
-        evaluate.best_ranks(torch.ones(3, 4), torch.ones(3, 5), ids, ids)
+        metrics.best_ranks(torch.ones(3, 4), torch.ones(3, 5), ids, ids)
     with pytest.raises(ValueError, match="float16"):
-        evaluate.best_ranks(torch.ones(3, 4).half(), torch.ones(3, 4).half(), ids, ids)
+        metrics.best_ranks(torch.ones(3, 4).half(), torch.ones(3, 4).half(), ids, ids)
     with pytest.raises(ValueError, match="ids 2 and 3"):
-        evaluate.best_ranks(torch.ones(3, 4), torch.ones(3, 4), ids[:2], ids)
-
-
-def test_first_rows():
-    assert evaluate.first_rows(torch.tensor([9, 3, 9, -1, 3, 4])).tolist() == [0, 1, 3, 5]
+        metrics.best_ranks(torch.ones(3, 4), torch.ones(3, 4), ids[:2], ids)
 
 
 def test_recalls_leave_out_what_was_not_asked():
     outcomes = {"a": torch.tensor([[1, 0], [2, 1], [11, 10]]), "b": torch.tensor([5])}
-    assert evaluate.recalls(outcomes, (1, 10)) == pytest.approx(
+    assert metrics.recalls(outcomes, (1, 10)) == pytest.approx(
         {"a_r@1": 2 / 5, "a_r@10": 4 / 5, "b_r@1": 0, "b_r@10": 1, "mean_recall": (0.4 + 0.8 + 0 + 1) / 4}
     )
     with pytest.raises(ValueError, match="'c'"):
-        evaluate.recalls({"c": torch.zeros(3, dtype=torch.int64)}, (1,))
+        metrics.recalls({"c": torch.zeros(3, dtype=torch.int64)}, (1,))
 
 
 # ---- sample-100 ------------------------------------------------------------------------------------------------------
@@ -251,16 +266,14 @@ def test_candidates_are_one_positive_and_others_of_the_sub_category(way):
     queries, gallery = (images, texts) if way == "i2t" else (texts, images)
     n_negatives = 20  # 60 products in 3 uneven groups: too few texts for some queries, always enough images
     generator = torch.Generator().manual_seed(5)
-    asked, candidates = evaluate.sample_candidates(*queries, *gallery, generator, 50, n_negatives)
-    assert candidates.shape == (50, 1 + n_negatives) and asked.unique().numel() == 50
     short = 0
-    for q, row in zip(asked.tolist(), candidates.tolist(), strict=True):
-        assert gallery[0][row[0]] == queries[0][q]
+    for q in range(50):
+        positive, *negatives = metrics.sample_candidates(q, *queries, *gallery, generator, n_negatives).tolist()
+        assert gallery[0][positive] == queries[0][q]
+        assert gallery[1][positive] == queries[1][q]
         pool = ((gallery[1] == queries[1][q]) & (gallery[0] != queries[0][q])).nonzero().flatten().tolist()
-        n = min(n_negatives, len(pool))
-        short += n < n_negatives
-        assert len(set(row[1 : 1 + n])) == n and set(row[1 : 1 + n]) <= set(pool)
-        assert row[1 + n :] == [-1] * (n_negatives - n)
+        assert len(set(negatives)) == len(negatives) == min(n_negatives, len(pool)) and set(negatives) <= set(pool)
+        short += len(negatives) < n_negatives
     assert 0 < short < 50 if way == "i2t" else short == 0
 
 
@@ -270,13 +283,13 @@ def test_a_sub_category_with_too_few_negatives_by_hand():
     image = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]])
     text = torch.tensor([[1.0, 0], [1, 0], [1, 0], [9, 0]])  # image 4 likes none; nothing of another group is met
     result = evaluate.sample_100(image, text, ids, ids, groups, groups, ks=(1, 2))
-    assert result["counts"]["i2t_negatives_min"] == 0 and result["counts"]["i2t_negatives_mean"] == 1.5
+    assert result.counts["i2t_negatives_min"] == 0 and result.counts["i2t_negatives_mean"] == 1.5
     # i2t ties everywhere, so rank in gallery order: 1, 2, 3, and 1 for the lonely one
-    assert torch.equal(result["outcomes"]["i2t"], torch.tensor([1, 2, 3, 1])[:, None].repeat(1, 5))
+    assert torch.equal(result.outcomes["i2t"], torch.tensor([1, 2, 3, 1])[:, None].repeat(1, 5))
     # t2i: scores of images 1, 2, 3 are 1, 0, 1 for all three texts
-    assert torch.equal(result["outcomes"]["t2i"], torch.tensor([1, 3, 2, 1])[:, None].repeat(1, 5))
-    assert result["metrics"]["i2t_r@1"] == 2 / 4 and result["metrics"]["t2i_r@2"] == 3 / 4
-    assert result["chance"]["i2t_r@1"] == pytest.approx((3 * 1 / 3 + 1) / 4)
+    assert torch.equal(result.outcomes["t2i"], torch.tensor([1, 3, 2, 1])[:, None].repeat(1, 5))
+    assert result.metrics["i2t_r@1"] == 2 / 4 and result.metrics["t2i_r@2"] == 3 / 4
+    assert result.chance["i2t_r@1"] == pytest.approx((3 * 1 / 3 + 1) / 4)
 
 
 def test_every_positive_and_every_set_of_negatives_is_as_likely():
@@ -285,10 +298,10 @@ def test_every_positive_and_every_set_of_negatives_is_as_likely():
     groups = torch.zeros(6, dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
     n = 12_000
-    query_id, query_group = torch.full((n,), 8), torch.zeros(n, dtype=torch.int64)
-    _, candidates = evaluate.sample_candidates(query_id, query_group, ids, groups, generator, n, 2)
     seen = {}
-    for positive, *negatives in candidates.tolist():
+    for _ in range(n):
+        query = torch.tensor([8]), torch.tensor([0])
+        positive, *negatives = metrics.sample_candidates(0, *query, ids, groups, generator, 2).tolist()
         key = positive, *sorted(negatives)
         seen[key] = seen.get(key, 0) + 1
     assert set(seen) == {(p, *pair) for p in (1, 2) for pair in itertools.combinations((0, 3, 4, 5), 2)}
@@ -298,38 +311,34 @@ def test_every_positive_and_every_set_of_negatives_is_as_likely():
 
 def test_draws_come_from_their_own_seed():
     texts, images = catalogue()
+    queries, gallery = torch.randn(60, 4), torch.randn(len(images[0]), 4)
     state = torch.get_rng_state()
-    draw = [
-        evaluate.sample_candidates(*texts, *images, torch.Generator().manual_seed(seed), 40, 10) for seed in (1, 1, 2)
+    ranks = [
+        metrics.sample_ranks(queries, *texts, gallery, *images, torch.Generator().manual_seed(seed), 3, 40)[0]
+        for seed in (1, 1, 2)
     ]
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(draw[0][0], draw[1][0]) and torch.equal(draw[0][1], draw[1][1])
-    assert not torch.equal(draw[0][0], draw[2][0]) and not torch.equal(draw[0][1], draw[2][1])
+    assert torch.equal(ranks[0], ranks[1]) and not torch.equal(ranks[0], ranks[2])
+    assert not torch.equal(ranks[0] > 0, ranks[2] > 0)  # other queries
+    assert not torch.equal(ranks[0][:, 0], ranks[0][:, 1])  # and every draw is another
 
 
 def test_a_product_outside_its_sub_category_is_an_error_with_its_id():
     ids = torch.tensor([10, 4711])
     with pytest.raises(ValueError, match=r"id 4711.*sub-category 3"):
-        evaluate.sample_candidates(ids, torch.tensor([2, 3]), ids, torch.tensor([2, 2]), torch.Generator())
+        metrics.sample_candidates(1, ids, torch.tensor([2, 3]), ids, torch.tensor([2, 2]), torch.Generator())
 
 
 def test_candidate_ranks_by_hand():
     gallery = line([5, 7, 7, 1, -3])
-    candidates = torch.tensor(
-        [
-            [2, 1, 0, 3],  # 1 is level and earlier in the gallery
-            [1, 2, 0, 3],  # 2 is level and later
-            [0, 3, -1, -1],  # no candidate is never counted
-            [4, -1, 3, -1],
-            [3, -1, -1, -1],
-        ]
-    )
-    for block in (1, 2, 32):
-        assert evaluate.score_candidates(torch.ones(5, 1), gallery, candidates, block).tolist() == [2, 1, 1, 2, 1]
-    with pytest.raises(ValueError, match="positive"):
-        evaluate.score_candidates(ONE, gallery, torch.tensor([[-1, 2]]))
-    with pytest.raises(ValueError, match="2 queries"):
-        evaluate.score_candidates(torch.ones(2, 1), gallery, torch.tensor([[1, 2]]))
+    for candidates, rank in (
+        ([2, 1, 0, 3], 2),  # 1 is level and earlier in the gallery
+        ([1, 2, 0, 3], 1),  # 2 is level and later
+        ([0, 3], 1),
+        ([4, 3], 2),
+        ([3], 1),
+    ):
+        assert metrics.candidate_rank(ONE[0], gallery, torch.tensor(candidates)) == rank
 
 
 def test_many_queries_are_sampled_and_few_are_all_asked():
@@ -337,11 +346,11 @@ def test_many_queries_are_sampled_and_few_are_all_asked():
     ids, groups = torch.arange(n), torch.arange(n) % 2
     image = torch.randn(n, 4, generator=torch.Generator().manual_seed(0))
     result = evaluate.sample_100(image, image, ids, ids, groups, groups, draws=2)
-    assert [(result["outcomes"][way] > 0).sum(dim=0).tolist() for way in ("i2t", "t2i")] == [[1000, 1000]] * 2
-    assert result["counts"]["i2t_queries"] == 1000 and result["counts"]["t2i_negatives_min"] == 100
-    assert result["chance"]["t2i_r@10"] == pytest.approx(10 / 101)
+    assert [(result.outcomes[way] > 0).sum(dim=0).tolist() for way in ("i2t", "t2i")] == [[1000, 1000]] * 2
+    assert result.counts["i2t_queries"] == 1000 and result.counts["t2i_negatives_min"] == 100
+    assert result.chance["t2i_r@10"] == pytest.approx(10 / 101)
     few = evaluate.sample_100(image[:30], image[:30], ids[:30], ids[:30], groups[:30], groups[:30])
-    assert few["counts"]["i2t_queries"] == 30 and few["counts"]["i2t_negatives_mean"] == 14
+    assert few.counts["i2t_queries"] == 30 and few.counts["i2t_negatives_mean"] == 14
 
 
 # ---- the other protocols ---------------------------------------------------------------------------------------------
@@ -349,17 +358,15 @@ def test_many_queries_are_sampled_and_few_are_all_asked():
 
 def test_composed_retrieval_keeps_galleries_apart():
     """The shirt that would win for the dress query is no rival of the dress."""
-    dress = (ONE, line([1, 2]), torch.tensor([5]), torch.tensor([5, 6]))  # rank 2
-    shirt = (torch.ones(2, 1), line([9, 8, 7]), torch.tensor([6, 7]), torch.tensor([6, 8, 7]))  # ranks 1, 3
+    dress = retrieval(ONE, line([1, 2]), torch.tensor([5]), torch.tensor([5, 6]))  # rank 2
+    shirt = retrieval(torch.ones(2, 1), line([9, 8, 7]), torch.tensor([6, 7]), torch.tensor([6, 8, 7]))  # ranks 1, 3
     result = evaluate.composed_retrieval({"dress": dress, "shirt": shirt}, ks=(1, 2))
     expected = {"dress_r@1": 0, "dress_r@2": 1, "shirt_r@1": 0.5, "shirt_r@2": 0.5, "mean_recall": 0.5}
-    assert result["metrics"] == pytest.approx(expected)
-    assert result["chance"]["dress_r@1"] == pytest.approx(1 / 2) and result["chance"]["shirt_r@2"] == pytest.approx(
-        2 / 3
-    )
-    assert result["counts"] == {"dress_queries": 1, "dress_gallery": 2, "shirt_queries": 2, "shirt_gallery": 3}
+    assert result.metrics == pytest.approx(expected)
+    assert result.chance["dress_r@1"] == pytest.approx(1 / 2) and result.chance["shirt_r@2"] == pytest.approx(2 / 3)
+    assert result.counts == {"dress_queries": 1, "dress_gallery": 2, "shirt_queries": 2, "shirt_gallery": 3}
     with pytest.raises(ValueError, match="2 rows holds only 1"):
-        evaluate.composed_retrieval({"dress": (ONE, line([1, 2]), torch.tensor([5]), torch.tensor([5, 5]))})
+        evaluate.composed_retrieval({"dress": retrieval(ONE, line([1, 2]), torch.tensor([5]), torch.tensor([5, 5]))})
 
 
 def test_ocir_averages_over_categories_and_ranks_within_them():
@@ -367,9 +374,9 @@ def test_ocir_averages_over_categories_and_ranks_within_them():
     blank_id, category = torch.tensor([10, 11, 12, 20, 21]), torch.tensor([0, 0, 0, 4, 4])
     target_id = torch.tensor([10, 11, 12, 21])  # ranks 3, 2, 1 in category 0; 2 in category 4
     result = evaluate.outfit_retrieval(torch.ones(4, 1), target_id, blank, blank_id, category, ks=(1, 2))
-    assert result["outcomes"]["ocir"].tolist() == [[3, 0], [2, 0], [1, 0], [2, 4]]
-    assert result["metrics"] == pytest.approx({"r@1": (1 / 3 + 0) / 2, "r@2": (2 / 3 + 1) / 2, "mean_recall": 0.5})
-    assert result["chance"] == pytest.approx({"r@1": (1 / 3 + 1 / 2) / 2, "r@2": (2 / 3 + 1) / 2, "mean_recall": 0.625})
+    assert result.outcomes["ocir"].tolist() == [[3, 0], [2, 0], [1, 0], [2, 4]]
+    assert result.metrics == pytest.approx({"r@1": (1 / 3 + 0) / 2, "r@2": (2 / 3 + 1) / 2, "mean_recall": 0.5})
+    assert result.chance == pytest.approx({"r@1": (1 / 3 + 1 / 2) / 2, "r@2": (2 / 3 + 1) / 2, "mean_recall": 0.625})
     with pytest.raises(ValueError, match="5 rows holds only 4"):
         evaluate.outfit_retrieval(torch.ones(4, 1), target_id, blank, torch.tensor([10, 11, 12, 21, 21]), category)
 
@@ -378,12 +385,12 @@ def test_recognition_counts_a_class_absent_from_the_truth_and_not_one_absent_fro
     labels = torch.tensor([0, 0, 0, 1])
     predictions = torch.tensor([0, 0, 3, 1])  # class 3 only predicted: F1 0; class 2 in neither
     result = evaluate.classification(predictions, labels)
-    assert result["metrics"] == pytest.approx({"accuracy": 3 / 4, "macro_f1": (4 / 5 + 1 + 0) / 3})
-    assert result["chance"] == pytest.approx({"accuracy": 3 / 4, "macro_f1": 1 / 2})
+    assert result.metrics == pytest.approx({"accuracy": 3 / 4, "macro_f1": (4 / 5 + 1 + 0) / 3})
+    assert result.chance == pytest.approx({"accuracy": 3 / 4, "macro_f1": 1 / 2})
     logits = torch.nn.functional.one_hot(predictions, 6).float()
-    assert evaluate.classification(logits, labels)["metrics"] == result["metrics"]
+    assert evaluate.classification(logits, labels).metrics == result.metrics
     never = evaluate.classification(torch.tensor([0, 0]), torch.tensor([0, 2]))  # a class in the truth, never predicted
-    assert never["metrics"]["macro_f1"] == pytest.approx((2 / 3 + 0) / 2)
+    assert never.metrics["macro_f1"] == pytest.approx((2 / 3 + 0) / 2)
 
 
 def test_recognition_refuses_nan_and_other_shapes():
@@ -404,7 +411,7 @@ def test_random_recall_equals_all_orders():
             ranks = [min(order[:positives]) + 1 for order in itertools.permutations(range(gallery))]
             for k in (1, 2, 5, 10):
                 expected = sum(rank <= k for rank in ranks) / len(ranks)
-                got = evaluate.random_recall(torch.tensor(positives), torch.tensor(gallery), k).item()
+                got = metrics.random_recall(torch.tensor(positives), torch.tensor(gallery), k).item()
                 assert got == pytest.approx(expected, abs=1e-12)
 
 
@@ -419,19 +426,19 @@ def test_chance_is_what_random_embeddings_get():
         full.append(evaluate.full_gallery(image, text, *inputs))
         sampled.append(evaluate.sample_100(image, text, *inputs, *groups, draws=1, seed=seed))
     for runs in (full, sampled):
-        for key, chance in runs[0]["chance"].items():
-            got = torch.tensor([run["metrics"][key] for run in runs], dtype=torch.float64)
+        for key, chance in runs[0].chance.items():
+            got = torch.tensor([run.metrics[key] for run in runs], dtype=torch.float64)
             assert got.mean().item() == pytest.approx(chance, abs=4 * got.std().item() / math.sqrt(len(runs))), key
-    assert full[0]["chance"]["t2i_r@5"] > 1.5 * 5 / len(image_id)
+    assert full[0].chance["t2i_r@5"] > 1.5 * 5 / len(image_id)
 
 
 def test_recognition_chance():
     labels = torch.tensor([0] * 60 + [1] * 30 + [5] * 10)
-    chance = evaluate.recognition_chance(labels)
-    assert chance["accuracy"] == evaluate.classification(torch.zeros_like(labels), labels)["metrics"]["accuracy"] == 0.6
+    chance = metrics.recognition_chance(labels)
+    assert chance["accuracy"] == evaluate.classification(torch.zeros_like(labels), labels).metrics["accuracy"] == 0.6
     labels = labels.repeat(100)
     guess = labels[torch.randint(len(labels), labels.shape, generator=torch.Generator().manual_seed(0))]
-    assert evaluate.classification(guess, labels)["metrics"]["macro_f1"] == pytest.approx(chance["macro_f1"], abs=0.02)
+    assert evaluate.classification(guess, labels).metrics["macro_f1"] == pytest.approx(chance["macro_f1"], abs=0.02)
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------------
@@ -440,7 +447,7 @@ def test_recognition_chance():
 def test_bootstrap_interval_has_the_binomial_width():
     n, p = 2000, 0.3
     ranks = torch.where(torch.arange(n) < p * n, 1, 100)
-    low, high = evaluate.bootstrap(partial(evaluate.recalls, ks=(10,)), {"dress": ranks})["dress_r@10"]
+    low, high = metrics.bootstrap(partial(metrics.recalls, ks=(10,)), {"dress": ranks})["dress_r@10"]
     width = 1.96 * math.sqrt(p * (1 - p) / n)
     assert (low + high) / 2 == pytest.approx(p, abs=0.1 * width)
     assert (high - low) / 2 == pytest.approx(width, rel=0.1)
@@ -448,25 +455,25 @@ def test_bootstrap_interval_has_the_binomial_width():
 
 def test_bootstrap_covers_the_truth_nineteen_times_in_twenty():
     generator = torch.Generator().manual_seed(0)
-    metric, n_runs, covered = partial(evaluate.recalls, ks=(1,)), 120, 0
+    metric, n_runs, covered = partial(metrics.recalls, ks=(1,)), 120, 0
     for run in range(n_runs):
         ranks = 2 - (torch.rand(150, generator=generator) < 0.4).long()
-        low, high = evaluate.bootstrap(metric, {"a": ranks}, draws=200, seed=run)["a_r@1"]
+        low, high = metrics.bootstrap(metric, {"a": ranks}, draws=200, seed=run)["a_r@1"]
         covered += low <= 0.4 <= high
     assert 0.87 * n_runs <= covered < n_runs  # .95 +- 4 standard errors
 
 
 def test_paired_difference_takes_the_same_queries_for_both():
     """Model a has every hit of b and 40 of 1,000 queries more: the difference varies as 40 hits do, not as 500."""
-    n, metric = 1000, partial(evaluate.recalls, ks=(1,))
+    n, metric = 1000, partial(metrics.recalls, ks=(1,))
     a = {"x": torch.where(torch.arange(n) < 500, 1, 2)}
     b = {"x": torch.where(torch.arange(n) < 460, 1, 2)}
-    low, high = evaluate.bootstrap(metric, a, baseline=b)["x_r@1"]
+    low, high = metrics.bootstrap(metric, a, baseline=b)["x_r@1"]
     assert 0 < low < 0.04 < high
     assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(0.04 * 0.96 / n), rel=0.1)
-    assert evaluate.bootstrap(metric, a, baseline=a)["x_r@1"] == (0, 0)
+    assert metrics.bootstrap(metric, a, baseline=a)["x_r@1"] == (0, 0)
     with pytest.raises(ValueError, match="same queries"):
-        evaluate.bootstrap(metric, a, baseline={"x": torch.ones(999)})
+        metrics.bootstrap(metric, a, baseline={"x": torch.ones(999)})
 
 
 def test_bootstrap_of_averages_that_are_not_means_over_queries():
@@ -476,20 +483,20 @@ def test_bootstrap_of_averages_that_are_not_means_over_queries():
     ocir = evaluate.outfit_retrieval(*golden_ocir())
     f1 = evaluate.classification(logits[kept, :5], labels[kept])
     for metric, result, key in (
-        (evaluate.category_recalls, ocir, "r@10"),
-        (evaluate.recognition_scores, f1, "macro_f1"),
+        (partial(metrics.category_recalls, ks=(10,)), ocir, "r@10"),
+        (metrics.recognition_scores, f1, "macro_f1"),
     ):
-        low, high = evaluate.bootstrap(metric, result["outcomes"], draws=300)[key]
-        assert low < result["metrics"][key] < high
-        ten_times = {name: table.repeat(10, 1) for name, table in result["outcomes"].items()}
-        narrow = evaluate.bootstrap(metric, ten_times, draws=300)[key]
+        low, high = metrics.bootstrap(metric, result.outcomes, draws=300)[key]
+        assert low < result.metrics[key] < high
+        ten_times = {name: table.repeat(10, 1) for name, table in result.outcomes.items()}
+        narrow = metrics.bootstrap(metric, ten_times, draws=300)[key]
         assert (narrow[1] - narrow[0]) * math.sqrt(10) == pytest.approx(high - low, rel=0.3)
-        assert evaluate.bootstrap(metric, ten_times, draws=300)[key] == narrow
+        assert metrics.bootstrap(metric, ten_times, draws=300)[key] == narrow
 
 
 def test_sample_100_s_interval_resamples_queries_not_single_draws():
     """Five draws of the same query are not five queries: the interval is that of n queries."""
     n = 500
     ranks = torch.where(torch.arange(n) < 200, 1, 9)[:, None].repeat(1, 5)
-    low, high = evaluate.bootstrap(partial(evaluate.recalls, ks=(1,)), {"i2t": ranks})["i2t_r@1"]
+    low, high = metrics.bootstrap(partial(metrics.recalls, ks=(1,)), {"i2t": ranks})["i2t_r@1"]
     assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(0.4 * 0.6 / n), rel=0.1)

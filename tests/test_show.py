@@ -1,4 +1,6 @@
-"""evaluate.py --show: which queries stand on the page, what is framed, and the drawing itself."""
+"""Pages of pictures: which queries stand on the page, what is framed, and the drawing itself."""
+
+from functools import partial
 
 import numpy as np
 import pytest
@@ -6,58 +8,62 @@ import torch
 from PIL import Image, ImageFont
 
 import evaluate
+import metrics
 import pictures
+from pictures import Cell, Row
 from settings import InputError
 
 
 def numbered(n, kind):
-    return [{"text": f"{kind} {i}"} for i in range(n)]
+    return [Cell(text=f"{kind} {i}") for i in range(n)]
 
 
-def line_of(n, wrong=()):
-    """n queries on a gallery of n unit vectors; those of `wrong` have their right item last."""
-    gallery = torch.eye(n)
+def choices_of(n, wrong=()):
+    """The choices of n queries on a gallery of n unit vectors; those of `wrong` have their right item last."""
     query = torch.eye(n) + torch.linspace(0.5, 0.1, n)
     for i in wrong:
         query[i, i] = -1.0
-    return query, gallery, torch.arange(n), torch.arange(n), numbered(n, "query"), numbered(n, "item")
+    tensors = query, torch.eye(n), torch.arange(n), torch.arange(n)
+    ranks = metrics.best_ranks(*tensors)
+    return pictures.ranked_choices(ranks, numbered(n, "query"), numbered(n, "item"), *tensors)
 
 
-def test_ranked_pictures():
-    failed, draw = evaluate.ranked_pictures([line_of(8, wrong=[3]), line_of(9)])
-    assert failed.nonzero().flatten().tolist() == [3]
-    query, cells = draw(8 + 2)  # the second set's third
-    assert query == {"text": "query 2", "label": "right one: rank 1 of 9"}
-    assert [c["text"] for c in cells] == ["item 2", "item 0", "item 1", "item 3", "item 4"]
-    assert [c["frame"] for c in cells] == [pictures.RIGHT, None, None, None, None] and "right" in cells[0]["label"]
-    query, cells = draw(3)
-    assert query["label"] == "right one: rank 8 of 8" and not any(c["frame"] for c in cells)
+def test_ranked_choices():
+    choices = choices_of(9, wrong=[3])
+    assert [i for i, choice in enumerate(choices) if choice.failed] == [3]
+    query, cells = choices[2].make()
+    assert query == Cell(text="query 2", label="right one: rank 1 of 9")
+    assert [c.text for c in cells] == ["item 2", "item 0", "item 1", "item 3", "item 4"]
+    assert [c.frame for c in cells] == [pictures.RIGHT, None, None, None, None] and "right" in cells[0].label
+    query, cells = choices[3].make()
+    assert query.label == "right one: rank 9 of 9" and not any(c.frame for c in cells)
 
 
 @pytest.mark.parametrize("n", [1, 3, 99])
-def test_a_failure_is_always_among_them(n, monkeypatch):
+def test_a_failure_is_always_among_them(n, monkeypatch, capsys):
     pages = []
-    monkeypatch.setattr(pictures, "draw_sheet", lambda path, title, rows: pages.append(rows))
-    sets = [line_of(40, wrong=[17])]
+    monkeypatch.setattr(pictures, "draw_page", lambda path, title, rows: pages.append(rows))
     for seed in range(5):
-        config = evaluate.EvalConfig(task="fashioniq", show=n, seed=seed)
-        evaluate.show("x", {"pictures": lambda: evaluate.ranked_pictures(sets)}, config, "a.png")
+        pictures.draw_choices("a.png", "x", choices_of(40, wrong=[17]), n, seed)
+        assert f"a.png (1 of {min(n, 40)} without a right one" in capsys.readouterr().out
         assert len(pages[-1]) == min(n, 40)
-        assert sum(query["text"] == "query 17" for query, _ in pages[-1]) == 1
-        assert len({query["text"] for query, _ in pages[-1]}) == len(pages[-1])
+        assert sum(row.query.text == "query 17" for row in pages[-1]) == 1
+        assert len({row.query.text for row in pages[-1]}) == len(pages[-1])
 
 
-def test_recognition_shows_both_labels(tmp_path):
+def test_recognition_shows_both_labels(tmp_path, monkeypatch):
     (tmp_path / "labels.json").write_text('{"categories": ["dresses", "shirts"]}')
     config = evaluate.EvalConfig(task="fashiongen_category", data_root=str(tmp_path))
-    items = [{"image": "a.jpg", "text": "a"}, {"image": "b.jpg", "text": "b"}]
-    failed, draw = evaluate.labelled_pictures(items, torch.tensor([0, 5]), torch.tensor([0, 1]), config)
-    assert failed.tolist() == [False, True]
-    assert draw(1) == (
-        None,
-        [{"images": ["b.jpg"], "label": "predicted: class 5", "text": "true: shirts", "frame": pictures.WRONG}],
-    )
-    assert draw(0)[1][0]["frame"] == pictures.RIGHT
+    names = partial(evaluate.class_name, config)
+    right, wrong = pictures.labelled_choice("a.jpg", 0, 0, names), pictures.labelled_choice("b.jpg", 5, 1, names)
+    assert not right.failed and wrong.failed
+    expected = Cell(["b.jpg"], label="predicted: class 5", text="true: shirts", frame=pictures.WRONG)
+    assert wrong.make() == Row(None, [expected])
+    assert right.make().results[0].frame == pictures.RIGHT
+    pages = []
+    monkeypatch.setattr(pictures, "draw_page", lambda path, title, rows: pages.append(rows))
+    pictures.draw_choices("a.png", "x", [right] * 3 + [wrong], 4, 0)
+    assert len(pages[0]) == 1 and len(pages[0][0].results) == 4  # beside each other
 
 
 @pytest.mark.parametrize(
@@ -70,12 +76,12 @@ def test_wrapped_text_fits(text):
     assert "".join(lines) == text.replace(" ", "") or lines[-1].endswith("...") or text == " ".join(lines)
 
 
-def test_sheet(tmp_path):
+def test_page(tmp_path):
     """A red photo, framed, right of the line; the query's text left; nothing left aside."""
     Image.new("RGB", (30, 60), (255, 0, 0)).save(tmp_path / "red.png")
-    photo = {"images": [str(tmp_path / "red.png")], "label": "1", "text": "a title", "frame": pictures.RIGHT}
-    rows = [({"text": "red"}, [photo] * 7), ({"images": [photo["images"][0]] * 3}, [photo])]
-    pictures.draw_sheet(tmp_path / "page.png", "title", rows)
+    photo = Cell([str(tmp_path / "red.png")], "a title", "1", pictures.RIGHT)
+    rows = [Row(Cell(text="red"), [photo] * 7), Row(Cell(photo.images * 3), [photo])]
+    pictures.draw_page(tmp_path / "page.png", "title", rows)
     page = np.asarray(Image.open(tmp_path / "page.png")).astype(int)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["page.png", "red.png"]
     red, green = ((page == colour).all(2).sum() for colour in ((255, 0, 0), pictures.RIGHT))
@@ -84,7 +90,7 @@ def test_sheet(tmp_path):
     frame = (pictures.CELL + 12) ** 2 - (pictures.CELL + 2) ** 2
     assert green == 8 * frame
     with pytest.raises(InputError, match="cannot be saved"):
-        pictures.draw_sheet(tmp_path / "nowhere" / "page.png", "title", rows)
+        pictures.draw_page(tmp_path / "nowhere" / "page.png", "title", rows)
 
 
 @pytest.mark.parametrize("out", ["page.txt", "nowhere/page.png"])
