@@ -209,5 +209,6 @@ def bootstrap(metrics_of, outcomes, baseline=None, draws=1000, seed=0):
             other = metrics_of({name: table[rows[name]] for name, table in baseline.items()})
             value = {name: value[name] - other[name] for name in value}
         values.append(list(value.values()))
-    ends = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975]).double(), dim=0)
-    return dict(zip(value, map(tuple, ends.t().tolist()), strict=True))
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    intervals = torch.tensor(values, dtype=torch.float64).quantile(ends, dim=0).t().tolist()
+    return {name: (low, high) for name, (low, high) in zip(value, intervals, strict=True)}
