@@ -253,8 +253,9 @@ def evaluate_recognition(model, tokenizer, config, processes):
     ]
     logits = embed(model.classify, items, tokenizer, config, processes)
     result = classification(logits, torch.tensor([item["label"] for item in items]))
+    row = partial(pictures.labelled_row, name_of=partial(class_name, config))
     result.choices = [
-        pictures.labelled_choice(item["image"], prediction, label, partial(class_name, config))
+        pictures.Choice(prediction != label, partial(row, item["image"], prediction, label))
         for item, (prediction, label) in zip(items, result.outcomes["samples"].tolist(), strict=True)
     ]
     return {"every image": result}

@@ -60,14 +60,10 @@ def ranked_choices(ranks, query_cells, gallery_cells, queries, gallery, query_id
     return [Choice(rank > SHOWN, partial(make, i)) for i, rank in enumerate(ranks.tolist())]
 
 
-def labelled_choice(path, predicted, true, name_of):
-    """A Choice of one image with the predicted and the true class, two numbers; name_of(class) gives their names."""
-
-    def make():
-        frame = RIGHT if predicted == true else WRONG
-        return Row(None, [Cell([path], f"true: {name_of(true)}", f"predicted: {name_of(predicted)}", frame)])
-
-    return Choice(predicted != true, make)
+def labelled_row(path, predicted, true, name_of):
+    """Row of one image with the names of its predicted and its true class, name_of(class)."""
+    frame = RIGHT if predicted == true else WRONG
+    return Row(None, [Cell([path], f"true: {name_of(true)}", f"predicted: {name_of(predicted)}", frame)])
 
 
 def wrap(text, font, width, n_lines):
@@ -91,30 +87,28 @@ def wrap(text, font, width, n_lines):
 def draw_cell(page, x, y, cell):
     """Draw a Cell with its upper left corner at (x, y)."""
     draw, small, large = ImageDraw.Draw(page), ImageFont.load_default(15), ImageFont.load_default(17)
-    if not cell.images:
+    if cell.images:
+        tiles = math.ceil(math.sqrt(len(cell.images)))  # along each side of the square
+        side = CELL // tiles
+        for i, path in enumerate(cell.images):
+            picture = ImageOps.pad(data.open_image(path), (side, side), color="white")
+            page.paste(picture, (x + i % tiles * side, y + i // tiles * side))
+        for i, line in enumerate(wrap(cell.text, small, CELL, TEXT_LINES)):
+            draw.text((x, y + CELL + 8 + LINE + 4 + i * LINE), line, (70, 70, 70), small)
+    else:
         draw.rectangle((x, y, x + CELL - 1, y + CELL - 1), fill=(240, 240, 240))
         for i, line in enumerate(wrap(cell.text, large, CELL - 16, (CELL - 16) // LARGE_LINE)):
             draw.text((x + 8, y + 8 + i * LARGE_LINE), line, "black", large)
-    tiles = math.ceil(math.sqrt(len(cell.images)))  # along each side of the square
-    for i, path in enumerate(cell.images):
-        side = CELL // tiles
-        picture = ImageOps.pad(data.open_image(path), (side, side), color="white")
-        page.paste(picture, (x + i % tiles * side, y + i // tiles * side))
+    draw.text((x, y + CELL + 8), cell.label, "black", large)
     if cell.frame:
         draw.rectangle((x - 6, y - 6, x + CELL + 5, y + CELL + 5), outline=cell.frame, width=5)
-    draw.text((x, y + CELL + 8), cell.label, "black", large)
-    if cell.images:
-        for i, line in enumerate(wrap(cell.text, small, CELL, TEXT_LINES)):
-            draw.text((x, y + CELL + 8 + LINE + 4 + i * LINE), line, (70, 70, 70), small)
 
 
 def draw_page(path, title, rows):
     """Write a PNG of a list of Row: the query left of a line, SHOWN results beside each other, the others below them.
 
     Raises InputError where a picture cannot be read or the file cannot be written; no half file is left."""
-    left = GAP  # of the results
-    if any(row.query for row in rows):
-        left += CELL + 2 * GAP
+    left = GAP + (CELL + 2 * GAP if any(row.query for row in rows) else 0)  # of the results
     deep = CELL + 8 + LINE + 4 + TEXT_LINES * LINE + GAP  # a line of cells
     lines = [max(1, math.ceil(len(row.results) / SHOWN)) for row in rows]
     width = left + SHOWN * (CELL + GAP)
@@ -128,8 +122,7 @@ def draw_page(path, title, rows):
     for row, n in zip(rows, lines, strict=True):
         if row.query:
             draw_cell(page, GAP, top, row.query)
-            x = GAP + CELL + GAP  # of the line
-            draw.line((x, top, x, top + n * deep - GAP), fill=(180, 180, 180), width=2)
+            draw.line((left - GAP, top, left - GAP, top + n * deep - GAP), fill=(180, 180, 180), width=2)
         for i, cell in enumerate(row.results):
             draw_cell(page, left + i % SHOWN * (CELL + GAP), top + i // SHOWN * deep, cell)
         top += n * deep
@@ -141,15 +134,13 @@ def draw_choices(path, name, choices, n, seed):
     """Write a page of n random ones of `choices`. If any of all choices failed, one that failed is on the page."""
     order = torch.randperm(len(choices), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen, failures = order[:n], [i for i in order if choices[i].failed]
-    n_failed = sum(choices[i].failed for i in chosen)
-    if failures and not n_failed:
-        chosen[-1], n_failed = failures[0], 1
+    if failures and not any(choices[i].failed for i in chosen):
+        chosen[-1] = failures[0]
     rows = [choices[i].make() for i in chosen]
     if not any(row.query for row in rows):  # the results of rows without a query stand beside each other
         rows = [Row(None, [cell for row in rows for cell in row.results])]
-    title = f"{name}: {len(chosen)} of {len(choices)} queries, drawn at random; right ones in green"
-    draw_page(path, title, rows)
-    print(f"written: {path} ({n_failed} of {len(chosen)} without a right one in view)")
+    draw_page(path, f"{name}: {len(chosen)} of {len(choices)} queries, drawn at random; right ones in green", rows)
+    print(f"written: {path} ({sum(choices[i].failed for i in chosen)} of {len(chosen)} without a right one in view)")
 
 
 def check_page(path):

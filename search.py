@@ -45,13 +45,13 @@ def list_images(folder):
 
 
 def opens(path):
-    """Whether a file can be read as an image; says on stderr why it cannot."""
+    """Whether a file can be read as an image; stderr says why it cannot."""
     try:
         data.open_image(path)
+        return True
     except InputError as error:
         print(f"left out: {error}", file=sys.stderr)
         return False
-    return True
 
 
 def open_index(path, folder, fingerprint, embed, skip_broken=False):

@@ -54,12 +54,12 @@ def test_a_failure_is_always_among_them(n, monkeypatch, capsys):
 def test_recognition_shows_both_labels(tmp_path, monkeypatch):
     (tmp_path / "labels.json").write_text('{"categories": ["dresses", "shirts"]}')
     config = evaluate.EvalConfig(task="fashiongen_category", data_root=str(tmp_path))
-    names = partial(evaluate.class_name, config)
-    right, wrong = pictures.labelled_choice("a.jpg", 0, 0, names), pictures.labelled_choice("b.jpg", 5, 1, names)
-    assert not right.failed and wrong.failed
+    row = partial(pictures.labelled_row, name_of=partial(evaluate.class_name, config))
     expected = Cell(["b.jpg"], label="predicted: class 5", text="true: shirts", frame=pictures.WRONG)
-    assert wrong.make() == Row(None, [expected])
-    assert right.make().results[0].frame == pictures.RIGHT
+    assert row("b.jpg", 5, 1) == Row(None, [expected])
+    assert row("a.jpg", 0, 0).results[0].frame == pictures.RIGHT
+    right = pictures.Choice(False, partial(row, "a.jpg", 0, 0))
+    wrong = pictures.Choice(True, partial(row, "b.jpg", 5, 1))
     pages = []
     monkeypatch.setattr(pictures, "draw_page", lambda path, title, rows: pages.append(rows))
     pictures.draw_choices("a.png", "x", [right] * 3 + [wrong], 4, 0)
