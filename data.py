@@ -7,7 +7,6 @@ import functools
 import math
 import os
 import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -117,24 +116,6 @@ def to_device(batch, device):
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
-
-
-def find_vocab(config, bert=""):
-    """Path of vocab.txt: the setting `vocab`, else DATA_ROOT/vocab.txt, DATA_ROOT/../bert-base-uncased/vocab.txt, the
-    folder `bert`, or the hub's bert-base-uncased. Raises InputError that says where to put the file."""
-    if config.vocab:
-        return config.vocab
-    places = [Path(config.data_root, "vocab.txt"), Path(config.data_root, "..", "bert-base-uncased", "vocab.txt")]
-    for place in [Path(bert, "vocab.txt"), *places] if bert else places:
-        if place.exists():
-            return str(place)
-    from huggingface_hub import hf_hub_download  # comes with tokenizers
-
-    try:
-        return hf_hub_download(bert or "bert-base-uncased", "vocab.txt")
-    except Exception as error:  # any of the hub's many ways to be out of reach
-        where = f"put bert-base-uncased's vocab.txt at {places[0]} or set --vocab=FILE"
-        raise InputError(f"vocab: no file found and none could be fetched ({type(error).__name__}); {where}") from None
 
 
 def wordpiece(vocab):
