@@ -3,10 +3,13 @@
 Images leave the loader as uint8, and `to_device` normalises them. Every random choice of a sample follows from (seed,
 epoch, index), and every batch from (seed, step). So neither the number of processes nor a restart changes them."""
 
+import concurrent.futures
+import contextlib
 import functools
 import math
 import os
 import warnings
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +27,7 @@ RESIZED, CROPPED = 256, 224  # sides in pixels before and after a crop; other im
 MAX_TOKENS, FASHIONIQ_MAX_TOKENS = 75, 50  # [CLS] and [SEP] included
 NO_LABEL = -100  # at tokens that have no label; torch's cross_entropy leaves them out
 MAX_PIXELS = 64_000_000  # of an image file; a larger one is no product photo and needs a gigabyte of memory
-SKIP_BROKEN = "replace a product whose image cannot be read by the next one, and count it"
+MISSING = "an image file that is missing or broken: stop (end with its name) or skip (leave it out and count it)"
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # texts are tokenized before loaders fork; this stops a warning
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is lower than Pillow's limit
@@ -49,8 +52,44 @@ def open_image(path):
             return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # Pillow's readers raise nearly anything on broken files
         cause = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
-        cure = "replace the file (pre-training also has --skip_broken_images)"
+        cure = "replace the file, or leave it out by --missing=skip"
         raise InputError(f"{path}: image cannot be read: {cause}; {cure}") from None
+
+
+def leave_out(paths, config, what):
+    """The set of image files `paths` that a validation or an evaluation must do without; usually empty.
+
+    config.missing "stop": raises InputError where a file is missing or empty, and says how many of `what` are.
+    "skip": opens every file, in config.workers threads, and prints how many cannot be read."""
+    paths = list(dict.fromkeys(map(str, paths)))
+    if config.missing == "stop":
+        gone = [path for path in paths if not os.path.exists(path) or not os.path.getsize(path)]
+        if gone:
+            cure = "fetch them, or set --missing=skip to leave them out"
+            raise InputError(f"{gone[0]}: image is missing; {len(gone)} of {len(paths)} images of {what} are; {cure}")
+        return set()
+    with concurrent.futures.ThreadPoolExecutor(max(1, config.workers)) as pool:  # Pillow decodes without Python's lock
+        broken = {path for path, fine in zip(paths, pool.map(is_readable, paths), strict=True) if not fine}
+    if broken:
+        print(f"{what}: {len(broken)} of {len(paths)} images cannot be read and are left out, as {min(broken)}")
+    return broken
+
+
+def is_readable(path):
+    """Whether `open_image` can open the file."""
+    with contextlib.suppress(InputError):
+        open_image(path)
+        return True
+    return False
+
+
+def leave_out_of_products(products, config, what):
+    """The products without the images that `leave_out` finds, and without products that lose all of theirs."""
+    broken = leave_out([path for product in products for path in product.images], config, what)
+    if not broken:
+        return products
+    kept = [replace(p, images=[path for path in p.images if str(path) not in broken]) for p in products]
+    return [product for product in kept if product.images]
 
 
 def image_transform(kind, size, train):
@@ -266,10 +305,10 @@ class Key(NamedTuple):  # of one sample
 class ProductSamples(Dataset):
     """Samples of products, by `Key`. A subclass makes one in `sample(epoch, index, objective)`.
 
-    A broken image raises InputError. With skip_broken_images the next product takes its place; "skipped" counts it."""
+    A broken image raises InputError. With missing="skip" the next product takes its place; "skipped" counts it."""
 
     def __init__(self, products, config):
-        self.products, self.seed, self.skip_broken = products, config.seed, config.skip_broken_images
+        self.products, self.seed, self.missing = products, config.seed, config.missing
         self.transform = image_transform("crop", config.image_size, train=True)
 
     def __len__(self):
@@ -282,7 +321,7 @@ class ProductSamples(Dataset):
                 sample = self.sample(epoch, (index + skipped) % len(self.products), objective)
                 return {**sample, "skipped": skipped}
             except InputError:
-                if not self.skip_broken:
+                if self.missing == "stop":
                     raise
         raise InputError("no image of the data set can be read")
 

@@ -338,6 +338,7 @@ class EvalConfig:
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, FashionIQ/, PolyvoreOutfits/")
     vocab: str = setting("", "WordPiece vocab.txt; empty: the checkpoint's own, else as in training")
     image_size: int = setting(0, "pixels a side; 0: the checkpoint's own, 224 for a released one")
+    missing: str = setting("stop", data.MISSING, choices=("stop", "skip"))
     max_tokens: int = setting(0, "longest text; 0: the checkpoint's own, else the recipe's 75, for fashioniq 50")
     split: str = setting("disjoint", "polyvore: disjoint or nondisjoint")
     gallery: str = setting("original", "fashioniq: original (split file) or val (references and targets)")

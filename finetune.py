@@ -100,6 +100,7 @@ class FinetuneConfig:
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, FashionIQ/, ...", group="data")
     vocab: str = setting("", "WordPiece vocab.txt; empty: the checkpoint's, DATA_ROOT/vocab.txt, BERT's or the hub's")
     image_size: int = setting(224, "pixels a side, a multiple of 32")
+    missing: str = setting("stop", data.MISSING, choices=("stop", "skip"))
     max_tokens: int = setting(0, "longest text, [CLS] and [SEP] included; 0: the paper's 75, for fashioniq 50", FROM_0)
 
     init: str = setting("pretrained", "a checkpoint, pretrained (ImageNet ResNet + BERT) or random", group="model")

@@ -40,7 +40,7 @@ class PretrainConfig:
     image_size: int = setting(224, "pixels a side, a multiple of 32")
     max_tokens: int = setting(0, "longest text, [CLS] and [SEP] included; 0: the paper's 75", FROM_0)
     n_attributes: int = setting(2232, "size of the pseudo-attribute vocabulary; 0: largest id of the data + 1", FROM_0)
-    skip_broken_images: bool = setting(False, data.SKIP_BROKEN)
+    missing: str = setting("stop", data.MISSING, choices=("stop", "skip"))
 
     init: str = setting("pretrained", "pretrained (ImageNet ResNet + BERT), random, or a checkpoint", group="model")
     size: str = setting("base", "Transformer size, a row of model.SIZES", choices=tuple(SIZES))

@@ -135,7 +135,7 @@ class Run:
         row["samples_per_s"] = self.config.batch_size * (self.done - self.logged) / (self.ended - self.clock)
         self.clock, self.logged = self.ended, self.done
         row["memory_gb"] = peak_memory_gb(self.processes.device)
-        if getattr(self.config, "skip_broken_images", False):
+        if self.config.missing == "skip":
             row["skipped_images"] = sum(gather_objects(self.skipped_images))
         if self.scaler.is_enabled():
             row["skipped_updates"] = self.health.skipped_updates

@@ -54,7 +54,7 @@ def opens(path):
         return False
 
 
-def open_index(path, folder, fingerprint, embed, skip_broken=False):
+def open_index(path, folder, fingerprint, embed, missing="stop"):
     """(unit vectors (N, D) float32, mapped from `path`.npy; the names of their images in `folder`).
 
     `embed(items)` (N, D) makes them where they are missing or stale. `path`.json says what they were made from; it does
@@ -71,7 +71,7 @@ def open_index(path, folder, fingerprint, embed, skip_broken=False):
     aside = Path(f"{vectors}.tmp")
     try:
         with open(aside, "wb") as file:
-            ids = [name for name in files if not skip_broken or opens(f"{folder}/{name}")]
+            ids = [name for name in files if missing == "stop" or opens(f"{folder}/{name}")]
             if not ids:
                 raise InputError(f"{folder}: none of {len(files)} images can be read")
             rows = embed(evaluate.image_items(f"{folder}/{name}" for name in ids))
@@ -188,7 +188,7 @@ def search(given):
     fingerprint, place = f"{digest} {cut} {config.image_size}", given.index.removesuffix(".npy") or f"{folder}.index"
     config = dataclasses.replace(config, workers=given.workers)
     embed_gallery = partial(embed, embed_batch, config=config, progress=True)
-    vectors, ids = open_index(place, folder, fingerprint, embed_gallery, given.skip_broken_images)
+    vectors, ids = open_index(place, folder, fingerprint, embed_gallery, given.missing)
     scores = vectors @ queries.T  # (N, W)
     if given.outfit:  # an image answers the query for its own category, or all if its category is unknown
         category = np.array([categories.of_image(f"{folder}/{name}") for name in ids])[:, None]  # (N, 1)
@@ -241,7 +241,7 @@ def parse(argv=None):
         ("json", False, "print JSON"),
         ("out", "", "page of pictures to draw, a .png"),
         ("index", "", "where the vectors are kept; empty: GALLERY.index"),
-        ("skip_broken_images", False, "leave out images that cannot be read"),
+        ("missing", "stop", data.MISSING),
         ("vocab", "", "vocab.txt of a released checkpoint"),
         ("data_root", "", "holds PolyvoreOutfits/; empty: the checkpoint's own"),
         ("workers", 2, "processes that read images"),
@@ -249,6 +249,14 @@ def parse(argv=None):
     ):
         kind = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
         parser.add_argument(f"--{name}", help=f"{meaning} [{default!r}]", **kind)
+    parser.add_argument(
+        "--skip_broken_images",
+        action="store_const",
+        const="skip",
+        dest="missing",
+        default="stop",
+        help=argparse.SUPPRESS,
+    )
     given = parser.parse_args(argv)
     if bool(given.outfit) == bool(given.text or given.image) or bool(given.outfit) != bool(given.category):
         raise InputError("query: expected --text, --image, both of them, or --outfit FILES --category NAME")

@@ -129,6 +129,10 @@ def _build_parser(cls, kinds, description):
             help=f"{f.metadata['meaning']} [{default!r}]".replace("%", "%%"),
             **flag,
         )
+    if "missing" in kinds:  # an older spelling
+        parser.add_argument(
+            "--skip_broken_images", action="store_const", const="skip", dest="missing", help=argparse.SUPPRESS
+        )
     return parser
 
 

@@ -342,7 +342,7 @@ class VQVAEConfig:
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, ...", group="data")
     sets: tuple = setting(tuple(annotations.SETS), "data sets to train on")
     image_size: int = setting(224, "pixels a side, a multiple of 32")
-    skip_broken_images: bool = setting(False, data.SKIP_BROKEN)
+    missing: str = setting("stop", data.MISSING, choices=("stop", "skip"))
     eval_images: int = setting(1_000, "FashionGen-val images held out to measure on, at most", COUNT)
 
     ch: int = setting(128, "channels of the first level", COUNT, group="model")
@@ -393,7 +393,7 @@ class Photos(data.Pretraining):
     """The training images alone: one of the product's at random, under the pre-training transform."""
 
     def __init__(self, products, config):
-        self.products, self.seed, self.skip_broken = products, config.seed, config.skip_broken_images
+        self.products, self.seed, self.missing = products, config.seed, config.missing
         self.transform = data.image_transform("crop", config.image_size, train=True)
 
     def sample(self, epoch, index, objective):

@@ -247,9 +247,7 @@ def read_products(config):
             item["images"] = list(dict.fromkeys([*item["images"], *paths]))
         except ValueError as error:  # open_image's InputError is one
             faults.append(
-                f"{config.products}: row {number}: {error}".removesuffix(
-                    " (pre-training also has --skip_broken_images)"
-                )
+                f"{config.products}: row {number}: {error}".removesuffix(", or leave it out by --missing=skip")
             )
     return list(items.values()), faults
 

@@ -285,7 +285,7 @@ def test_images(stage, content, cause, root, tmp_path):
         path.unlink()
         if content is not None:
             path.write_bytes(content(whole) if callable(content) else content)
-    cure = "replace the file (pre-training also has --skip_broken_images)"
+    cure = "replace the file, or leave it out by --missing=skip"
     message = f"{product.name}: {{root}}/***: image cannot be read: {cause}; {cure}"
     train = finetune.train if stage == "finetune" else pretrain.train
     refuse(lambda: train(config, ONE), message, root)
@@ -298,7 +298,7 @@ def test_images(stage, content, cause, root, tmp_path):
 def test_a_data_set_without_any_image_that_can_be_read(root, tmp_path):
     for path in (root / "Fashion200k" / "images").iterdir():
         path.unlink()
-    changes = dict(objectives={"itc": 1.0}, sets=("Fashion200k",), batch_size=4, skip_broken_images=True)
+    changes = dict(objectives={"itc": 1.0}, sets=("Fashion200k",), batch_size=4, missing="skip")
     config = small_pretrain(root, tmp_path / "run", **changes)
     refuse(lambda: pretrain.train(config, ONE), "no image of the data set can be read", root)
 

@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from zlib import crc32
 
 import numpy as np
@@ -220,7 +221,7 @@ class Settings:
     image_size: int = 64
     max_tokens: int = 0
     mask_share: float = 0.15
-    skip_broken_images: bool = False
+    missing: str = "stop"
 
 
 def write_products(root, source, split, items, size=40):
@@ -355,7 +356,7 @@ def test_a_broken_image_names_file_and_product_or_is_counted(root):
     (root / "FashionGen" / "train" / "0_0.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"FashionGen 0: .*0_0.png: image cannot be read"):
         samples(root)[0, 0, "itc"]
-    sample = samples(root, skip_broken_images=True)[0, 0, "itc"]
+    sample = samples(root, missing="skip")[0, 0, "itc"]
     assert sample["skipped"] == 1 and sample["product_id"] == 1
 
 
@@ -542,3 +543,18 @@ def test_polyvore_numbers_categories(tmp_path):
     assert load("3", "1605", "4518") == ([0, 53], 152, 153)  # the released checkpoint's
     with pytest.raises(InputError, match="split: found 'both'"):
         annotations.load_polyvore(tmp_path, "both", "test")
+
+
+def test_images_to_leave_out(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "sound.png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "page.png").write_text("<html>")
+    sound, empty, page, gone = (str(tmp_path / f"{name}.png") for name in ("sound", "empty", "page", "gone"))
+    skip, stop = SimpleNamespace(missing="skip", workers=2), SimpleNamespace(missing="stop")
+    assert data.leave_out([sound, sound, empty, page, gone], skip, "val") == {empty, page, gone}
+    assert "val: 3 of 4 images cannot be read" in capsys.readouterr().out
+    with pytest.raises(InputError, match="empty.png: image is missing; 2 of 4 images of val.*--missing=skip"):
+        data.leave_out([sound, empty, page, gone], stop, "val")
+    products = [annotations.Product(str(i), images, "", []) for i, images in enumerate(([sound, gone], [page]))]
+    (kept,) = data.leave_out_of_products(products, skip, "val")
+    assert (kept.name, kept.images) == ("0", [sound])

@@ -136,7 +136,7 @@ def test_faulty_rows(tmp_path, capsys):
     printed = capsys.readouterr().out
     for row, text in ((2, "b.jpg"), (3, "broken.jpg"), (4, "empty"), (5, "empty"), (6, "another title"), (7, "cells")):
         assert f"row {row}: " in printed and text in printed
-    assert "--skip_broken_images" not in printed  # a setting of other scripts
+    assert "--missing" not in printed  # a setting of other scripts
     assert not (tmp_path / "out").exists()
     products.write_layout(tmp_path / "out", config(skip_faulty=True, **settings))
     train, val = (annotations.load_products(tmp_path / "out", "FashionGen", split) for split in ("train", "val"))

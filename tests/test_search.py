@@ -255,7 +255,7 @@ def test_equal_scores_keep_the_gallery_s_order():
 
 def test_broken_images_stop_it_or_are_left_out(files, gallery, capsys):
     (gallery / "broken.jpg").write_bytes(b"no JPEG")
-    with pytest.raises(InputError, match="broken.jpg.*--skip_broken_images"):
+    with pytest.raises(InputError, match="broken.jpg.*--missing=skip"):
         rows(files["C"], gallery, "--text=red")
     assert not Path(f"{gallery}.index.json").exists()
     found = rows(files["C"], gallery, "--text=red", "--skip_broken_images", "--top=99")
