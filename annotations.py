@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from settings import InputError
+from settings import InputError, not_the_file
 
 MAX_LABEL = 1_000_000  # every label id is below it; a head has one row for every id up to the largest
 RECOGNITION_LABELS = {"fashiongen_category": "category", "fashiongen_subcategory": "subcategory"}  # task: label
@@ -58,9 +58,13 @@ class Product:
 def read_json(path, kind):
     """The content of a JSON file, a filled `kind` (list or dict). Raises InputError on a missing, cut or other file."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        cure = "README, section Data, says where to get it; `python prepare/demo.py data/demo` makes a small one to try"
+        raise InputError(f"{path}: this file of the data set is missing; {cure} with --data_root=data/demo") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); fetch the file again") from None
+        problem = not_the_file(path) or f"cannot be read as JSON ({error}); fetch the file again"
+        raise InputError(f"{path}: {problem}") from None
     if type(value) is not kind or not value:
         found = f"{'a filled' if value else 'an empty'} {type(value).__name__}"
         raise InputError(f"{path}: found {found}, expected a filled {kind.__name__}")

@@ -20,7 +20,7 @@ import torch
 from common import replacing
 from formats import DECODER, FORMAT, MODELS, WORDS, cause_of, read_file, read_weights, reading, shown
 from model import HEADS, RESNETS, SIZES, CSANet, FashionViL, ModelConfig
-from settings import InputError
+from settings import InputError, not_the_file
 
 
 def save(path, state):
@@ -222,7 +222,7 @@ def bert_sizes(bert):
     Raises InputError where they disagree, or it is no BERT with exact GELU and absolute positions."""
     path, weights = _bert_file(bert, "config.json"), _bert_file(bert, *BERT_WEIGHTS)
     with reading(path, "cannot be read"):
-        config = dict(json.loads(path.read_text(encoding="utf-8")))
+        config = dict(json.loads(path.read_text(encoding="utf-8-sig")))
     state, _ = read_weights(weights, ("bert",), "bert")
     with reading(weights, "not a BERT"):
         sizes = read_sizes(state, "bert")
@@ -270,7 +270,9 @@ def vocabulary(config, init):
 def _vocab_text(path, problem="no vocabulary"):
     """The text of vocab.txt from such a file or from a tokenizer.json, whose ids must be 0, 1, 2, ..."""
     with reading(path, problem):
-        text = path.read_text(encoding="utf-8")
+        if not_the_file(path):
+            raise InputError(f"{path}: {not_the_file(path)}")
+        text = path.read_text(encoding="utf-8-sig")
         if path.name != "tokenizer.json":
             return text
         model = json.loads(text)["model"]

@@ -25,8 +25,12 @@ class Stopped(Exception):
 
 def run(main):
     """Call `main()`. InputError and Stopped print their one line and exit with 2 and EXIT_STOPPED; a bug traces."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name can hold bytes that the terminal's encoding refuses
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_STOPPED)

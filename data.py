@@ -36,16 +36,19 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MA
 
 
 def open_image(path):
-    """An image file as RGB, turned as its EXIF data say. An animation gives its first frame, 16 bits become 8.
+    """An image file as RGB, turned as its EXIF data say. Transparent parts become white.
 
+    An animation gives its first frame, and 16 bits become 8.
     Raises InputError with the file's name where it is missing, broken, cut short or larger than MAX_PIXELS."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,}")
-            # a JPEG's info says whether it has a rotation; to look for one in every JPEG takes a sixth of its loading
-            if image.format != "JPEG" or {"exif", "xmp"} & image.info.keys():
-                ImageOps.exif_transpose(image, in_place=True)
+            turn_upright(image)
+            # The colour below a transparent pixel is no part of the photo.
+            if image.has_transparency_data and not image.mode.startswith("I"):
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             if image.mode.startswith("I"):  # 16-bit grey: `convert` would clip the values
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image.load()
@@ -54,6 +57,19 @@ def open_image(path):
         cause = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
         cure = "replace the file, or leave it out by --missing=skip"
         raise InputError(f"{path}: image cannot be read: {cause}; {cure}") from None
+
+
+def turn_upright(image):
+    """Turn a Pillow image in place, as its EXIF or XMP orientation says. Metadata that cannot be read is ignored."""
+    image.load()
+    # a JPEG's info says whether it has a rotation; to look for one in every JPEG takes a sixth of its loading
+    if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():
+        return
+    with contextlib.suppress(Exception):  # Pillow's reader of metadata raises nearly anything
+        image.getexif()  # Pillow keeps what it has read
+        for key in ("exif", "Raw profile type exif"):  # without them it does not write the metadata anew
+            image.info.pop(key, None)
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def leave_out(paths, config, what):

@@ -10,6 +10,10 @@ if [ ! -e .venv/installed ]; then
     .venv/bin/python -m pip install -q -r requirements.txt
     touch .venv/installed
 fi
+# Threads that wait busily for each other slow the demo down where another process runs, so they wait for a short time.
+if [ -z "${OMP_WAIT_POLICY:-}${GOMP_SPINCOUNT:-}" ]; then
+    export GOMP_SPINCOUNT=1000
+fi
 export PATH="$PWD/.venv/bin:$PATH"
 
 python prepare/demo.py data/demo

@@ -191,11 +191,22 @@ def retrieval_metrics(model, products, tokenizer, config, processes):
 # ---- the five tasks: {protocol: Result}; the first protocol selects the best checkpoint ------------------------------
 
 
+def left_out(config, **numbers):
+    """Counts for a table of what misses its images, where config.missing allows that. Such a number is not the
+    published protocol's. numbers: {name: (how many there were, how many are left)}."""
+    if config.missing == "stop":
+        return {}
+    return {f"{name}_left_out": before - after for name, (before, after) in numbers.items()}
+
+
 def evaluate_retrieval(model, tokenizer, config, processes):
     """ITR and TIR on FashionGen val: full gallery, and sample-100 where the products have sub-categories."""
-    products = annotations.load_products(config.data_root, "FashionGen", "val")
+    every = annotations.load_products(config.data_root, "FashionGen", "val")
+    products = data.leave_out_of_products(every, config, "FashionGen val")
     embeddings = image, text, image_id, text_id = embed_retrieval(model, products, tokenizer, config, processes)
     result = full_gallery(*embeddings)
+    missing = left_out(config, images=(sum(len(p.images) for p in every), len(image)), texts=(len(every), len(text)))
+    result.counts |= missing
     # A photo that is a query stands on a page without its text, which is the answer.
     texts = [pictures.Cell(text=product.text) for product in products]
     photos = [pictures.Cell([path]) for product in products for path in product.images]
@@ -206,16 +217,28 @@ def evaluate_retrieval(model, tokenizer, config, processes):
     if annotations.has_subcategories(products):
         group = torch.tensor([product.subcategory for product in products])
         results["sample-100"] = sample_100(*embeddings, group[image_id], group, config.seed)
+        results["sample-100"].counts |= missing
     return results
 
 
 def evaluate_fashioniq(model, tokenizer, config, processes):
     """TGIR on FashionIQ val with the gallery `config.gallery`: each gallery image and each query is embedded once."""
     share = (tokenizer, config, processes, SCALE, data.FASHIONIQ_MAX_TOKENS)
-    classes, cells, choices = {}, {}, []
+    classes, cells, choices, missing = {}, {}, [], {}
     for garment in annotations.FASHIONIQ_CLASSES:
         queries, names = annotations.load_fashioniq(config.data_root, garment, "val", config.gallery)
-        paths = [str(Path(config.data_root, "FashionIQ", "images", f"{name}.jpg")) for name in names]
+        path_of = {name: str(Path(config.data_root, "FashionIQ", "images", f"{name}.jpg")) for name in names}
+        both = [query[key] for query in queries for key in ("image", "image2")]
+        broken = data.leave_out([*path_of.values(), *both], config, f"FashionIQ {garment}")
+        kept = [query for query in queries if not {query["image"], query["image2"]} & broken]
+        if not kept:
+            raise InputError(
+                f"FashionIQ {garment}: no query has both its images, expected some under {config.data_root}"
+            )
+        names = [name for name in names if path_of[name] not in broken]
+        sizes = {f"{garment}_queries": (len(queries), len(kept)), f"{garment}_gallery": (len(path_of), len(names))}
+        missing |= left_out(config, **sizes)
+        queries, paths = kept, [path_of[name] for name in names]
         items = [{key: query[key] for key in ("image", "text", "name")} for query in queries]
         place = {name: i for i, name in enumerate(names)}
         classes[garment] = {
@@ -228,6 +251,7 @@ def evaluate_fashioniq(model, tokenizer, config, processes):
         gallery_cells = [pictures.Cell([path], name) for path, name in zip(paths, names, strict=True)]
         cells[garment] = {"query_cells": query_cells, "gallery_cells": gallery_cells}
     result = composed_retrieval(classes)
+    result.counts |= missing
     for garment, ranks in result.outcomes.items():
         choices += pictures.ranked_choices(ranks, **cells[garment], **classes[garment])
     return {f"gallery {config.gallery}": replace(result, choices=choices)}
@@ -243,7 +267,8 @@ def class_name(config, label):
 
 def evaluate_recognition(model, tokenizer, config, processes):
     """CR or SCR on FashionGen val: every image with its product's text is one sample."""
-    products = annotations.load_products(config.data_root, "FashionGen", "val")
+    every = annotations.load_products(config.data_root, "FashionGen", "val")
+    products = data.leave_out_of_products(every, config, "FashionGen val")
     key = annotations.RECOGNITION_LABELS[config.task]
     annotations.count_labels(products, key, model.config.n_classes)
     items = [
@@ -253,6 +278,7 @@ def evaluate_recognition(model, tokenizer, config, processes):
     ]
     logits = embed(model.classify, items, tokenizer, config, processes)
     result = classification(logits, torch.tensor([item["label"] for item in items]))
+    result.counts |= left_out(config, samples=(sum(len(product.images) for product in every), len(items)))
     row = partial(pictures.labelled_row, name_of=partial(class_name, config))
     result.choices = [
         pictures.Choice(prediction != label, partial(row, item["image"], prediction, label))
@@ -268,7 +294,11 @@ def evaluate_polyvore(model, tokenizer, config, processes):
     if n_categories != model.n_categories:
         found = f"{n_categories} categories, but the checkpoint's CSA-Net has {model.n_categories}"
         raise InputError(f"{config.data_root}: {found}")
-    share = (tokenizer, config, processes, SCALE)
+    share, every = (tokenizer, config, processes, SCALE), outfits
+    paths = [path for outfit in outfits for path, _ in [*outfit["items"], outfit["blank_item"]]]
+    broken = data.leave_out(paths, config, f"Polyvore {config.split} test")
+    outfits = [o for o in every if not {path for path, _ in [*o["items"], o["blank_item"]]} & broken]
+    sizes = len(every), len(outfits)  # rows marked as fake included
     # The gallery has every blank once, also the blanks of rows marked as fake, which are no queries.
     blanks = {outfit["blank"]: outfit["blank_item"] for outfit in outfits}
     outfits = [outfit for outfit in outfits if not outfit["fake"]]
@@ -288,6 +318,7 @@ def evaluate_polyvore(model, tokenizer, config, processes):
     place = {name: i for i, name in enumerate(blanks)}
     target = torch.tensor([place[outfit["blank"]] for outfit in outfits])
     result = outfit_retrieval(queries, target, blank, blank_id, blank_category)
+    result.counts |= left_out(config, outfits=sizes)
     ranks, category = result.outcomes["ocir"].unbind(dim=1)
     outfit_cells = [pictures.Cell([path for path, _ in o["items"]], "what goes with these?") for o in outfits]
     blank_cells = [pictures.Cell([path], name) for name, (path, _) in blanks.items()]

@@ -38,6 +38,7 @@ def retrieval_items(config):
     """One item per product of FashionGen."""
     annotations.has_subcategories(annotations.load_products(config.data_root, "FashionGen", "val"))
     products = annotations.load_products(config.data_root, "FashionGen", "train")
+    products = data.leave_out_of_products(products, config, "FashionGen train")
     return [{"image": p.images, "text": p.text, "name": p.name} for p in products], {}
 
 
@@ -47,6 +48,10 @@ def fashioniq_items(config):
     for garment in annotations.FASHIONIQ_CLASSES:
         annotations.load_fashioniq(config.data_root, garment, "val", config.gallery)
         queries, _ = annotations.load_fashioniq(config.data_root, garment, "train", gallery="val")
+        broken = data.leave_out(
+            [q[key] for q in queries for key in ("image", "image2")], config, f"FashionIQ {garment}"
+        )
+        queries = [query for query in queries if not {query["image"], query["image2"]} & broken]
         items += [{key: query[key] for key in ("image", "image2", "text", "name")} for query in queries]
     return items, {}
 
@@ -55,8 +60,10 @@ def recognition_items(config):
     """One item per product of FashionGen, and as many classes as training and validation labels need."""
     key = annotations.RECOGNITION_LABELS[config.task]
     train, val = (annotations.load_products(config.data_root, "FashionGen", split) for split in ("train", "val"))
+    n_classes = annotations.count_labels([*train, *val], key)
+    train = data.leave_out_of_products(train, config, "FashionGen train")
     items = [{"image": p.images, "text": p.text, "label": getattr(p, key), "name": p.name} for p in train]
-    return items, {"n_classes": annotations.count_labels([*train, *val], key)}
+    return items, {"n_classes": n_classes}
 
 
 def polyvore_items(config):
@@ -64,6 +71,8 @@ def polyvore_items(config):
     outfits, n_categories = annotations.load_polyvore(config.data_root, config.split, "train")
     annotations.load_polyvore(config.data_root, config.split, "test")
     whole = {frozenset([*o["items"], o["blank_item"]]): o["name"] for o in outfits}
+    broken = data.leave_out([path for items in whole for path, _ in items], config, f"Polyvore {config.split} train")
+    whole = {items: name for items, name in whole.items() if not {path for path, _ in items} & broken}
     return [{"items": sorted(items), "name": name} for items, name in whole.items()], {"n_categories": n_categories}
 
 
@@ -229,8 +238,6 @@ def main():
         files=lambda given: CONFIGS / f"{given['task']}.py" if given.get("task") in TASKS else None,
     )
     settings.check_limits(config)
-    if config.out_dir.endswith("finetune"):  # named after the config file: one folder a task
-        config.out_dir += f"_{config.task}"
     processes = common.start_processes(config.device, config.deterministic)
     started = time.perf_counter()
     results = train(config, processes)

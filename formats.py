@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from model import PRETRAINING_HEADS
-from settings import InputError
+from settings import InputError, not_the_file
 
 FORMAT = 1
 MODELS = ("fashionvil", "csa_net")
@@ -246,6 +246,8 @@ def is_zip(path):
             size, head = os.fstat(file.fileno()).st_size, file.read(4)
         if not size:
             raise InputError(f"{path}: an empty file, expected a checkpoint")
+        if not_the_file(path):
+            raise InputError(f"{path}: {not_the_file(path)}")
         if head != b"PK\3\4":
             return False
         with zipfile.ZipFile(path) as archive:
@@ -266,6 +268,8 @@ def read_safetensors(path):
 
     Every claim is checked against the file's size before memory is taken.
     Source: the format's description at github.com/huggingface/safetensors."""
+    if not_the_file(path):
+        raise InputError(f"{path}: {not_the_file(path)}")
     tensors, end = {}, 0
     with reading(path, "not a safetensors file, or damaged"), open(path, "rb") as file:
         length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size - 8

@@ -138,6 +138,7 @@ def train(config, processes):
     # The data: products to train on and to validate with, and the words of their texts.
     products = annotations.load_pretraining(config.data_root, config.sets)
     val_products = annotations.load_products(config.data_root, "FashionGen", "val")
+    val_products = data.leave_out_of_products(val_products, config, "FashionGen val")
     n_attributes = annotations.count_labels(products, "attributes", config.n_attributes)
     vocab = checkpoint.vocabulary(config, config.init)
     tokenizer = data.wordpiece(vocab)

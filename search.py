@@ -29,7 +29,7 @@ import evaluate
 import pictures
 from settings import InputError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".avif")
 RERANKED = 50  # best results that --rerank scores again
 
 
@@ -37,7 +37,13 @@ def list_images(folder):
     """{path below `folder`: [bytes, time of change in ns]} of its images, at any depth, sorted; InputError if none."""
     if not Path(folder).is_dir():
         raise InputError(f"gallery: found {str(folder)!r}, expected a folder of images")
-    paths = (Path(base, name) for base, _, names in os.walk(folder) for name in names if not name.startswith("."))
+    paths, seen = [], set()
+    for base, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(base) in seen:  # a link to a folder that was seen before
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(base))
+        paths += [Path(base, name) for name in names if not name.startswith(".")]
     paths = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.exists())
     if not paths:
         raise InputError(f"gallery: {folder}: no images in it, expected files that end in {' '.join(IMAGE_SUFFIXES)}")
@@ -249,19 +255,15 @@ def parse(argv=None):
     ):
         kind = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
         parser.add_argument(f"--{name}", help=f"{meaning} [{default!r}]", **kind)
-    parser.add_argument(
-        "--skip_broken_images",
-        action="store_const",
-        const="skip",
-        dest="missing",
-        default="stop",
-        help=argparse.SUPPRESS,
-    )
+    same = {"action": "store_const", "const": "skip", "dest": "missing", "default": "stop"}
+    parser.add_argument("--skip_broken_images", help="the same as --missing=skip", **same)
     given = parser.parse_args(argv)
     if bool(given.outfit) == bool(given.text or given.image) or bool(given.outfit) != bool(given.category):
         raise InputError("query: expected --text, --image, both of them, or --outfit FILES --category NAME")
     if given.rerank and (given.image or given.outfit):
         raise InputError("rerank: the ITM head compares a text with an image, expected --text alone")
+    if given.missing not in ("stop", "skip"):
+        raise InputError(f"missing: found {given.missing!r}, expected stop or skip")
     if given.top < 1:
         raise InputError(f"top: found {given.top}, expected at least 1")
     if given.out:

@@ -24,6 +24,20 @@ class InputError(ValueError):
     """Something that the user gave is wrong: a file, a setting, the disk. Its text is the one line that they see."""
 
 
+def not_the_file(path):
+    """What a file is that a download left in the place of another, as a text for a message; "" for other files."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512).lstrip(b"\xef\xbb\xbf \r\n\t").lower()
+    except OSError:
+        return ""
+    if head.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file itself; run `git lfs pull` where it came from"
+    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
+        return "a web page, not the file itself; download it again, perhaps by hand in a browser"
+    return ""
+
+
 def setting(default, meaning, limits=None, choices=None, group=None):
     """A dataclass field with what `--help` prints of it and what `check_limits` allows.
 
@@ -87,7 +101,7 @@ def read_config_file(path, names):
 
     Raises InputError naming file and line where a name is not in `names` or a value is not a literal."""
     try:
-        tree = ast.parse(Path(path).read_text())
+        tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"config file {path}: cannot be read: {error}") from None
     values = {}
@@ -130,9 +144,8 @@ def _build_parser(cls, kinds, description):
             **flag,
         )
     if "missing" in kinds:  # an older spelling
-        parser.add_argument(
-            "--skip_broken_images", action="store_const", const="skip", dest="missing", help=argparse.SUPPRESS
-        )
+        same = {"action": "store_const", "const": "skip", "dest": "missing", "default": argparse.SUPPRESS}
+        parser.add_argument("--skip_broken_images", help="the same as --missing=skip", **same)
     return parser
 
 
@@ -143,6 +156,9 @@ def load_config(cls, argv=None, description="", files=None):
     Raises InputError on an unknown name (it names the nearest), a wrong type, an unreadable file. `--help` exits."""
     kinds = typing.get_type_hints(cls)
     given, unknown = _build_parser(cls, kinds, description).parse_known_args(argv)
+    for word in (given.config or "", *unknown):
+        if word.partition("=")[0] in kinds and "=" in word:
+            raise InputError(f"found {word!r}, expected two dashes before a setting: --{word}")
     if unknown:
         raise InputError(_unknown(unknown[0].lstrip("-").partition("=")[0], kinds))
     given = vars(given)
@@ -156,4 +172,7 @@ def load_config(cls, argv=None, description="", files=None):
     if "out_dir" in kinds and not config.out_dir:
         stage = cls.__name__.removesuffix("Config").lower()
         config.out_dir = f"runs/{Path(path).stem if path else stage}"
+        task = getattr(config, "task", "")
+        if task not in config.out_dir:  # one config file may serve several tasks: one folder a task
+            config.out_dir += f"_{task}"
     return config

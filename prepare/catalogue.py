@@ -19,6 +19,7 @@ import shutil
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -198,12 +199,48 @@ def label(root, out, config):
 # products
 
 
+class _Text(HTMLParser):
+    """The text of a piece of HTML, without styles and scripts; a tag separates words."""
+
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.parts, self.hidden = [], ""
+
+    def handle_starttag(self, tag, attributes):
+        self.parts.append(" ")
+        if tag in ("style", "script"):
+            self.hidden = tag
+
+    def handle_endtag(self, tag):
+        self.parts.append(" ")
+        if tag == self.hidden:
+            self.hidden = ""
+
+    def handle_data(self, text):
+        if not self.hidden:
+            self.parts.append(text)
+
+
+def plain_text(text):
+    """Text without HTML's tags and entities, its white space as single spaces."""
+    if re.search(r"<[a-zA-Z/!][^<>]*>|&#?\w+;", text):
+        parser = _Text()
+        parser.feed(text)
+        parser.close()
+        text = "".join(parser.parts)
+    return " ".join(text.split())
+
+
 def read_rows(path):
     """The rows of a CSV or JSON-lines file as dicts. Raises InputError naming what cannot be read."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             if Path(path).suffix.lower() == ".csv":
-                rows = list(csv.DictReader(file, strict=True))
+                csv.field_size_limit(2**31 - 1)  # descriptions can be longer than csv's own limit
+                header = file.readline()
+                file.seek(0)
+                delimiter = max(",;\t", key=header.count)
+                rows = list(csv.DictReader(file, strict=True, delimiter=delimiter))
             else:
                 rows = [json.loads(line) for line in file if line.strip()]
     except (OSError, ValueError, csv.Error) as error:
@@ -227,7 +264,7 @@ def read_products(config):
         value = row.get(getattr(config, name))
         if not isinstance(value, (str, int, float, type(None))):
             raise ValueError(f"{name}: found {value!r:.60}, expected text")
-        return "" if value is None else " ".join(str(value).split())
+        return "" if value is None else plain_text(str(value))
 
     items, faults = {}, []
     for number, row in enumerate(tqdm(rows, desc="reading", unit="row", disable=None), 1):
@@ -237,6 +274,8 @@ def read_products(config):
             paths = [folder / image for image in map(str.strip, map(str, images)) if image]
             texts = {name: get(row, name) for name in ("title", "description", "category", "subcategory")}
             key = get(row, "id") if config.id in columns else str(number)
+            if key in items and not texts["title"]:  # a shop may write the texts on a product's first row alone
+                texts = {name: items[key][name] for name in texts}
             if None in row or not (key and texts["title"] and paths):
                 raise ValueError("more cells than columns" if None in row else "id, title or images: empty")
             if items.get(key, texts)["title"] != texts["title"]:

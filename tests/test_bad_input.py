@@ -6,6 +6,8 @@ import json
 import os
 import re
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -20,7 +22,9 @@ import annotations
 import checkpoint
 import data
 import finetune
+import formats
 import pretrain
+import settings
 import vqvae
 from common import Processes
 from settings import InputError
@@ -115,7 +119,10 @@ SETTINGS = [
     (dict(objectives={"itc": "much"}), "objectives: found probabilities ***, expected none below 0 and a sum of 1"),
     (dict(objectives={"itc": float("nan")}), "objectives: found probabilities {{'itc': nan}}, expected ***"),
     (dict(resume="gone.pt"), "gone.pt: ***: No such file or directory"),
-    (dict(data_root="/nowhere"), f"/nowhere/{TRAIN}: cannot be read as JSON (***); fetch the file again"),
+    (
+        dict(data_root="/nowhere"),
+        f"/nowhere/{TRAIN}: this file of the data set is missing; README***prepare/demo.py data/demo***",
+    ),
 ]
 
 
@@ -288,6 +295,11 @@ def test_images(stage, content, cause, root, tmp_path):
     cure = "replace the file, or leave it out by --missing=skip"
     message = f"{product.name}: {{root}}/***: image cannot be read: {cause}; {cure}"
     train = finetune.train if stage == "finetune" else pretrain.train
+    if not content and stage != "pretrain":  # these two stages look for missing and empty files before they begin
+        message = "{root}/FashionGen/***: image is missing; *** images of FashionGen ***--missing=skip***"
+        refuse(lambda: train(config, ONE), message, root)
+        assert not (tmp_path / "run").exists()
+        return
     refuse(lambda: train(config, ONE), message, root)
     assert sorted(os.listdir(tmp_path / "run")) == ["lock", *["log.jsonl"] * (stage == "validate"), "run.json"]
     assert [f"{product.name}: " in fault or f"(of {product.name})" in fault for fault in check_data.check(root)[1]] == (
@@ -373,3 +385,77 @@ def test_data_check_finds_all_faults_in_one_pass(root, monkeypatch, capsys):
         f"{image}: image cannot be read",
     ):
         assert faults.count(part) == 1, part
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a download leaves in the place of a file, and what editors and shells do
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer.*git lfs pull"),
+        (b"\n <!DOCTYPE html><html>Google Drive can't scan this file</html>", "a web page.*download it again"),
+        (b"\xef\xbb\xbf<HTML>", "a web page"),
+    ],
+)
+def test_pointers_and_web_pages(content, problem, tmp_path):
+    for name, read in (
+        ("weights.pth", checkpoint.load_model),
+        ("weights.bin", formats.read_weights),
+        ("model.safetensors", formats.read_weights),
+        ("rows.json", lambda path: annotations.read_json(path, list)),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}: {problem}"):
+            read(tmp_path / name)
+
+
+def test_byte_order_marks_are_no_content(tmp_path):
+    (tmp_path / "rows.json").write_text('["a"]', encoding="utf-8-sig")
+    assert annotations.read_json(tmp_path / "rows.json", list) == ["a"]
+    (tmp_path / "run.py").write_text("max_steps = 7", encoding="utf-8-sig")
+    assert settings.load_config(pretrain.PretrainConfig, [str(tmp_path / "run.py")]).max_steps == 7
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n", encoding="utf-8-sig")
+    config = pretrain.PretrainConfig(vocab=str(tmp_path / "vocab.txt"))
+    assert checkpoint.vocabulary(config, "random").startswith("[PAD]")
+
+
+@pytest.mark.parametrize("argv", [["max_steps=3"], ["configs/demo.py", "max_steps=3"]])
+def test_a_setting_without_dashes(argv):
+    with pytest.raises(InputError, match="found 'max_steps=3', expected two dashes before a setting: --max_steps=3"):
+        settings.load_config(pretrain.PretrainConfig, argv)
+
+
+def test_a_run_folder_that_was_named_keeps_its_name():
+    for argv, folder in (
+        (["--out_dir=runs/my_finetune"], "runs/my_finetune"),
+        ([], "runs/demo_finetune_fashioniq"),
+    ):
+        argv = [f"{Path(finetune.__file__).parent}/configs/demo_finetune.py", "--task=fashioniq", *argv]
+        assert settings.load_config(finetune.FinetuneConfig, argv).out_dir == folder
+
+
+def test_names_that_the_terminal_cannot_show():
+    code = r"import common; common.run(lambda: print('caf\udce9'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, capture_output=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, rb"caf\udce9")
+
+
+@pytest.mark.parametrize(
+    "argv, missing", [([], "stop"), (["--missing=skip"], "skip"), (["--skip_broken_images"], "skip")]
+)
+def test_two_spellings_of_what_happens_to_missing_images(argv, missing):
+    assert settings.load_config(pretrain.PretrainConfig, argv).missing == missing
+
+
+def test_a_broken_photo_of_the_validation_is_left_out_and_counted(root, tmp_path, capsys):
+    path = Path(annotations.load_products(root, "FashionGen", "val")[0].images[0])
+    path.unlink()  # it is a link to a file of other tests
+    path.touch()
+    changes = dict(objectives={"itc": 1.0}, max_steps=2, missing="skip", eval_interval=1)
+    metrics = pretrain.train(small_pretrain(root, tmp_path / "run", **changes), ONE)
+    assert 0 <= metrics["mean_recall"] <= 1
+    assert "FashionGen val: 1 of 15 images cannot be read and are left out" in capsys.readouterr().out

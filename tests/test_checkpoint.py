@@ -731,7 +731,7 @@ FILES = [
     ("read", "No such file", lambda p, m: None),
     ("read", "a folder, expected a checkpoint file", lambda p, m: p.mkdir()),
     ("read", "an empty file", lambda p, m: p.touch()),
-    ("read", TORCH, lambda p, m: p.write_text("<html>404</html>")),
+    ("read", "a web page", lambda p, m: p.write_text("<html>404</html>")),
     ("read", TORCH, lambda p, m: p.write_bytes(bytes(range(256)) * 9)),
     ("read", "cut short", lambda p, m: cut(p, 400_000)),
     ("read", "cut short", lambda p, m: cut(p, 99)),

@@ -1,7 +1,9 @@
 """Data: tokens against BERT's, mask statistics against the original's, the order of batches, images, files."""
 
+import io
 import itertools
 import json
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -558,3 +560,39 @@ def test_images_to_leave_out(tmp_path, capsys):
     products = [annotations.Product(str(i), images, "", []) for i, images in enumerate(([sound, gone], [page]))]
     (kept,) = data.leave_out_of_products(products, skip, "val")
     assert (kept.name, kept.images) == ("0", [sound])
+
+
+def test_transparent_parts_are_white(tmp_path):
+    rgba = np.zeros((64, 64, 4), np.uint8)
+    rgba[..., :3] = (0, 200, 0)  # hidden below the transparency
+    rgba[16:48, 16:48] = (200, 30, 40, 255)
+    rgba[20:30, 20:30, 3] = 0
+    cut_out = Image.fromarray(rgba)
+    palette = Image.fromarray(rgba[..., :3]).quantize(4)
+    images = {"rgba": (cut_out, {}), "grey": (cut_out.convert("LA"), {})}
+    images["palette"] = (palette, {"transparency": palette.getpixel((0, 0))})
+    for name, (image, more) in images.items():
+        image.save(tmp_path / f"{name}.png", **more)
+        opened = np.asarray(data.open_image(tmp_path / f"{name}.png")).astype(int)
+        assert opened[0, 0].tolist() == [255] * 3, name
+        expected = [cut_out.convert("L").getpixel((40, 40))] * 3 if name == "grey" else [200, 30, 40]
+        assert np.abs(opened[40, 40] - expected).max() < 6, name
+    half = np.full((8, 8, 4), (200, 0, 0, 128), np.uint8)
+    Image.fromarray(half).save(tmp_path / "half.png")
+    assert np.asarray(data.open_image(tmp_path / "half.png"))[0, 0].tolist() == [227, 127, 127]  # 200 a + 255 (1 - a)
+
+
+@pytest.mark.parametrize("denominator", [0, -1])
+def test_odd_metadata_do_not_hide_a_sound_photo(tmp_path, denominator):
+    photo = io.BytesIO()
+    Image.new("RGB", (30, 20), (200, 30, 40)).save(photo, "JPEG")
+    # orientation 6, and a resolution whose type or value Pillow cannot write anew
+    tiff = b"II*\0" + struct.pack("<IH", 8, 2) + struct.pack("<HHIHH", 0x112, 3, 1, 6, 0)
+    tiff += struct.pack("<HHII", 0x11A, 10, 1, 38) + struct.pack("<I", 0) + struct.pack("<ii", -1, denominator)
+    for exif, size in ((tiff, (20, 30)), (tiff[:20], None), (b"II*\0" + b"\xff" * 40, (30, 20)), (b"?", (30, 20))):
+        exif = b"Exif\0\0" + exif
+        head = b"\xff\xd8\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+        (tmp_path / "odd.jpg").write_bytes(head + photo.getvalue()[2:])
+        opened = data.open_image(tmp_path / "odd.jpg")
+        assert size is None or opened.size == size
+        assert np.abs(np.asarray(opened)[5, 5].astype(int) - [200, 30, 40]).max() < 6

@@ -1,6 +1,8 @@
 """Fine-tuning and evaluation end to end on a small catalogue: five tasks, resume, processes, batch sizes, errors."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,22 @@ def test_counts_are_those_of_the_catalogue(catalogue, tmp_path):
         )
         split = json.loads((folder / f"image_splits/split.{garment}.val.json").read_text())
         assert counts[f"{garment}_gallery"] == len(split)
+
+
+def test_fashioniq_without_some_images_says_on_what_it_stands(catalogue, tmp_path, capsys):
+    root = tmp_path / "root"
+    shutil.copytree(catalogue, root)
+    queries, gallery = annotations.load_fashioniq(root, "dress", "val")
+    gone = queries[0]["image"]
+    Path(gone).unlink()
+    lost = sum(gone in (query["image"], query["image2"]) for query in queries)
+    config = small("fashioniq", root, tmp_path / "run", max_steps=1, eval_interval=1)
+    with pytest.raises(InputError, match=f"{gone}: image is missing; 1 of .* --missing=skip"):
+        finetune.train(config, ONE)
+    (result,) = finetune.train(dataclasses.replace(config, missing="skip"), ONE).values()
+    assert result.counts["dress_queries_left_out"] == lost and result.counts["dress_gallery_left_out"] == 1
+    assert result.counts["dress_queries"] == len(queries) - lost
+    assert result.counts["dress_gallery"] == len(gallery) - 1 and result.counts["shirt_gallery_left_out"] == 0
 
 
 def test_a_resumed_fine_tuning_is_the_uninterrupted_one(catalogue, tmp_path):

@@ -124,6 +124,33 @@ def test_json_lines(tmp_path):
     assert items[0]["description"] == "" and items[0]["category"] == "hats"
 
 
+def test_html_becomes_text():
+    body = '<div class="d"><p><span style="font-size:14px">red dress &amp; belt</span></p><ul><li>soft&nbsp;silk</li>'
+    assert products.plain_text(body) == "red dress & belt soft silk"
+    assert products.plain_text("<style>p {color: red}</style>one<br/>two<!-- three -->") == "one two"
+    assert products.plain_text("length < 90 cm, A&B,\n width > 3") == "length < 90 cm, A&B, width > 3"
+    assert products.plain_text("caf&eacute; &#39;s &lt;b&gt;") == "café 's <b>"
+
+
+def test_shop_export_with_texts_on_the_first_row_alone(tmp_path):
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        photo(tmp_path / name)
+    long = "x" * 140_000
+    for delimiter in ",;\t":
+        rows = [["Handle", "Title", "Body (HTML)", "Image Src"], ["h0", "red dress", f"<p>silk</p>{long}", "a.jpg"]]
+        rows += [["h0", "", "", "b.jpg"], ["h1", "blue hat", "wool", "c.jpg"]]
+        with open(tmp_path / "shop.csv", "w", newline="", encoding="utf-8-sig") as file:
+            csv.writer(file, delimiter=delimiter).writerows(rows)
+        columns = {"id": "Handle", "title": "Title", "description": "Body (HTML)", "images": "Image Src"}
+        items, faults = products.read_products(config(products=str(tmp_path / "shop.csv"), **columns))
+        assert not faults
+        assert [(item["title"], [path.name for path in item["images"]]) for item in items] == [
+            ("red dress", ["a.jpg", "b.jpg"]),
+            ("blue hat", ["c.jpg"]),
+        ]
+        assert items[0]["description"] == f"silk {long}"
+
+
 def test_faulty_rows(tmp_path, capsys):
     photo(tmp_path / "a.jpg")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")

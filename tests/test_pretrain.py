@@ -93,7 +93,7 @@ def test_help_lists_every_setting(capsys):
         ({"image_size": 100}, "image_size: found 100, expected a multiple of 32"),
         ({"size": "huge"}, "size: found 'huge', expected one of base"),
         ({"image_tokenizer": "", "init": "pretrained"}, "image_tokenizer: MPFC needs an image tokenizer"),
-        ({"data_root": "/nowhere"}, "/nowhere/FashionGen/train_info.json: cannot be read"),
+        ({"data_root": "/nowhere"}, "/nowhere/FashionGen/train_info.json: this file of the data set is missing"),
         ({"batch_size": 100_000}, "but the data has only"),
     ],
 )

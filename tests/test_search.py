@@ -314,3 +314,14 @@ def test_error_on_the_command_line(files, gallery):
     done = subprocess.run([sys.executable, ROOT / "search.py", *words], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_all_kinds_of_images_and_linked_folders_are_listed(tmp_path):
+    (tmp_path / "gallery" / "deep").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for name in ("gallery/a.jfif", "gallery/b.jpe", "gallery/deep/c.JPG", "other/d.avif", "gallery/notes.txt"):
+        (tmp_path / name).write_bytes(b"1")
+    (tmp_path / "gallery" / "link").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "back").symlink_to(tmp_path / "gallery")  # a circle
+    names = search.list_images(tmp_path / "gallery")
+    assert list(names) == ["a.jfif", "b.jpe", "deep/c.JPG", "link/d.avif"]

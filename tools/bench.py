@@ -97,7 +97,7 @@ def prepare(config, name, build="cpu"):
     s.samples = [[s.dataset[0, int(i), name] for i in part] for part in np.split(rows, config.pairs)]
     s.batches = [data.collate(part) for part in s.samples]
     if build != "meta":
-        s.optimizer = common.make_optimizer(s.model.to(s.device), own)
+        s.optimizer = common.make_optimizer(s.model.to(s.device), own.lr, own.weight_decay, own.lr_factor)
         for parameter in s.model.parameters() if name in OBJECTIVES else ():
             parameter.grad = torch.zeros_like(parameter)  # as after some updates: every head was used before
     return s
