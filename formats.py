@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from model import PRETRAINING_HEADS
 from settings import InputError, not_the_file
 
 FORMAT = 1
@@ -143,25 +142,11 @@ def _attention_heads(config):
 # names
 
 
-def to_original(state_dict, norm=None):
-    """Our names -> the authors', with tied tensors under both of theirs: for their code, and for the golden tests.
-
-    norm: their name of logit_scale; None: the one that a model with these heads has."""
-    if norm is None:
-        pretraining = any(name.startswith(f"heads.{head}.") for name in state_dict for head in PRETRAINING_HEADS[1:])
-        norm = "model.contrastive_norm.norm_s" if pretraining else "model.norm_layer.norm_s"
-        norm = "norm_layer.norm_s" if "proj_layer.weight" in state_dict else norm
-    theirs = _rename(state_dict, [row for row in NAMES if row[0] != "logit_scale" or row[1] == norm])
-    if "model.heads.mlm.bias" in theirs:
-        theirs["model.heads.mlm.decoder.bias"] = theirs["model.heads.mlm.bias"]
-    return theirs
-
-
 def from_original(state):
     """The authors' names -> ours; other names stay as they are.
 
     Raises ValueError where the two names of a tied tensor hold different values."""
-    return _rename(state, [(theirs, ours) for ours, theirs in NAMES])
+    return rename(state, [(theirs, ours) for ours, theirs in NAMES])
 
 
 def _from_bert(state):
@@ -169,7 +154,7 @@ def _from_bert(state):
     for name, tensor in state.items():
         name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
         renamed[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor
-    state = _rename(renamed, BERT_NAMES)
+    state = rename(renamed, BERT_NAMES)
     if any(name.startswith("heads.mlm.") for name in state):
         state.setdefault(DECODER, state[WORDS])  # newer files leave the tied name out
     return state
@@ -183,7 +168,7 @@ def _from_resnet(state):
     return renamed
 
 
-def _rename(state, rows):
+def rename(state, rows):
     """`state` with the first of the rows (old beginning, new beginning) that fits applied to each name."""
     renamed = {}
     for name, tensor in state.items():

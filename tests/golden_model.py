@@ -21,9 +21,23 @@ META = GOLDEN["meta"]
 B, SEED, VOCAB = META["B"], META["seed"], META["vocab"]
 
 
+def to_original(state_dict, norm=None):
+    """Our names -> the authors', with tied tensors under both of theirs: for the golden tests.
+
+    norm: their name of logit_scale; None: the one that a model with these heads has."""
+    if norm is None:
+        pretraining = any(name.startswith(f"heads.{head}.") for name in state_dict for head in PRETRAINING_HEADS[1:])
+        norm = "model.contrastive_norm.norm_s" if pretraining else "model.norm_layer.norm_s"
+        norm = "norm_layer.norm_s" if "proj_layer.weight" in state_dict else norm
+    theirs = formats.rename(state_dict, [row for row in formats.NAMES if row[0] != "logit_scale" or row[1] == norm])
+    if "model.heads.mlm.bias" in theirs:
+        theirs["model.heads.mlm.decoder.bias"] = theirs["model.heads.mlm.bias"]
+    return theirs
+
+
 def filled(model):
     """The model with the golden weights, which depend on the original's parameter names alone."""
-    weights = fill(formats.to_original(model.state_dict()), META["scale"])
+    weights = fill(to_original(model.state_dict()), META["scale"])
     model.load_state_dict(formats.from_original(weights))
     # The reference was computed in this memory format; in ours the kernels round otherwise, and what a ReLU makes of a
     # value next to zero moves gradient norms by up to 1.4e-3.

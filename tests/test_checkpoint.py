@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from golden_model import GOLDEN, HERE, META, build, build_csa, difference, fill, golden_batch
+from golden_model import GOLDEN, HERE, META, build, build_csa, difference, fill, golden_batch, to_original
 from torch import nn
 
 import checkpoint
@@ -110,7 +110,7 @@ def test_full_size_names(layout):
     aside = {name for name in released if name.startswith("model.image_tokenizer.")}
     assert len(aside) == (167 if layout == "pretraining" else 0)
     released = {name: value for name, value in released.items() if name not in aside}
-    theirs = formats.to_original(ours)
+    theirs = to_original(ours)
     assert {n: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in theirs.items()} == released
     tensors = {name: torch.empty(shape, device="meta") for name, (shape, _) in released.items()}
     back = formats.from_original(tensors)
@@ -142,7 +142,7 @@ def test_full_size_file(tmp_path):
 def released_file(path, layout, module=True):
     """A released file of this layout with the golden weights and size; module: as older runs on many GPUs write it."""
     model = build_csa() if layout == "csa_net" else build(FULL_HEADS[layout])
-    state = fill(formats.to_original(model.state_dict()), META["scale"])
+    state = fill(to_original(model.state_dict()), META["scale"])
     if layout == "pretraining":
         state["model.image_tokenizer.quant_conv.bias"] = torch.ones(3)
         state["model.heads.mpfr.1.bias"] = torch.ones(3)
@@ -696,7 +696,7 @@ def edited(model, edit, **more):
 
 
 def original(heads=("contrastive",)):
-    return formats.to_original(small(heads).state_dict())
+    return to_original(small(heads).state_dict())
 
 
 GIGA = 1 << 33
@@ -829,7 +829,7 @@ CONTENTS = [
     ("hidden size 64 does not divide into 7 heads", lambda: heads_of(7)),
     (
         "nothing says the number of attention heads of 96 units",
-        lambda: formats.to_original(small(hidden_size=96).state_dict()),
+        lambda: to_original(small(hidden_size=96).state_dict()),
     ),
     ("vocabulary of 101 words, but 100 word embeddings", lambda: with_fields(vocab="word\n" * 101)),
     (

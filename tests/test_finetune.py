@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from golden_model import to_original
 
 import annotations
 import checkpoint
 import data
 import evaluate
 import finetune
-import formats
 import settings
 from common import Processes
 from finetune import FinetuneConfig
@@ -63,7 +63,7 @@ def test_each_task_trains_selects_and_evaluates(task, catalogue, tmp_path):
     assert metrics_of(again) == metrics_of(results)
     # and so it does when the file is in the layout of the authors' releases, which brings no sizes and no vocabulary
     ours = torch.load(tmp_path / "best.pt", weights_only=True)
-    theirs = {f"module.{name}": value for name, value in formats.to_original(ours["model"]).items()}
+    theirs = {f"module.{name}": value for name, value in to_original(ours["model"]).items()}
     torch.save({"model": theirs, "config": {"num_attention_heads": 4}}, tmp_path / "released.ckpt")
     settings = evaluate_config(task, catalogue, image_size=64, vocab=str(catalogue / "vocab.txt"))
     assert metrics_of(evaluate.evaluate_checkpoint(tmp_path / "released.ckpt", settings, ONE)) == metrics_of(results)
