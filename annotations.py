@@ -200,6 +200,16 @@ def has_subcategories(products):
     return True
 
 
+def fashioniq_image(root, garment, name, where):
+    """Path of a FashionIQ image: images/NAME.jpg, or where that is missing a .png, .jpeg or .webp, or one in
+    images/GARMENT/. Where there is none, it is images/NAME.jpg. Raises InputError as `image_path`."""
+    folder = os.path.join(root, "FashionIQ", "images")
+    first = image_path(folder, name, where, ".jpg")
+    places = (os.path.join(folder, *more, name) for more in ((), (garment,)))
+    paths = [place + ending for place in places for ending in (".jpg", ".png", ".jpeg", ".webp")]
+    return next((path for path in paths if os.path.exists(path)), first)
+
+
 class FashionIQ(NamedTuple):
     queries: list  # of {"image": path of the reference, "image2": path of the target, "text", "target", "name"}
     gallery: list  # names of the images to search in; "target" of a query is one of them
@@ -214,7 +224,7 @@ def load_fashioniq(root, garment, split, gallery="original", faults=None):
     if gallery not in ("original", "val"):
         raise InputError(f"gallery: found {gallery!r}, expected original or val")
     folder = Path(root, "FashionIQ")
-    path, images = folder / "captions" / f"cap.{garment}.{split}.json", folder / "images"
+    path = folder / "captions" / f"cap.{garment}.{split}.json"
     rows, queries, names = read_json(path, list), [], []
     extended = isinstance(rows[0], dict) and "fake_data" in rows[0]
     for i, row in enumerate(rows):
@@ -223,12 +233,12 @@ def load_fashioniq(root, garment, split, gallery="original", faults=None):
             target = need(row, "target", str, where)
             if extended and row.get("garment_class", garment) not in (garment, FASHIONIQ_CLASSES.index(garment)):
                 continue  # a row of another class
-            image2 = image_path(images, target, where, ".jpg")
+            image2 = fashioniq_image(root, garment, target, where)
             names.append(target)
             if extended and need(row, "fake_data", bool, where):
                 continue
             candidate, captions = need(row, "candidate", str, where), need(row, "captions", list, where)
-            image = image_path(images, candidate, where, ".jpg")
+            image = fashioniq_image(root, garment, candidate, where)
             if not all(type(caption) is str for caption in captions):
                 raise InputError(f"{where}: key 'captions': found {captions!r:.60}, expected texts")
             if not extended:
@@ -241,7 +251,7 @@ def load_fashioniq(root, garment, split, gallery="original", faults=None):
         names = []
         for i, name in enumerate(read_json(path, list)):
             with collecting(faults):
-                image_path(images, name, f"{path}: entry {i}", ".jpg")
+                fashioniq_image(root, garment, name, f"{path}: entry {i}")
                 names.append(name)
     with collecting(faults):
         missing = {query["target"] for query in queries} - set(names)

@@ -227,7 +227,7 @@ def evaluate_fashioniq(model, tokenizer, config, processes):
     classes, cells, choices, missing = {}, {}, [], {}
     for garment in annotations.FASHIONIQ_CLASSES:
         queries, names = annotations.load_fashioniq(config.data_root, garment, "val", config.gallery)
-        path_of = {name: str(Path(config.data_root, "FashionIQ", "images", f"{name}.jpg")) for name in names}
+        path_of = {name: annotations.fashioniq_image(config.data_root, garment, name, garment) for name in names}
         both = [query[key] for query in queries for key in ("image", "image2")]
         broken = data.leave_out([*path_of.values(), *both], config, f"FashionIQ {garment}")
         kept = [query for query in queries if not {query["image"], query["image2"]} & broken]

@@ -108,6 +108,23 @@ def test_fashioniq_without_some_images_says_on_what_it_stands(catalogue, tmp_pat
     assert result.counts["dress_gallery"] == len(gallery) - 1 and result.counts["shirt_gallery_left_out"] == 0
 
 
+def test_fashioniq_images_of_other_endings_and_in_folders_are_found(tmp_path):
+    images = tmp_path / "FashionIQ" / "images"
+    (images / "dress").mkdir(parents=True)
+    for name in ("a.jpg", "a.png", "b.png", "dress/c.jpg", "dress/d.png"):
+        (images / name).touch()
+    found = [annotations.fashioniq_image(tmp_path, "dress", name, "row") for name in "abcde"]
+    assert [str(Path(path).relative_to(images)) for path in found] == [
+        "a.jpg",
+        "b.png",
+        "dress/c.jpg",
+        "dress/d.png",
+        "e.jpg",
+    ]
+    with pytest.raises(InputError, match="leaves the folder"):
+        annotations.fashioniq_image(tmp_path, "dress", "../a", "row")
+
+
 def test_a_resumed_fine_tuning_is_the_uninterrupted_one(catalogue, tmp_path):
     for name, stops in (("whole", (6,)), ("halves", (3, 6))):
         for stop in stops:

@@ -55,7 +55,7 @@ def check_fashioniq(root, garment, split, images, faults):
     queries, names = annotations.load_fashioniq(root, garment, split, gallery, faults)
     images |= {query[key]: query["name"] for query in queries for key in ("image", "image2")}
     for name in names:
-        images.setdefault(os.path.join(root, "FashionIQ", "images", f"{name}.jpg"), f"split.{garment}.{split}.json")
+        images.setdefault(annotations.fashioniq_image(root, garment, name, garment), f"split.{garment}.{split}.json")
     return f"FashionIQ        {split:5}  {garment}: {len(queries)} queries, gallery {len(names)}"
 
 
