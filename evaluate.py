@@ -444,6 +444,8 @@ def main():
         raise InputError(f"task: found {config.task!r}, expected one of {', '.join(EVALUATIONS)}")
     if not config.checkpoint:
         raise InputError("checkpoint: none given, expected --checkpoint=FILE")
+    if config.missing not in ("stop", "skip"):
+        raise InputError(f"missing: found {config.missing!r}, expected stop or skip")
     if config.show < 0:
         raise InputError(f"show: found {config.show}, expected a number of queries, or 0 for no page")
     out = config.out or f"{config.checkpoint}.{config.task}{'.png' if config.show else '.json'}"

@@ -21,6 +21,7 @@ from test_pretrain import small as small_pretrain
 import annotations
 import checkpoint
 import data
+import evaluate
 import finetune
 import formats
 import pretrain
@@ -459,3 +460,10 @@ def test_a_broken_photo_of_the_validation_is_left_out_and_counted(root, tmp_path
     metrics = pretrain.train(small_pretrain(root, tmp_path / "run", **changes), ONE)
     assert 0 <= metrics["mean_recall"] <= 1
     assert "FashionGen val: 1 of 15 images cannot be read and are left out" in capsys.readouterr().out
+
+
+def test_evaluation_refuses_an_unknown_way_with_missing_images(monkeypatch):
+    words = ["evaluate.py", "--task=fashioniq", "--checkpoint=none.pt", "--missing=skpi"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(InputError, match="missing: found 'skpi', expected stop or skip"):
+        evaluate.main()
