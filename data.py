@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+import annotations
 from settings import STRIDE, InputError
 
 MEAN = (0.46777044, 0.44531429, 0.40661017)  # of fashion photos (not ImageNet's), for model and image tokenizer
@@ -220,8 +221,6 @@ class Texts:
 
 def check_lengths(config, positions, max_tokens=MAX_TOKENS):
     """Raise InputError where texts or images of these settings do not fit the model's number of positions."""
-    if config.image_size < STRIDE or config.image_size % STRIDE:
-        raise InputError(f"image_size: found {config.image_size}, expected a multiple of {STRIDE}")
     longest = config.max_tokens or max_tokens
     if not 3 <= longest <= positions:
         raise InputError(f"max_tokens: found {longest}, expected 3 to {positions}, the positions of the model")
@@ -504,3 +503,53 @@ def pick_pair(outfit, rng):
     a, b = rng.permutation(len(outfit["items"]))[:2]
     (image, category), (image2, wanted) = outfit["items"][a], outfit["items"][b]
     return {"image": image, "image2": image2, "category": category, "wanted": wanted, "name": outfit["name"]}
+
+
+# ---- items of fine-tuning --------------------------------------------------------------------------------------------
+# Each function returns (training items for `Samples`, sizes that the model takes from the data). Each also reads the
+# validation data once, so that a fault in it ends the run now and not at the first validation.
+
+
+def retrieval_items(config):
+    """One item per product of FashionGen."""
+    annotations.has_subcategories(annotations.load_products(config.data_root, "FashionGen", "val"))
+    products = annotations.load_products(config.data_root, "FashionGen", "train")
+    products = leave_out_of_products(products, config, "FashionGen train")
+    return [{"image": p.images, "text": p.text, "name": p.name} for p in products], {}
+
+
+def recognition_items(config):
+    """One item per product of FashionGen, and as many classes as training and validation labels need."""
+    key = annotations.RECOGNITION_LABELS[config.task]
+    train, val = (annotations.load_products(config.data_root, "FashionGen", split) for split in ("train", "val"))
+    n_classes = annotations.count_labels([*train, *val], key)
+    train = leave_out_of_products(train, config, "FashionGen train")
+    items = [{"image": p.images, "text": p.text, "label": getattr(p, key), "name": p.name} for p in train]
+    return items, {"n_classes": n_classes}
+
+
+def fashioniq_items(config):
+    """One item per training triplet of the three classes: reference, target, both captions."""
+    items = []
+    for garment in annotations.FASHIONIQ_CLASSES:
+        annotations.load_fashioniq(config.data_root, garment, "val", config.gallery)
+        queries, _ = annotations.load_fashioniq(config.data_root, garment, "train", gallery="val")
+        paths = [query[key] for query in queries for key in ("image", "image2")]
+        queries = with_both_images(queries, leave_out(paths, config, f"FashionIQ {garment}"))
+        items += [{key: query[key] for key in ("image", "image2", "text", "name")} for query in queries]
+    return items, {}
+
+
+def with_both_images(queries, broken):
+    """The queries of FashionIQ whose reference and target are not among the `broken` files."""
+    return [query for query in queries if not {query["image"], query["image2"]} & broken]
+
+
+def polyvore_items(config):
+    """One item per outfit, with all its pieces. Several rows of the file may stand for one outfit."""
+    outfits, n_categories = annotations.load_polyvore(config.data_root, config.split, "train")
+    annotations.load_polyvore(config.data_root, config.split, "test")
+    whole = {frozenset([*o["items"], o["blank_item"]]): o["name"] for o in outfits}
+    broken = leave_out([path for items in whole for path, _ in items], config, f"Polyvore {config.split} train")
+    whole = {items: name for items, name in whole.items() if not {path for path, _ in items} & broken}
+    return [{"items": sorted(items), "name": name} for items, name in whole.items()], {"n_categories": n_categories}

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-import annotations
 import checkpoint
 import common
 import data
@@ -30,71 +29,25 @@ from settings import COUNT, DEVICES, DTYPES, FROM_0, SHARE, setting
 CONFIGS = Path(__file__).parent / "configs"
 
 
-# Each function returns (training items, sizes that the model takes from the data). Each also reads the validation data
-# once, so that a fault in it ends the run now and not at the first validation.
-
-
-def retrieval_items(config):
-    """One item per product of FashionGen."""
-    annotations.has_subcategories(annotations.load_products(config.data_root, "FashionGen", "val"))
-    products = annotations.load_products(config.data_root, "FashionGen", "train")
-    products = data.leave_out_of_products(products, config, "FashionGen train")
-    return [{"image": p.images, "text": p.text, "name": p.name} for p in products], {}
-
-
-def fashioniq_items(config):
-    """One item per training triplet of the three classes: reference, target, both captions."""
-    items = []
-    for garment in annotations.FASHIONIQ_CLASSES:
-        annotations.load_fashioniq(config.data_root, garment, "val", config.gallery)
-        queries, _ = annotations.load_fashioniq(config.data_root, garment, "train", gallery="val")
-        broken = data.leave_out(
-            [q[key] for q in queries for key in ("image", "image2")], config, f"FashionIQ {garment}"
-        )
-        queries = [query for query in queries if not {query["image"], query["image2"]} & broken]
-        items += [{key: query[key] for key in ("image", "image2", "text", "name")} for query in queries]
-    return items, {}
-
-
-def recognition_items(config):
-    """One item per product of FashionGen, and as many classes as training and validation labels need."""
-    key = annotations.RECOGNITION_LABELS[config.task]
-    train, val = (annotations.load_products(config.data_root, "FashionGen", split) for split in ("train", "val"))
-    n_classes = annotations.count_labels([*train, *val], key)
-    train = data.leave_out_of_products(train, config, "FashionGen train")
-    items = [{"image": p.images, "text": p.text, "label": getattr(p, key), "name": p.name} for p in train]
-    return items, {"n_classes": n_classes}
-
-
-def polyvore_items(config):
-    """One item per outfit, with all its pieces. Several rows of the file may stand for one outfit."""
-    outfits, n_categories = annotations.load_polyvore(config.data_root, config.split, "train")
-    annotations.load_polyvore(config.data_root, config.split, "test")
-    whole = {frozenset([*o["items"], o["blank_item"]]): o["name"] for o in outfits}
-    broken = data.leave_out([path for items in whole for path, _ in items], config, f"Polyvore {config.split} train")
-    whole = {items: name for items, name in whole.items() if not {path for path, _ in items} & broken}
-    return [{"items": sorted(items), "name": name} for items, name in whole.items()], {"n_categories": n_categories}
-
-
 @dataclass
 class Task:
     """What is special to a task. No heads means a CSA-Net."""
 
     objective: Callable
     heads: tuple
-    load_items: Callable
+    load_items: Callable  # (config) -> (items, sizes), in data.py
     pick: Callable | None  # what a visit takes of an item; None: all of it
     transform: str = "crop"  # as data.image_transform has them
     max_tokens: int = data.MAX_TOKENS
 
 
-RECOGNITION = Task(losses.recognition, ("recognition",), recognition_items, data.pick_image)
+RECOGNITION = Task(losses.recognition, ("recognition",), data.recognition_items, data.pick_image)
 TASKS = {
-    "fashiongen_retrieval": Task(losses.itc, ("contrastive",), retrieval_items, data.pick_image),
-    "fashioniq": Task(losses.tgir, ("contrastive",), fashioniq_items, None, "scale", data.FASHIONIQ_MAX_TOKENS),
+    "fashiongen_retrieval": Task(losses.itc, ("contrastive",), data.retrieval_items, data.pick_image),
+    "fashioniq": Task(losses.tgir, ("contrastive",), data.fashioniq_items, None, "scale", data.FASHIONIQ_MAX_TOKENS),
     "fashiongen_category": RECOGNITION,
     "fashiongen_subcategory": RECOGNITION,
-    "polyvore": Task(losses.ocir, (), polyvore_items, data.pick_pair, "scale"),
+    "polyvore": Task(losses.ocir, (), data.polyvore_items, data.pick_pair, "scale"),
 }
 
 
@@ -165,7 +118,7 @@ def train(config, processes):
     torch.manual_seed(config.seed)  # every process starts from the same weights
 
     # The data and the model.
-    items, sizes = task.load_items(config)
+    items, sizes = task.load_items(config)  # sizes: what the model takes from the data
     vocab = checkpoint.vocabulary(config, config.init)
     tokenizer = data.wordpiece(vocab)
     model = build_model(config, task.heads, tokenizer.get_vocab_size(), **sizes)
@@ -237,7 +190,6 @@ def main():
         description=__doc__,
         files=lambda given: CONFIGS / f"{given['task']}.py" if given.get("task") in TASKS else None,
     )
-    settings.check_limits(config)
     processes = common.start_processes(config.device, config.deterministic)
     started = time.perf_counter()
     results = train(config, processes)

@@ -8,6 +8,7 @@ Writes into the run folder: run.json (how to run it again), log.jsonl (a line pe
 needs) and best.pt (the model with the best FashionGen-val mean recall)."""
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,10 +124,10 @@ def prepare_image_tokenizer(config, device):
     return image_tokenizer
 
 
-def build_model(config, **data_sizes):
-    """FashionViL with the pre-training heads, of the config's sizes and of those that the data decide."""
+def build_model(config, sizes):
+    """FashionViL with the pre-training heads. sizes: {field of ModelConfig: value} of the Transformer and the data."""
     own = {name: getattr(config, name) for name in ("resnet", "width", "dropout", "pac_scale", "itm_candidates")}
-    return FashionViL(ModelConfig(**own, **{**checkpoint.transformer_sizes(config.bert, config.size), **data_sizes}))
+    return FashionViL(ModelConfig(**own, **sizes))
 
 
 def train(config, processes):
@@ -135,19 +136,22 @@ def train(config, processes):
     device = processes.device
     torch.manual_seed(config.seed)  # every process starts from the same weights
 
-    # The data: products to train on and to validate with, and the words of their texts.
+    # The data: products to train on and to validate with.
     products = annotations.load_pretraining(config.data_root, config.sets)
     val_products = annotations.load_products(config.data_root, "FashionGen", "val")
-    val_products = data.leave_out_of_products(val_products, config, "FashionGen val")
     n_attributes = annotations.count_labels(products, "attributes", config.n_attributes)
-    vocab = checkpoint.vocabulary(config, config.init)
-    tokenizer = data.wordpiece(vocab)
+    val_products = data.leave_out_of_products(val_products, config, "FashionGen val")
 
-    # The model. The image tokenizer is frozen, so it is a variable here and no part of what is trained and saved.
+    # The image tokenizer is frozen, so it is a variable here and no part of what is trained and saved.
     image_tokenizer = prepare_image_tokenizer(config, device)
     n_codes = image_tokenizer.config.n_codes if image_tokenizer else ModelConfig.n_codes
+
+    # The words of the texts and the sizes of the Transformer, then the model and its first weights.
+    vocab, sizes = checkpoint.vocabulary(config, config.init), checkpoint.transformer_sizes(config.bert, config.size)
+    tokenizer = data.wordpiece(vocab)
     n_words = tokenizer.get_vocab_size()
-    model = build_model(config, vocab_size=n_words, n_attributes=n_attributes, n_codes=n_codes)
+    sizes = {**sizes, "vocab_size": n_words, "n_attributes": n_attributes, "n_codes": n_codes}
+    model = build_model(config, sizes)
     data.check_lengths(config, model.config.max_position_embeddings)
     report = checkpoint.initialise(model, config.init, bert=config.bert, resnet=config.resnet_file)
     model.to(device)
@@ -157,33 +161,33 @@ def train(config, processes):
     contents = {"kind": "fashionvil", "task": "pretrain", "model_config": dataclasses.asdict(model.config)}
     run = runs.Run(config, processes, model, optimizer, {**contents, "vocab": vocab})
 
-    # The batches of the updates that are left, and the model that averages gradients over processes.
-    batches = data.Batches(
-        len(products), config, processes, run.start, lambda step: objective_at(step, config.objectives, config.seed)
-    )
-    loader = iter(
-        data.train_loader(data.Pretraining(products, tokenizer, n_attributes, config), batches, config, device)
-    )
+    # The batches of the updates that are left.
+    objective_of = functools.partial(objective_at, objectives=config.objectives, seed=config.seed)
+    batches = data.Batches(len(products), config, processes, run.start, objective_of)
+    dataset = data.Pretraining(products, tokenizer, n_attributes, config)
+    loader = iter(data.train_loader(dataset, batches, config, device))
+
+    # What the user sees at the start.
+    report.append(f"{len(products)} products, {len(val_products)} for validation, {n_words} word pieces")
+    for group in optimizer.param_groups:
+        n = sum(p.numel() for p in group["params"])
+        rates = f"learning rate {group['base_lr']:.2e}, weight decay {group['weight_decay']:.0e}"
+        report.append(f"{rates}: {n:,} parameters")
+    candidates = config.batch_size // config.grad_accum
+    report.append(f"batch {config.batch_size}, contrastive candidates {candidates}, updates from {run.start}")
+    run.open(batches, lambda row: products[row].name, report)
+
+    # The model that is compiled where that is set, and that averages gradients over processes.
     if config.compile:
         model.image_encoder.compile()
         for layer in model.bert.encoder["layer"]:
             layer.compile(dynamic=True)  # text lengths differ from batch to batch
     ddp = common.distribute(model, processes)
 
-    report.append(f"{len(products)} products, {len(val_products)} for validation, {n_words} word pieces")
-    for group in optimizer.param_groups:
-        n = sum(p.numel() for p in group["params"])
-        report.append(
-            f"learning rate {group['base_lr']:.2e}, weight decay {group['weight_decay']:.0e}: {n:,} parameters"
-        )
-    candidates = config.batch_size // config.grad_accum
-    report.append(f"batch {config.batch_size}, contrastive candidates {candidates}, updates from {run.start}")
-    run.open(batches, lambda row: products[row].name, report)
-
     metrics = {}
     for step in run.steps():
         # The objective, the learning rate and dropout follow from the update's number alone.
-        objective = objective_at(step, config.objectives, config.seed)
+        objective = objective_of(step)
         common.set_lr(optimizer, step, config.warmup, config.milestones)
         common.seed_step(config.seed, step, processes.rank)
         model.train()

@@ -175,4 +175,5 @@ def load_config(cls, argv=None, description="", files=None):
         task = getattr(config, "task", "")
         if task not in config.out_dir:  # one config file may serve several tasks: one folder a task
             config.out_dir += f"_{task}"
+    check_limits(config)
     return config

@@ -243,8 +243,11 @@ def mutate(folder, seconds, rng):
     weights = [folder / "tokenizer.pt"]
     for name, kind in (("model.pt", {}), ("old.pt", {"_use_new_zipfile_serialization": False})):
         import pretrain
+        from model import SIZES
 
-        model = pretrain.build_model(pretrain.PretrainConfig(size="tiny", resnet="resnet18", width=8), vocab_size=90)
+        model = pretrain.build_model(
+            pretrain.PretrainConfig(resnet="resnet18", width=8), {**SIZES["tiny"], "vocab_size": 90}
+        )
         state = {"format": 1, "kind": "fashionvil", "task": "pretrain", "model": model.state_dict(), "step": 3}
         optimizer = {"state": {}, "param_groups": []}
         torch.save({**state, "vocab": "[PAD]\n", "config": {}, "optimizer": optimizer}, folder / name, **kind)

@@ -465,5 +465,5 @@ def test_a_broken_photo_of_the_validation_is_left_out_and_counted(root, tmp_path
 def test_evaluation_refuses_an_unknown_way_with_missing_images(monkeypatch):
     words = ["evaluate.py", "--task=fashioniq", "--checkpoint=none.pt", "--missing=skpi"]
     monkeypatch.setattr("sys.argv", words)
-    with pytest.raises(InputError, match="missing: found 'skpi', expected stop or skip"):
+    with pytest.raises(InputError, match="missing: found 'skpi', expected one of stop, skip"):
         evaluate.main()

@@ -165,11 +165,9 @@ def test_init_takes_the_body_of_another_checkpoint(catalogue, tmp_path):
     ],
 )
 def test_wrong_runs_end_in_one_line(argv, message, catalogue, tmp_path, capsys):
-    config = settings.load_config(
-        FinetuneConfig, [str(ROOT / "configs" / "demo_finetune.py"), f"--data_root={catalogue}", *argv]
-    )
+    words = [str(ROOT / "configs" / "demo_finetune.py"), f"--data_root={catalogue}", *argv]
     with pytest.raises(InputError, match=message) as error:
-        finetune.train(config, ONE)
+        finetune.train(settings.load_config(FinetuneConfig, words), ONE)
     assert "\n" not in str(error.value)
 
 

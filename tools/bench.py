@@ -69,12 +69,13 @@ def prepare(config, name, build="cpu"):
     own = settings.load_config(stage_config, [*argv, "--init=random"])
     words = data.wordpiece(checkpoint.vocabulary(own, own.init))
     if name in OBJECTIVES:
-        objective, items, make = OBJECTIVES[name], annotations.load_pretraining(own.data_root), pretrain.build_model
-        sizes = {"n_attributes": annotations.count_labels(items, "attributes", own.n_attributes)}
+        objective, items = OBJECTIVES[name], annotations.load_pretraining(own.data_root)
+        sizes = {**checkpoint.transformer_sizes(own.bert, own.size)}
+        sizes["n_attributes"] = annotations.count_labels(items, "attributes", own.n_attributes)
         s.dataset = data.Pretraining(items, words, sizes["n_attributes"], own)
     else:
         task = finetune.TASKS[name]
-        objective, make = task.objective, finetune.build_model
+        objective = task.objective
         items, sizes = task.load_items(own)
         sizes["heads"] = task.heads
         transform = data.image_transform(task.transform, own.image_size, True)
@@ -84,8 +85,10 @@ def prepare(config, name, build="cpu"):
             vqvae.check_config(settings.load_config(vqvae.VQVAEConfig, [vq]))
         )
         sizes["n_codes"] = s.image_tokenizer.to(s.device).config.n_codes
+    sizes["vocab_size"] = words.get_vocab_size()
     with torch.device(build):
-        s.model = make(own, vocab_size=words.get_vocab_size(), **sizes).train()
+        s.model = pretrain.build_model(own, sizes) if name in OBJECTIVES else finetune.build_model(own, **sizes)
+    s.model.train()
 
     def loss(batch):
         if s.image_tokenizer:
