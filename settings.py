@@ -59,7 +59,7 @@ def check_limits(config):
             raise InputError(f"{f.name}: found {value!r}, expected one of {', '.join(choices)}")
         if f.name == "milestones" and not all(type(step) is int and step >= 0 for step in value):
             raise InputError(f"milestones: found {value}, expected whole numbers of updates")
-        if f.name == "image_size" and (value < STRIDE or value % STRIDE):
+        if f.name == "image_size" and value != f.default and (value < STRIDE or value % STRIDE):
             raise InputError(f"image_size: found {value}, expected a multiple of {STRIDE}")
 
 
