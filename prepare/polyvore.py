@@ -43,9 +43,9 @@ def read_outfits(path):
     outfits = {}
     for i, row in enumerate(read_json(path, list)):
         where = f"{path}: entry {i}"
-        name = need(row, "set_id", str, where)
-        items = need(row, "items", list, where)
-        outfits[name] = {f"{name}_{need(x, 'index', int, where)}": need(x, "item_id", str, where) for x in items}
+        name = need(row, "set_id", where, str)
+        items = need(row, "items", where, list)
+        outfits[name] = {f"{name}_{need(x, 'index', where, int)}": need(x, "item_id", where, str) for x in items}
     return outfits
 
 
@@ -62,7 +62,7 @@ def read_questions(path, outfits):
     rows = []
     for i, row in enumerate(read_json(path, list)):
         where = f"{path}: entry {i}"
-        question, answers = need(row, "question", list, where), need(row, "answers", list, where)
+        question, answers = need(row, "question", where, list), need(row, "answers", where, list)
         outfit = outfits.get(str(question[0]).rpartition("_")[0] if question else None, {})
         right = [answer for answer in answers if answer in outfit]
         if len(right) != 1 or not outfit.keys() >= set(question):
@@ -84,7 +84,7 @@ def convert(release, folder, link=False):
     metadata, values, used = read_json(metadata_path, dict), {}, {}
 
     def category(item):
-        return need(metadata.get(item), "category_id", str, f"{metadata_path}: item {item}")
+        return need(metadata.get(item), "category_id", f"{metadata_path}: item {item}", str)
 
     for split in SPLITS:
         train, test = (read_outfits(release / split / f"{part}.json") for part in ("train", "test"))
