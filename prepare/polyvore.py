@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py and data.py stand one folder up
 
-from catalogue import place, write_together, written_aside  # noqa: E402
+from layout import place, write_together, written_aside  # noqa: E402
 
 from annotations import need, read_json  # noqa: E402
 from common import run  # noqa: E402
