@@ -670,3 +670,55 @@ def test_polyvore_that_does_not_fit(release, tmp_path):
     with pytest.raises(InputError, match="item 9: key 'category_id'"):
         polyvore.convert(release, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_polyvore_without_some_images(release, tmp_path, monkeypatch, capsys):
+    train = read_json(release / "disjoint" / "train.json")
+    more = [{"item_id": str(n), "index": i} for i, n in enumerate((17, 18, 19), 1)]
+    write_json(release / "disjoint" / "train.json", [*train, {"set_id": "150", "items": more}])
+    questions = read_json(release / "disjoint" / "fill_in_blank_test.json")
+    second = {"question": ["112_1", "112_3"], "blank_position": 2, "answers": ["110_1", "112_2"]}
+    write_json(release / "disjoint" / "fill_in_blank_test.json", [*questions, second])
+    (release / "images" / "2.jpg").unlink()  # of a training outfit of both splits
+    (release / "images" / "11.jpg").write_bytes(b"")  # only widens the gallery
+    (release / "images" / "13.jpg").unlink()  # the right answer of the second question
+    (release / "images" / "30.jpg").unlink()  # nobody needs it
+    root = tmp_path / "root"
+    argv = ["polyvore.py", f"--release={release}", f"--out={root}", "--link"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(InputError) as error:
+        polyvore.main()
+    cure = "fetch the images again, or set --missing=skip to leave out what needs them"
+    assert str(error.value) == f"{release}/images/2.jpg: missing (3 such, with empty files); {cure}"
+    assert not root.exists() or not list(root.iterdir())
+    monkeypatch.setattr(sys, "argv", [*argv, "--missing=skip"])
+    capsys.readouterr()
+    polyvore.main()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "disjoint: 2 outfits to train on (1 of less than two items left out), 1 questions in 1 categories" in printed
+    left_out = (
+        "left out as images are missing: 1 of 4 outfits, 1 of 2 questions, 1 of 1 items that only widen the gallery"
+    )
+    assert left_out in printed and "8 products to pre-train on (1 left out)" in printed
+    outfits = annotations.load_polyvore(root, "disjoint", "train").outfits
+    assert [[Path(path).stem for path, _ in row["items"]] + [row["blank"]] for row in outfits] == [
+        ["4", "5"],
+        ["17", "18", "19"],
+    ]
+    test = annotations.load_polyvore(root, "disjoint", "test").outfits
+    assert [(row["blank"], row["fake"]) for row in test] == [("8", False)]
+    assert not check_data.check(root)[1]
+    monkeypatch.setattr(sys, "argv", [*argv, "--missing=skpi"])
+    with pytest.raises(InputError, match="missing: found 'skpi', expected one of stop, skip"):
+        polyvore.main()
+
+
+def test_polyvore_without_the_images_of_all_questions(release, tmp_path):
+    (release / "images" / "7.jpg").unlink()
+    with pytest.raises(InputError, match="disjoint: no question with all its images; fetch the images again"):
+        polyvore.convert(release, tmp_path / "out", missing="skip")
+    (release / "images" / "7.jpg").touch()
+    for n in (1, 4):
+        (release / "images" / f"{n}.jpg").unlink()
+    with pytest.raises(InputError, match="disjoint: no outfit of two items to train on with all its images"):
+        polyvore.convert(release, tmp_path / "out", missing="skip")
