@@ -11,8 +11,9 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # settings.py stands one folder up
+sys.path.insert(0, str(Path(__file__).parents[1]))  # annotations.py and settings.py stand one folder up
 
+from annotations import check_printable  # noqa: E402
 from settings import InputError, not_the_file  # noqa: E402
 
 COLUMNS = ("id", "images", "title", "description", "category", "subcategory")  # settings that name a column
@@ -82,7 +83,7 @@ def read_csv(path, config):
 
     Raises InputError where a quote is not closed or closes in another row, and on two columns of one name."""
     text = read_text(path)
-    excel = re.match(r'"?sep=(.)"?\r?\n', text)  # Excel's own first line
+    excel = re.match(r'"?sep=([^\w"\r\n])"?[\r\n]+', text)  # Excel's own first line
     if excel:
         text = text[excel.end() :]
     separator = excel[1] if excel else guess_separator(re.match(r"[^\r\n]*", text.lstrip())[0])
@@ -92,7 +93,7 @@ def read_csv(path, config):
     try:
         for cells in reader:
             if not columns:
-                columns = [name.strip() for name in cells]
+                columns = [" ".join(name.split()) for name in cells]
             elif any(cells):
                 if any(holds_row(cell, columns, separator, config.images) for cell in cells):
                     raise csv.Error("a cell holds other rows")
@@ -142,6 +143,16 @@ def read_rows(config):
     return rows
 
 
+def read_list(text):
+    """A list that stands in a cell, as JSON or Python write it. Raises ValueError on another text."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    raise ValueError(f"images: found {text!r:.60}, expected a list of file names")
+
+
 def image_names(row, config):
     """The names of a row's images, from its column or by a template such as images/{id}.jpg. Raises ValueError."""
 
@@ -154,13 +165,7 @@ def image_names(row, config):
         return [re.sub(FIELD, fill, name) for name in config.images.split(config.separator)]
     names = row.get(config.images) or []
     if isinstance(names, str) and re.fullmatch(r"\s*\[.*\]\s*", names, re.S):
-        try:
-            names = json.loads(names)
-        except ValueError:
-            try:
-                names = ast.literal_eval(names.strip())  # Python's list, in single quotes
-            except (ValueError, SyntaxError):
-                raise ValueError(f"images: found {names!r:.60}, expected a list of file names") from None
+        names = read_list(names.strip())
     names = names.split(config.separator) if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"images: found {names!r:.60}, expected file names")
@@ -169,6 +174,7 @@ def image_names(row, config):
 
 def image_file(name, folder, separator):
     """The path of an image that a row names. Raises ValueError on an address and where it says more than open_image."""
+    check_printable(name, "images")
     path = folder / name
     if os.path.exists(path):
         return path
