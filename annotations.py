@@ -2,8 +2,8 @@
 
 * A product has pseudo-attributes: ids of words and phrases that were mined from all texts (prepare/catalogue.py).
 * A FashionIQ query is a reference image, and captions that say what is different in the target image.
-* In Polyvore Outfits one item of an outfit is taken away, the blank; the items that are left are the question. The
-  blank is searched among all blanks of its category. A fake row is no question: its blank is one more wrong answer."""
+* One item of a Polyvore outfit is taken away, the blank; the question is the items that are left. The blank is searched
+  among all blanks of its category. A fake row is no question: its blank is one more wrong answer."""
 
 import contextlib
 import json
@@ -20,14 +20,7 @@ RECOGNITION_LABELS = {"fashiongen_category": "category", "fashiongen_subcategory
 FASHIONIQ_CLASSES = ("dress", "shirt", "toptee")
 POLYVORE_ITEMS = "polyvore_item_metadata.json"
 # the fine category ids of Polyvore Outfits in the order in which the released OCIR checkpoint numbers them
-POLYVORE_CATEGORIES = """
-3 4 5 6 7 8 9 10 11 15 17 18 19 21 23 24 25 26 27 28 29 30 31 35 36 37 38 39 40 41 42 43 46 47 48 49 50 51 52 53
-55 56 57 58 59 61 62 64 65 68 69 1606 1607 1605 104 105 106 107 231 236 237 238 239 240 241 243 244 248 249 250
-251 252 253 254 255 256 257 258 259 260 261 262 263 264 265 266 267 268 269 270 272 273 275 277 278 279 280 281
-282 284 286 287 288 289 290 291 292 293 294 295 296 297 298 299 300 301 302 303 304 305 306 307 309 310 315 318
-332 341 342 343 4452 4454 4455 4456 4457 4458 4459 4460 4461 4462 4463 4464 4465 4466 4467 4468 4470 4472 4473
-4495 4496 4517 4518"""
-POLYVORE_CATEGORIES = tuple(int(category) for category in POLYVORE_CATEGORIES.split())
+POLYVORE_CATEGORIES = json.loads((Path(__file__).parent / "assets/polyvore_categories.json").read_text())
 
 
 class DataSet(NamedTuple):
@@ -71,9 +64,8 @@ def read_json(path, kind):
     return value
 
 
-def need(row, key, kinds, where):
-    """row[key], of a type in `kinds` (one or a tuple); InputError if not. `where`: the file and entry to name in it."""
-    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+def need(row, key, where, *kinds):
+    """row[key], whose type is one of `kinds`; InputError if not. `where`: the file and entry to name in it."""
     value = row.get(key) if isinstance(row, dict) else None
     if type(value) not in kinds:
         expected = " or ".join(kind.__name__ for kind in kinds)
@@ -91,11 +83,10 @@ def image_path(folder, name, where, ending=""):
     """folder/name + ending, a string. Raises InputError on what is no name and on a name that leads out of `folder`."""
     if type(name) is not str or not name:
         raise InputError(f"{where}: found {name!r:.60}, expected the name of an image")
-    name += ending
     check_printable(name, where)
     if os.path.isabs(name) or ".." in Path(name).parts:
-        raise InputError(f"{where}: image path {name!r} leaves the folder {folder}")
-    return os.path.join(folder, name)
+        raise InputError(f"{where}: image path {name + ending!r} leaves the folder {folder}")
+    return os.path.join(folder, name + ending)
 
 
 @contextlib.contextmanager
@@ -113,19 +104,19 @@ def parse_product(item, source, folder, where):
     """One entry of an annotation file -> Product. Raises InputError: where, what was found and what was expected."""
     if not isinstance(item, dict):
         raise InputError(f"{where}: found {item!r:.60}, expected an object")
-    name = f"{source} {need(item, 'id', (int, str), where)}"
+    name = f"{source} {need(item, 'id', where, int, str)}"
     check_printable(name, where)
     one_image = source == "PolyvoreOutfits"  # its files hold a string in place of a list
-    images = [need(item, "images", str, where)] if one_image else need(item, "images", list, where)
+    images = [need(item, "images", where, str)] if one_image else need(item, "images", where, list)
     if not images or not all(isinstance(image, str) and image for image in images):
         raise InputError(f"{where}: key 'images': found {images!r:.60}, expected file names")
-    attributes = need(item, "attributes_id", list, where)
+    attributes = need(item, "attributes_id", where, list)
     labels = [("attributes_id", "ids", value) for value in attributes]
     labels += [(key, "an id", item[key]) for key in ("category_id", "subcategory_id") if item.get(key) is not None]
     for key, noun, value in labels:
         if type(value) is not int or not 0 <= value < MAX_LABEL:
             raise InputError(f"{where}: key {key!r}: found {value!r:.60}, expected {noun} from 0 to {MAX_LABEL - 1}")
-    text = ".".join(need(item, key, str, where) for key in SETS[source].text)
+    text = ".".join(need(item, key, where, str) for key in SETS[source].text)
     paths = [image_path(folder, image, where) for image in images]
     return Product(name, paths, text, attributes, item.get("category_id"), item.get("subcategory_id"), item["title"])
 
@@ -134,7 +125,7 @@ def load_products(root, source, split, faults=None):
     """The products of one data set and split. InputError names the first faulty entry; a list `faults` gets all."""
     path = Path(root, source, SETS[source].files[split])
     folder = os.path.join(root, source, SETS[source].images.format(split=split))
-    products, found, names = [], [], set()
+    products, names, found = [], set(), [] if faults is None else faults
     for i, item in enumerate(read_json(path, list)):
         item_id = repr(item["id"])[:60] if isinstance(item, dict) and "id" in item else "missing"
         where = f"{path}: entry {i} (id {item_id})"
@@ -144,9 +135,7 @@ def load_products(root, source, split, faults=None):
                 raise InputError(f"{where}: this id stood before; ids must be unique")
             names.add(product.name)
             products.append(product)
-    if faults is not None:
-        faults += found
-    elif found:
+    if found and faults is None:
         lister = f"python -m tools.check_data --data_root={root}"
         raise InputError(f"{found[0]}; {len(found)} such in the file, {lister} lists them")
     return products
@@ -154,10 +143,11 @@ def load_products(root, source, split, faults=None):
 
 def load_pretraining(root, sets=tuple(SETS)):
     """The training products of the sets in one list; training picks uniformly from it (docs/recipe.md "Data sets")."""
-    unknown = [name for name in sets if name not in SETS]
+    unknown = [repr(name) for name in sets if name not in SETS]
     if unknown or not sets or len(set(sets)) < len(sets):
-        found = repr(unknown[0]) if unknown else f"{sets}"
-        raise InputError(f"sets: found {found}, expected some of {', '.join(SETS)}, each once")
+        raise InputError(
+            f"sets: found {unknown[0] if unknown else sets}, expected some of {', '.join(SETS)}, each once"
+        )
     return [product for name in sets for product in load_products(root, name, "train")]
 
 
@@ -171,33 +161,31 @@ def load_titles(folder):
                 product_id = product.name.removeprefix(f"{source} ")
                 titles |= dict.fromkeys(product.images, (product_id, product.title))
     if source == "PolyvoreOutfits" and (folder.parent / POLYVORE_ITEMS).exists():
-        for item, row in load_polyvore_items(folder.parent)[0].items():
+        for item, row in load_polyvore_items(folder.parent, faults=[])[0].items():
             titles[str(folder / f"{item}.jpg")] = item, str(row.get("title", ""))
     return titles
 
 
 def count_labels(products, key, limit=0):
-    """Number of rows of a head for the products' label `key`: `limit`, or with 0 the largest id + 1.
-
-    key: "attributes", "category" or "subcategory". Raises InputError on a missing label and on an id of `limit` up."""
-    largest = -1
-    for product in products:
-        value = getattr(product, key)
-        if value is None:
-            raise InputError(f"{product.name}: no {key}_id, which this task needs")
-        top = max(value, default=-1) if key == "attributes" else value
-        if limit and top >= limit:
-            raise InputError(f"{product.name}: {key} id {top}, expected below {limit}; check the label file or n_{key}")
-        largest = max(largest, top)
+    """Number of rows of a head for the products' label `key`: `limit`, or with 0 the largest id + 1. `key` is
+    "attributes", "category" or "subcategory". Raises InputError on a missing label and on an id of `limit` or more."""
+    labels = [getattr(product, key) for product in products]
+    if None in labels:
+        raise InputError(f"{products[labels.index(None)].name}: no {key}_id, which this task needs")
+    tops = [max(ids, default=-1) for ids in labels] if key == "attributes" else labels
+    largest = max(tops, default=-1)
+    if limit and largest >= limit:
+        name = products[tops.index(largest)].name
+        raise InputError(f"{name}: {key} id {largest}, expected below {limit}; check the label file or n_{key}")
     return limit or largest + 1
 
 
 def has_subcategories(products):
     """True where all products have a sub-category, False where none has. Raises InputError where only some have."""
-    if all(product.subcategory is None for product in products):
-        return False
-    count_labels(products, "subcategory")  # raises for the first product that has none
-    return True
+    found = any(product.subcategory is not None for product in products)
+    if found:
+        count_labels(products, "subcategory")  # raises for the first product that has none
+    return found
 
 
 def fashioniq_image(root, garment, name, where):
@@ -217,10 +205,8 @@ class FashionIQ(NamedTuple):
 
 def load_fashioniq(root, garment, split, gallery="original", faults=None):
     """The `FashionIQ` of one class and split. Source: docs/recipe.md "Text-guided image retrieval".
-
-    gallery of the public files: "original" is every image of the split file, "val" the union of references and targets.
-    The authors' extended files name the gallery themselves: it is the targets of all rows, fake rows included.
-    Raises InputError on bad files and on a gallery without a target; `faults` as in `collecting`."""
+    gallery: "original" is every image of the split file, "val" all references and targets. The authors' extended files
+    name the gallery themselves: it is the targets of all rows. Raises InputError; `faults` as in `collecting`."""
     if gallery not in ("original", "val"):
         raise InputError(f"gallery: found {gallery!r}, expected original or val")
     folder = Path(root, "FashionIQ")
@@ -230,22 +216,21 @@ def load_fashioniq(root, garment, split, gallery="original", faults=None):
     for i, row in enumerate(rows):
         where = f"{path}: entry {i}"
         with collecting(faults):
-            target = need(row, "target", str, where)
+            target = need(row, "target", where, str)
             if extended and row.get("garment_class", garment) not in (garment, FASHIONIQ_CLASSES.index(garment)):
                 continue  # a row of another class
             image2 = fashioniq_image(root, garment, target, where)
             names.append(target)
-            if extended and need(row, "fake_data", bool, where):
+            if extended and need(row, "fake_data", where, bool):
                 continue
-            candidate, captions = need(row, "candidate", str, where), need(row, "captions", list, where)
+            candidate, captions = need(row, "candidate", where, str), need(row, "captions", where, list)
             image = fashioniq_image(root, garment, candidate, where)
             if not all(type(caption) is str for caption in captions):
                 raise InputError(f"{where}: key 'captions': found {captions!r:.60}, expected texts")
             if not extended:
                 names.append(candidate)
-            queries.append(
-                {"image": image, "image2": image2, "text": ", ".join(captions), "target": target, "name": where}
-            )
+            text = ", ".join(captions)
+            queries.append({"image": image, "image2": image2, "text": text, "target": target, "name": where})
     if gallery == "original" and not extended:
         path = folder / "image_splits" / f"split.{garment}.{split}.json"
         names = []
@@ -263,15 +248,13 @@ def load_fashioniq(root, garment, split, gallery="original", faults=None):
 
 
 def load_polyvore_items(folder, faults=None):
-    """({item id: its metadata}, {category id, an int: its number}) of a PolyvoreOutfits folder.
-
-    Categories are numbered in the released checkpoint's order where POLYVORE_CATEGORIES knows them all, else in
-    ascending order of their ids. Raises InputError on a file that is missing or bad."""
+    """({item id: its metadata}, {category id, an int: its number}) of a PolyvoreOutfits folder. The numbers follow the
+    released checkpoint's order where POLYVORE_CATEGORIES knows them all, else the ascending order of their ids."""
     path, metadata = Path(folder, POLYVORE_ITEMS), {}
     for item, row in read_json(path, dict).items():
         with collecting(faults):
             where = f"{path}: item {item!r:.60}"
-            text = need(row, "category_id", str, where)
+            text = need(row, "category_id", where, str)
             if not re.fullmatch("[0-9]{1,9}", text):
                 raise InputError(f"{where}: category_id: found {text!r:.60}, expected a whole number")
             metadata[item] = row
@@ -287,9 +270,8 @@ class Polyvore(NamedTuple):
 
 
 def load_polyvore(root, split, part, faults=None):
-    """The `Polyvore` of one split and part. Source: docs/recipe.md "Outfit completion".
-
-    split: disjoint or nondisjoint, part: train or test. Raises InputError on bad files; `faults` as in `collecting`."""
+    """The `Polyvore` of one split and one part, train or test. Source: docs/recipe.md "Outfit completion".
+    Raises InputError on bad files; `faults` as in `collecting`."""
     folder = Path(root, "PolyvoreOutfits")
     if split not in ("disjoint", "nondisjoint"):
         raise InputError(f"split: found {split!r}, expected disjoint or nondisjoint")
@@ -298,7 +280,7 @@ def load_polyvore(root, split, part, faults=None):
     for i, row in enumerate(read_json(path, list)):
         where = f"{path}: entry {i}"
         with collecting(faults):
-            question, blank = need(row, "question", list, where), need(row, "blank", str, where)
+            question, blank = need(row, "question", where, list), need(row, "blank", where, str)
             ids = [*question, blank]
             paths = [image_path(folder / "images", item, where, ".jpg") for item in ids]
             unknown = [item for item in ids if item not in metadata]
@@ -308,7 +290,7 @@ def load_polyvore(root, split, part, faults=None):
                 raise InputError(f"{where}: blank {blank!r:.60} is the only item of the question, expected two items")
             categories = [number[int(metadata[item]["category_id"])] for item in ids]
             *items, last = zip(paths, categories, strict=True)
-            fake = need(row, "fake_data", bool, where) if part == "test" else False
+            fake = need(row, "fake_data", where, bool) if part == "test" else False
             outfits.append({"items": items, "blank": blank, "blank_item": last, "fake": fake, "name": where})
     with collecting(faults):
         if all(outfit["fake"] for outfit in outfits):

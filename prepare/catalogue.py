@@ -10,16 +10,11 @@ train or wholly in val. Settings may stand in a file of plain assignments, as th
 Pseudo-attributes (PAC's labels) are the words and short phrases that many, but not too many, training texts hold. No
 tagger: `phrases` and `mine` are all there is to it, and head and tail of the vocabulary are printed to be judged."""
 
-import contextlib
-import csv
-import json
 import os
 import re
-import shutil
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +22,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py and data.py stand one folder up
 
+from layout import number_labels, place, read_labels, write_together, written_aside  # noqa: E402
+from rows import COLUMNS, FIELD, image_file, image_names, plain_text, read_rows  # noqa: E402
+
 import annotations  # noqa: E402
 import common  # noqa: E402
 import data  # noqa: E402
 import settings  # noqa: E402
 from settings import InputError, setting  # noqa: E402
+from tools.check_data import content_keys  # noqa: E402
 
 # Words that tell nothing of how a garment looks; no phrase crosses them. --stop_words adds those of a shop.
 STOP_WORDS = frozenset(
@@ -57,7 +56,9 @@ class CatalogueConfig:
     root: str = setting("", "instead of --products: an existing data root whose attributes_id are mined anew")
     out: str = setting("", "data root to make; empty with --root: in place")
     id: str = setting("id", "column of the product's id; where there is none, rows are numbered")
-    images: str = setting("images", "column of image paths: text with --separator between them, or a JSON list")
+    images: str = setting(
+        "images", "column of image paths: text with --separator between them, or a list; or a template"
+    )
     title: str = setting("title", "column of the title")
     description: str = setting("description", "column of the description; may be absent, as the next two")
     category: str = setting("category", "column of the category's name")
@@ -74,62 +75,6 @@ class CatalogueConfig:
     max_words: int = setting(2, "longest phrase, in words")
     lift: float = setting(3.0, "the parts of a phrase meet so many times as often as chance would have them meet")
     stop_words: str = setting("", "words,to,ignore besides STOP_WORDS")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# files; fashiongen.py and polyvore.py use these too
-
-
-@contextlib.contextmanager
-def written_aside(out):
-    """A hidden folder beside `out` that takes its name when the block ends well and is removed when it does not.
-
-    Raises InputError where `out` is there already and not an empty folder."""
-    out = Path(out).absolute()
-    if out.is_symlink() or out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out}: is there already, expected a new or empty folder; name another or remove it")
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        aside.replace(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)  # gone by now, or half-written
-
-
-def place(source, target, link=False):
-    """Copy (contents alone: a read-only original is no hindrance) or link a file to where it shall stand."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if link:
-        target.symlink_to(os.path.abspath(source))
-    else:
-        shutil.copyfile(source, target)
-
-
-def write_together(values):
-    """Write {path: JSON value}: all aside, then all renamed, so that an error on the way changes none of them."""
-    for path, value in values.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{path}.tmp").write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
-    for path in values:
-        Path(f"{path}.tmp").replace(path)
-
-
-def read_labels(root):
-    """ROOT/labels.json, the names that attributes_id, category_id and subcategory_id index; {} where there is none."""
-    path = Path(root, "labels.json")
-    return annotations.read_json(path, dict) if path.exists() else {}
-
-
-def number_labels(items, key):
-    """Replace each item's name under `key` by its number under `<key>_id`, in the order of names; returns the names."""
-    names = sorted({item[key] for item in items} - {""})
-    number = {name: i for i, name in enumerate(names)}
-    for item in items:
-        name = item.pop(key)
-        if name:
-            item[f"{key}_id"] = number[name]
-    return names
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,66 +144,17 @@ def label(root, out, config):
 # products
 
 
-class _Text(HTMLParser):
-    """The text of a piece of HTML, without styles and scripts; a tag separates words."""
-
-    def __init__(self):
-        super().__init__(convert_charrefs=True)
-        self.parts, self.hidden = [], ""
-
-    def handle_starttag(self, tag, attributes):
-        self.parts.append(" ")
-        if tag in ("style", "script"):
-            self.hidden = tag
-
-    def handle_endtag(self, tag):
-        self.parts.append(" ")
-        if tag == self.hidden:
-            self.hidden = ""
-
-    def handle_data(self, text):
-        if not self.hidden:
-            self.parts.append(text)
-
-
-def plain_text(text):
-    """Text without HTML's tags and entities, its white space as single spaces."""
-    if re.search(r"<[a-zA-Z/!][^<>]*>|&#?\w+;", text):
-        parser = _Text()
-        parser.feed(text)
-        parser.close()
-        text = "".join(parser.parts)
-    return " ".join(text.split())
-
-
-def read_rows(path):
-    """The rows of a CSV or JSON-lines file as dicts. Raises InputError naming what cannot be read."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            if Path(path).suffix.lower() == ".csv":
-                csv.field_size_limit(2**31 - 1)  # descriptions can be longer than csv's own limit
-                header = file.readline()
-                file.seek(0)
-                delimiter = max(",;\t", key=header.count)
-                rows = list(csv.DictReader(file, strict=True, delimiter=delimiter))
-            else:
-                rows = [json.loads(line) for line in file if line.strip()]
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path}: {error}; expected UTF-8, a .csv or one JSON object a line") from None
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path}: found {'a line that is no object' if rows else 'no product'}, expected products")
-    return rows
-
-
 def read_products(config):
     """(items, faults) of the file of products: rows of one id joined, images as paths, labels still names."""
-    rows, folder = read_rows(config.products), Path(config.image_folder or Path(config.products).parent)
+    rows, folder = read_rows(config), Path(config.image_folder or Path(config.products).parent)
     columns = dict.fromkeys(column for row in rows for column in row if column)
-    for name in ("id", "images", "title", "description", "category", "subcategory"):
+    for name in COLUMNS:
         column = getattr(config, name)
-        if column not in columns and (name in ("images", "title") or column != name):
-            found = ", ".join(columns)
-            raise InputError(f"{config.products}: no column {column!r}, found {found}; set --{name}=COLUMN")
+        fields = re.findall(FIELD, column) if name == "images" and column not in columns else []
+        unknown = [field for field in fields or [column] if field not in columns]
+        if unknown and (name in ("images", "title") or column != name):
+            cure = f"set --{name}=COLUMN" + " or --images='images/{COLUMN}.jpg'" * (name == "images")
+            raise InputError(f"{config.products}: no column {unknown[0]!r}, found {', '.join(columns)}; {cure}")
 
     def get(row, name):
         value = row.get(getattr(config, name))
@@ -269,15 +165,18 @@ def read_products(config):
     items, faults = {}, []
     for number, row in enumerate(tqdm(rows, desc="reading", unit="row", disable=None), 1):
         try:
-            images = row.get(config.images)
-            images = images if isinstance(images, list) else get(row, "images").split(config.separator)
-            paths = [folder / image for image in map(str.strip, map(str, images)) if image]
+            if None in row:
+                cure = "put quotes around a cell that holds the separator"
+                raise ValueError(f"{len(row[None])} more cells than columns; {cure}")
+            paths = [image_file(name, folder, config.separator) for name in image_names(row, config)]
             texts = {name: get(row, name) for name in ("title", "description", "category", "subcategory")}
             key = get(row, "id") if config.id in columns else str(number)
             if key in items and not texts["title"]:  # a shop may write the texts on a product's first row alone
                 texts = {name: items[key][name] for name in texts}
-            if None in row or not (key and texts["title"] and paths):
-                raise ValueError("more cells than columns" if None in row else "id, title or images: empty")
+                paths = paths or items[key]["images"]  # a row of another size, without a photo
+            if not (key and texts["title"] and paths):
+                raise ValueError("id, title or images: empty")
+            annotations.check_printable(key, "id")
             if items.get(key, texts)["title"] != texts["title"]:
                 raise ValueError(f"id {key} stood before with another title; rows of one id are one product")
             for path in paths:
@@ -291,6 +190,34 @@ def read_products(config):
     return list(items.values()), faults
 
 
+def choose_val(items, n_val, seed):
+    """The numbers of the items for val, `n_val` or a few less: products that share a photo stay on one side.
+
+    They may share it under two names, and by way of a third product. Raises InputError where all stay together."""
+    keys = content_keys({path for item in items for path in item["images"]})
+    parent, first = list(range(len(items))), {}
+
+    def find(i):
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]  # shorter for the next search
+            i = parent[i]
+        return i
+
+    for i, item in enumerate(items):
+        for path in item["images"]:
+            parent[find(i)] = find(first.setdefault(keys[path], i))
+    groups, val = {}, []
+    for i in np.random.default_rng(seed).permutation(len(items)).tolist():
+        groups.setdefault(find(i), []).append(i)
+    if len(groups) == 1:
+        raise InputError("images: all products share photos, so val cannot be another's; give each photos of its own")
+    for group in groups.values():
+        if len(val) + len(group) <= n_val:
+            val += group
+    print(f"{len(items)} products, {len(groups)} groups that share no photo")
+    return val or min(groups.values(), key=len)
+
+
 def write_layout(root, config):
     """Write config.products as FashionGen/ and labels.json under `root`. Raises InputError on faults, all printed."""
     items, faults = read_products(config)
@@ -301,9 +228,9 @@ def write_layout(root, config):
     if not 0 < config.val_share < 1 or n_val >= len(items):
         raise InputError(f"val_share: found {config.val_share} of {len(items)} products; both splits need products")
     names = {"categories": number_labels(items, "category"), "subcategories": number_labels(items, "subcategory")}
-    order = np.random.default_rng(config.seed).permutation(len(items))
-    for split, rows in (("train", order[n_val:]), ("val", order[:n_val])):
-        part = [items[i] for i in sorted(rows)]
+    val = set(choose_val(items, n_val, config.seed))
+    for split in ("train", "val"):
+        part = [item for i, item in enumerate(items) if (i in val) == (split == "val")]
         for i, item in enumerate(tqdm(part, desc=f"{split} images", unit="product", disable=None)):
             # numbered, as an id need not be a file name and two folders may hold files of one name
             files = [f"{i:06}_{view}{path.suffix.lower()}" for view, path in enumerate(item["images"])]

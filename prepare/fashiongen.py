@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py and data.py stand one folder up
 
-from catalogue import number_labels, read_labels, write_together, written_aside  # noqa: E402
+from layout import number_labels, read_labels, write_together, written_aside  # noqa: E402
 
 from common import run  # noqa: E402
 from settings import InputError, load_config, setting  # noqa: E402

@@ -7,10 +7,13 @@
 | --- | --- |
 | ocir_<split>_train.json | an outfit of train.json each: the last item is the blank (training draws pairs anew) |
 | ocir_<split>_test.json | real: a question of fill_in_blank_test.json each, whose blank is its right answer |
-| | fake: every other item of test.json in a fine category that is asked; they only widen the gallery |
+| | fake: every other item of test.json in the fine category of a question; they only widen the gallery |
 | train_info.json | the items of disjoint/train.json: pre-training sees none of the disjoint test's |
 
-The authors' own OCIR files are not public: what is measured on these has this gallery, not the paper's."""
+The authors' own OCIR files are not public: what is measured on these has this gallery, not the paper's.
+
+--missing=skip leaves out every outfit, question and other item whose images are not all there, and counts them. Numbers
+that are measured then are not those of the whole release."""
 
 import sys
 from dataclasses import dataclass
@@ -20,11 +23,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py and data.py stand one folder up
 
-from catalogue import place, write_together, written_aside  # noqa: E402
+from layout import place, write_together, written_aside  # noqa: E402
 
 from annotations import need, read_json  # noqa: E402
 from common import run  # noqa: E402
-from settings import InputError, load_config, setting  # noqa: E402
+from settings import InputError, check_limits, load_config, setting  # noqa: E402
 
 SPLITS = ("disjoint", "nondisjoint")
 
@@ -36,6 +39,9 @@ class PolyvoreConfig:
     release: str = setting("polyvore_outfits", "folder of the release: disjoint/, nondisjoint/, images/, ...")
     out: str = setting("data/datasets", "data root; PolyvoreOutfits/ is made in it")
     link: bool = setting(False, "link the images instead of copying them")
+    missing: str = setting(
+        "stop", "missing or empty images: stop, or skip what needs them and count it", choices=("stop", "skip")
+    )
 
 
 def read_outfits(path):
@@ -43,14 +49,14 @@ def read_outfits(path):
     outfits = {}
     for i, row in enumerate(read_json(path, list)):
         where = f"{path}: entry {i}"
-        name = need(row, "set_id", str, where)
-        items = need(row, "items", list, where)
-        outfits[name] = {f"{name}_{need(x, 'index', int, where)}": need(x, "item_id", str, where) for x in items}
+        name = need(row, "set_id", where, str)
+        items = need(row, "items", where, list)
+        outfits[name] = {f"{name}_{need(x, 'index', where, int)}": need(x, "item_id", where, str) for x in items}
     return outfits
 
 
 def make_row(items, blank):
-    """An OCIR row: the items without the blank (an outfit may hold one twice), or None where nothing is left to ask."""
+    """An OCIR row: the items without the blank (an outfit may hold one twice), or None where no item is left."""
     question = [item for item in dict.fromkeys(items) if item != blank]
     return {"question": question, "blank": blank} if question else None
 
@@ -62,8 +68,8 @@ def read_questions(path, outfits):
     rows = []
     for i, row in enumerate(read_json(path, list)):
         where = f"{path}: entry {i}"
-        question, answers = need(row, "question", list, where), need(row, "answers", list, where)
-        outfit = outfits.get(str(question[0]).rpartition("_")[0] if question else None, {})
+        question, answers = (list(map(str, need(row, key, where, list))) for key in ("question", "answers"))
+        outfit = outfits.get(question[0].rpartition("_")[0] if question else None, {})
         right = [answer for answer in answers if answer in outfit]
         if len(right) != 1 or not outfit.keys() >= set(question):
             raise InputError(f"{where}: found {len(right)} answers of the question's outfit in test.json, expected one")
@@ -78,37 +84,59 @@ def texts(row):
     return {key: " ".join(str(row.get(key) or "").split()) for key in keys}
 
 
-def convert(release, folder, link=False):
+def has_photo(release, item):
+    """Whether the image of an item is there and not empty."""
+    path = release / "images" / f"{item}.jpg"
+    return path.is_file() and path.stat().st_size > 0
+
+
+def convert(release, folder, link=False, missing="stop"):
     """Write the folder PolyvoreOutfits from the release. Raises InputError on what is missing or does not fit."""
     metadata_path = release / "polyvore_item_metadata.json"
     metadata, values, used = read_json(metadata_path, dict), {}, {}
+    gone = {item for item in metadata if not has_photo(release, item)} if missing == "skip" else set()
 
     def category(item):
-        return need(metadata.get(item), "category_id", str, f"{metadata_path}: item {item}")
+        return need(metadata.get(item), "category_id", f"{metadata_path}: item {item}", str)
 
     for split in SPLITS:
         train, test = (read_outfits(release / split / f"{part}.json") for part in ("train", "test"))
         outfits = [list(outfit.values()) for outfit in train.values() if outfit]
-        rows = [row for row in (make_row(items, items[-1]) for items in outfits) if row]
-        asked = read_questions(release / split / "fill_in_blank_test.json", test)
-        blanks = dict.fromkeys(row["blank"] for row in asked)
+        whole = [items for items in outfits if gone.isdisjoint(items)]
+        rows = [row for row in (make_row(items, items[-1]) for items in whole) if row]
+        all_questions = read_questions(release / split / "fill_in_blank_test.json", test)
+        questions = [row for row in all_questions if gone.isdisjoint([*row["question"], row["blank"]])]
+        if not rows or not questions:
+            what = "question" if rows else "outfit of two items to train on"
+            raise InputError(f"{release / split}: no {what} with all its images; fetch the images again")
+        blanks = dict.fromkeys(row["blank"] for row in questions)
         gallery = dict.fromkeys(item for outfit in test.values() for item in outfit.values())
         categories = {category(item) for item in blanks}
-        others = [item for item in gallery if item not in blanks and category(item) in categories]
+        more = [item for item in gallery if item not in blanks and category(item) in categories]
+        others = [item for item in more if item not in gone]
         # nobody reads a fake row's question, but the format has one
         fake = [{"question": [item], "blank": item, "fake_data": True} for item in others]
         values[folder / f"ocir_{split}_train.json"] = rows
-        values[folder / f"ocir_{split}_test.json"] = [{**row, "fake_data": False} for row in asked] + fake
-        used |= dict.fromkeys(item for row in [*rows, *asked, *fake] for item in [*row["question"], row["blank"]])
+        values[folder / f"ocir_{split}_test.json"] = [{**row, "fake_data": False} for row in questions] + fake
+        used |= dict.fromkeys(item for row in [*rows, *questions, *fake] for item in [*row["question"], row["blank"]])
         if split == "disjoint":
-            products = dict.fromkeys(item for outfit in outfits for item in outfit)
-        print(f"{split}: {len(rows)} outfits to train on ({len(train) - len(rows)} of less than two items left out),")
-        print(f"    {len(asked)} questions in {len(categories)} categories, {len(blanks) + len(others)} items to find")
+            every_product = dict.fromkeys(item for outfit in outfits for item in outfit)
+            products = {item: None for item in every_product if item not in gone}
+        small = len(train) - len(outfits) + len(whole) - len(rows)
+        print(f"{split}: {len(rows)} outfits to train on ({small} of less than two items left out),")
+        print(
+            f"    {len(questions)} questions in {len(categories)} categories, {len(blanks) + len(others)} items to find"
+        )
+        if missing == "skip":
+            print(f"    left out as images are missing: {len(outfits) - len(whole)} of {len(outfits)} outfits,")
+            print(f"    {len(all_questions) - len(questions)} of {len(all_questions)} questions,", end=" ")
+            print(f"{len(more) - len(others)} of {len(more)} items that only widen the gallery")
     used |= products
     kept = {item: {"category_id": category(item), **texts(metadata[item])} for item in used}
-    missing = [item for item in used if not (release / "images" / f"{item}.jpg").is_file()]
-    if missing:
-        raise InputError(f"{release}/images/{missing[0]}.jpg: missing ({len(missing)} such); fetch the images again")
+    lost = [item for item in used if not has_photo(release, item)]
+    if lost:
+        cure = "fetch the images again, or set --missing=skip to leave out what needs them"
+        raise InputError(f"{release}/images/{lost[0]}.jpg: missing ({len(lost)} such, with empty files); {cure}")
     for item in tqdm(used, desc="images", unit="image", disable=None):
         place(release / "images" / f"{item}.jpg", folder / "images" / f"{item}.jpg", link)
     values[folder / "polyvore_item_metadata.json"] = kept
@@ -116,13 +144,15 @@ def convert(release, folder, link=False):
         {"id": item, "images": f"{item}.jpg", **texts(metadata[item]), "attributes_id": []} for item in products
     ]
     write_together(values)
-    print(f"{len(products)} products to pre-train on, {len(used)} images")
+    left_out = f" ({len(every_product) - len(products)} left out)" if missing == "skip" else ""
+    print(f"{len(products)} products to pre-train on{left_out}, {len(used)} images")
 
 
 def main():
     config = load_config(PolyvoreConfig, description=__doc__.splitlines()[0])
+    check_limits(config)
     with written_aside(Path(config.out, "PolyvoreOutfits")) as folder:
-        convert(Path(config.release), folder, config.link)
+        convert(Path(config.release), folder, config.link, config.missing)
     print(f"next: python prepare/catalogue.py --root={config.out}  (pseudo-attributes)")
 
 

@@ -467,3 +467,51 @@ def test_evaluation_refuses_an_unknown_way_with_missing_images(monkeypatch):
     monkeypatch.setattr("sys.argv", words)
     with pytest.raises(InputError, match="missing: found 'skpi', expected one of stop, skip"):
         evaluate.main()
+
+
+def test_check_reports_what_stands_in_train_and_in_val(root):
+    sound, faults = check_data.check(root)
+    assert not faults
+    # the demo's nondisjoint outfits share items, as the published ones do
+    assert [line.partition(":")[0] for line in sound if " of val stand in train" in line] == (
+        ["PolyvoreOutfits nondisjoint"]
+    )
+    rows, val = (json.loads((root / file).read_text()) for file in (TRAIN, VAL))
+    images = []
+    for row in rows[:5]:
+        for name in row["images"]:
+            copy = root / "FashionGen" / "val" / f"of_train_{name}"
+            copy.write_bytes((root / "FashionGen" / "train" / name).read_bytes())
+            images.append(copy)
+    moved = [{**row, "images": [f"of_train_{name}" for name in row["images"]]} for row in rows[:5]]
+    put(VAL, val + moved)(root)
+    report, faults = check_data.check(root)
+    first = min(f"FashionGen {row['id']}" for row in rows[:5])
+    assert faults == [f"FashionGen: 5 ids stand in train and in val, such as {first}"]
+    twin = root / "FashionGen" / "train" / rows[0]["images"][0]
+    line = f"FashionGen: {len(images)} images of val stand in train, too, such as {images[0]} = {twin}"
+    assert [row for row in report if row not in sound and "images of val" in row] == [line]
+    for row in moved:  # another name for the same photos
+        row["id"] = f"copy of {row['id']}"
+    put(VAL, val + moved)(root)
+    report, faults = check_data.check(root)
+    assert not faults and line in report
+
+
+def test_check_reports_fashioniq_images_of_both_splits(root):
+    sound, _ = check_data.check(root, open_images=False)
+    target = json.loads((root / "FashionIQ/captions/cap.dress.train.json").read_text())[0]["target"]
+    edit(IQ, 0, candidate=target)(root)  # shirts' validation begins with a dress of the training
+    report, _ = check_data.check(root, open_images=False)
+    (line,) = set(report) - set(sound)
+    path = annotations.fashioniq_image(root, "dress", target, "")
+    assert line == f"FashionIQ: 1 images of val stand in train, too, such as {path} = {path}"
+
+
+def test_content_keys_tell_files_of_one_size_apart(tmp_path):
+    contents = {"a": b"one", "b": b"two", "c": b"one", "d": b"longer", "e": b"", "f": b""}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    keys = check_data.content_keys([tmp_path / name for name in [*contents, "gone"]])
+    by_name = {path.name: key for path, key in keys.items()}
+    assert by_name["a"] == by_name["c"] and len(set(by_name.values())) == 6

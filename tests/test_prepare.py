@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -152,10 +153,11 @@ def test_shop_export_with_texts_on_the_first_row_alone(tmp_path):
 
 
 def test_faulty_rows(tmp_path, capsys):
-    photo(tmp_path / "a.jpg")
+    for i in ("a", *range(7, 12)):
+        photo(tmp_path / f"{i}.jpg", 100 if i == "a" else 10 * i)
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     lines = ["id,images,title", "1,a.jpg,red hat", "2,b.jpg,red hat", "3,broken.jpg,red hat", "4,,red hat", "5,a.jpg,"]
-    lines += ["1,a.jpg,blue hat", "6,a.jpg,red hat,more", *(f"{i},a.jpg;a.jpg,red hat" for i in range(7, 12))]
+    lines += ["1,a.jpg,blue hat", "6,a.jpg,red hat,more", *(f"{i},{i}.jpg;{i}.jpg,red hat" for i in range(7, 12))]
     (tmp_path / "shop.csv").write_text("\n".join(lines))
     settings = {"products": str(tmp_path / "shop.csv")}
     with pytest.raises(InputError, match="6 faulty rows.*--skip_faulty"):
@@ -169,6 +171,209 @@ def test_faulty_rows(tmp_path, capsys):
     train, val = (annotations.load_products(tmp_path / "out", "FashionGen", split) for split in ("train", "val"))
     found = train + val
     assert len(found) == 6 and all(len(product.images) == 1 for product in found)
+
+
+def read_shop(folder, text, name="shop.csv", encoding="utf-8", **settings):
+    """What `read_products` makes of a file: ({id: (title, names of its images)}, faults after the file's name)."""
+    (folder / name).write_text(text, encoding=encoding, newline="")
+    items, faults = products.read_products(config(products=str(folder / name), **settings))
+    found = {item["id"]: (item["title"], [str(path.relative_to(folder)) for path in item["images"]]) for item in items}
+    return found, [fault.removeprefix(f"{folder / name}: ") for fault in faults]
+
+
+RED = {"1": ("red dress", ["photos/1.jpg"])}
+RED_AND_BLUE = {**RED, "2": ("blue hat, wool", ["photos/2.jpg"])}
+LINES = '{"id": 1, "images": "photos/1.jpg", "title": "red dress"},\n'
+
+
+@pytest.mark.parametrize(
+    "text, found, settings",
+    [
+        # Excel
+        ("sep=;\r\nid;images;title\r\n1;photos/1.jpg;red dress\r\n;;\r\n", RED, {}),
+        ("sep=|\nid|images|title, name\n1|photos/1.jpg|red dress", RED, {"title": "title, name"}),
+        ("id\timages\ttitle\r\n1\tphotos/1.jpg\tred dress\r\n", RED, {"encoding": "utf-16"}),
+        ("id\timages\ttitle\n1\tphotos/1.jpg\tred dress\n", RED, {"name": "shop.tsv"}),
+        ("id|images|title\r1|photos/1.jpg|red dress\r", RED, {}),
+        # quotes and spaces
+        ('id, images , title\n1, photos/1.jpg, red dress\n\n2, photos/2.jpg, "blue hat, wool"\n', RED_AND_BLUE, {}),
+        ('id,images,title\n1,photos/1.jpg,red 5" heel\n', {"1": ('red 5" heel', ["photos/1.jpg"])}, {}),
+        # lists in a cell
+        ('id,images,title\n1,"[""photos\\/1.jpg"", ""photos/2.jpg""]",red\n', "both", {}),
+        ("id;images;title\n1;['photos/1.jpg', 'photos/2.jpg'];red\n", "both", {}),
+        ("id,images,title\n1, photos/1.jpg ;photos/2.jpg;,red\n", "both", {}),
+        # Windows
+        ("id,images,title\n1,photos\\1.jpg;.\\photos\\2.jpg,red\n", "both", {}),
+        # a template
+        ('id,title\n1,red dress\n2,"blue hat, wool"\n', RED_AND_BLUE, {"images": "photos/{id}.jpg"}),
+        ("id,Other No.,title\n1,2,red\n", "both", {"images": "photos/{id}.jpg;photos/{Other No.}.jpg"}),
+        ('{"id": 1, "title": "red dress"}', RED, {"images": "photos/{id}.jpg", "name": "shop.jsonl"}),
+        # JSON
+        (LINES + LINES.replace("1", "2").replace("red dress", "blue hat, wool"), RED_AND_BLUE, {"name": "shop.jsonl"}),
+        (f"[{LINES.strip()[:-1]}]\n", RED, {"name": "shop.json"}),
+        ('{"id": 1, "images": "photos/1.jpg", "title": "red dress", "description": NaN}', RED, {"name": "shop.jsonl"}),
+        # Shopify: a size without a photo of its own
+        ("id,title,images,size\n1,red,photos/1.jpg,S\n1,,photos/2.jpg,M\n1,,,L\n", "both", {}),
+    ],
+)
+def test_exports_that_are_read(tmp_path, text, found, settings):
+    for name in "12":
+        photo(tmp_path / "photos" / f"{name}.jpg")
+    found = {"1": ("red", ["photos/1.jpg", "photos/2.jpg"])} if found == "both" else found
+    assert read_shop(tmp_path, text, **settings) == (found, [])
+
+
+def test_absolute_paths_and_odd_names_of_images(tmp_path):
+    names = ["tom&amp;jerry.jpg", "two  spaces.jpg", "back\\slash.jpg", "[red] dress.jpg"]
+    for name in [*names, "away/a.jpg"]:
+        photo(tmp_path / name)
+    text = "images,title\n" + "".join(f"{name},hat\n" for name in [*names, tmp_path / "away" / "a.jpg"])
+    found, faults = read_shop(tmp_path, text, separator="|")
+    assert not faults and [images for _, images in found.values()] == [[name] for name in [*names, "away/a.jpg"]]
+
+
+STYLES = """id,gender,masterCategory,productDisplayName
+1,Men,Apparel,Red dress
+2,Men,Apparel,Blue hat, wool
+3,Men,Apparel,Gone
+,Men,Apparel,No number
+"""
+
+
+def test_kaggles_styles(tmp_path):
+    for name in "12":
+        photo(tmp_path / "images" / f"{name}.jpg")
+    columns = {"images": "images/{id}.jpg", "title": "productDisplayName", "category": "masterCategory"}
+    found, faults = read_shop(tmp_path, STYLES, "styles.csv", **columns)
+    assert found == {"1": ("Red dress", ["images/1.jpg"])}
+    assert faults == [
+        "row 2: 1 more cells than columns; put quotes around a cell that holds the separator",
+        f"row 3: {tmp_path}/images/3.jpg: image cannot be read: No such file or directory; replace the file",
+        "row 4: column 'id' is empty, and --images needs it",
+    ]
+
+
+@pytest.mark.parametrize(
+    "cell, fault",
+    [
+        (
+            "https://a.b/1.jpg",
+            "images: 'https://a.b/1.jpg' is an address; download first, and write the name of the ***",
+        ),
+        ("//a.b/1.jpg", "images: '//a.b/1.jpg' is an address; download first, ***"),
+        ("FILE:///a.jpg", "images: 'FILE:///a.jpg' is an address; download first, ***"),
+        ("data:image/jpeg", "images: 'data:image/jpeg' is an address; download first, ***"),
+        ('"[""a.jpg"", ""https://a.b/1.jpg""]"', "images: 'https://a.b/1.jpg' is an address; download first, ***"),
+        (
+            r"C:\photos\a.jpg",
+            "images: 'C:\\\\photos\\\\a.jpg' is a path of another computer; write it as seen from ***",
+        ),
+        ("a.jpg|a.jpg", "images: no file '***/a.jpg|a.jpg'; between several images stands --separator (';')"),
+        ("[a.jpg]", "images: found '[a.jpg]', expected a list of file names"),
+        ('"[{""src"": ""a.jpg""}]"', "images: found [{'src': 'a.jpg'}], expected file names"),
+        ("[1]", "images: found [1], expected file names"),
+    ],
+)
+def test_images_of_a_row_that_cannot_be_used(tmp_path, cell, fault):
+    photo(tmp_path / "a.jpg")
+    found, faults = read_shop(tmp_path, f"images,title\na.jpg,hat\n{cell},hat\n")
+    assert len(found) == 1 and len(faults) == 1
+    assert re.fullmatch(re.escape(f"row 2: {fault}").replace(r"\*\*\*", ".*"), faults[0]), faults
+
+
+QUOTE = 'double each quote (") inside a cell, and close each cell that begins with one'
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        # an opening quote that is closed nowhere, in the middle, and by the stray quote of a later row
+        (
+            "a.csv",
+            'images,title\na.jpg,hat\na.jpg,"red\na.jpg,hat\n',
+            f"the row of line 3: unexpected end of data; {QUOTE}",
+        ),
+        ("a.csv", 'images,title\na.jpg,"red" hat\n', f"the row of line 2: ',' expected after '\"'; {QUOTE}"),
+        (
+            "a.csv",
+            'images,title\na.jpg,"red\na.jpg,5"\nb.jpg,hat\n',
+            f"the row of line 2: a cell holds other rows; {QUOTE}",
+        ),
+        ("a.csv", 'sep=;\nimages;title\na.jpg;"5\\" heel"\n', f"the row of line 3: ';' expected after '\"'; {QUOTE}"),
+        ("a.csv", "images,title,title\na.jpg,x,y\n", "found 2 columns 'title', expected one; rename the others"),
+        ("a.csv", "i\0m\0", "found a zero character, which no text has; save it as UTF-8 text (in Excel: CSV UTF-8)"),
+        (
+            "a.csv",
+            b"images,title\na.jpg,caf\xe9\n",
+            r"line 2: b'\xe9' is no UTF-8; save it as UTF-8 text (in Excel: CSV UTF-8)",
+        ),
+        (
+            "a.csv",
+            "<!DOCTYPE html>",
+            "a web page, not the file itself; download it again, perhaps by hand in a browser",
+        ),
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a": \n',
+            "line 2: Expecting value: line 1 column 6 (char 5); expected UTF-8, a .csv or one ***",
+        ),
+        ("a.json", "[1]", "found a line that is no object, expected products"),
+    ],
+)
+def test_files_that_are_refused_in_one_line(tmp_path, name, text, message):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError) as error:
+        products.read_products(config(products=str(tmp_path / name)))
+    expected = re.escape(f"{tmp_path / name}: {message}").replace(r"\*\*\*", ".*")
+    assert re.fullmatch(expected, str(error.value)), error.value
+
+
+def test_templates_and_columns_that_are_not_there(tmp_path):
+    (tmp_path / "a.csv").write_text("id,title\n1,hat\n")
+    cure = "; set --images=COLUMN or --images='images/{COLUMN}.jpg'"
+    for images, column in (("images", "images"), ("photos/{number}.jpg", "number"), ("{}.jpg", "{}.jpg")):
+        with pytest.raises(InputError) as error:
+            products.read_products(config(products=str(tmp_path / "a.csv"), images=images))
+        assert str(error.value) == f"{tmp_path}/a.csv: no column {column!r}, found id, title{cure}"
+
+
+def make_sizes(folder, photos, title="red dress"):
+    """A CSV of products; photos: the photos of each, by number. Photo 0 stands there as copy.jpg, too."""
+    for number in {number for part in photos for number in part}:
+        photo(folder / f"{number}.jpg", 18 * number % 256)
+    (folder / "copy.jpg").write_bytes((folder / "0.jpg").read_bytes())
+    lines = [f"{i},{';'.join(f'{n}.jpg' for n in part)},{title}\n" for i, part in enumerate(photos)]
+    (folder / "shop.csv").write_text("id,images,title\n" + "".join(lines).replace("999.jpg", "copy.jpg"))
+
+
+def split_of(folder, **settings):
+    """{id: split} of what `write_layout` makes of shop.csv."""
+    out = folder / f"out{len(list(folder.iterdir()))}"
+    products.write_layout(out, config(products=str(folder / "shop.csv"), link=True, **settings))
+    infos = {split: read_json(out / "FashionGen" / f"{split}_info.json") for split in ("train", "val")}
+    return {item["id"]: split for split, items in infos.items() for item in items}
+
+
+def test_products_of_one_photo_stay_on_one_side(tmp_path, capsys):
+    # 0, 1 and 2 hang together by way of 1, and 3 by a copy of photo 0; three sizes of each further one
+    photos = [[0], [0, 1], [1], [999], *([n] for n in range(2, 14) for _ in range(3))]
+    make_sizes(tmp_path, photos)
+    for seed in range(8):
+        side = split_of(tmp_path, seed=seed)
+        assert len({side[str(i)] for i in range(4)}) == 1
+        assert all(len({side[str(i + k)] for k in range(3)}) == 1 for i in range(4, 40, 3))
+        assert 3 <= list(side.values()).count("val") <= 4
+        assert side == split_of(tmp_path, seed=seed)
+    assert "40 products, 13 groups that share no photo" in capsys.readouterr().out
+
+
+def test_val_where_no_group_fits(tmp_path):
+    make_sizes(tmp_path, [[n] for n in (0, 0, 0, 1, 1, 2, 2, 2)])
+    side = split_of(tmp_path)  # val_share asks for one product, the smallest group holds two
+    assert [i for i, split in side.items() if split == "val"] == ["3", "4"]
+    make_sizes(tmp_path, [[0], [0, 1], [1]])
+    with pytest.raises(InputError, match="all products share photos"):
+        split_of(tmp_path, val_share=0.4)
 
 
 @pytest.mark.parametrize(
@@ -465,3 +670,55 @@ def test_polyvore_that_does_not_fit(release, tmp_path):
     with pytest.raises(InputError, match="item 9: key 'category_id'"):
         polyvore.convert(release, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_polyvore_without_some_images(release, tmp_path, monkeypatch, capsys):
+    train = read_json(release / "disjoint" / "train.json")
+    more = [{"item_id": str(n), "index": i} for i, n in enumerate((17, 18, 19), 1)]
+    write_json(release / "disjoint" / "train.json", [*train, {"set_id": "150", "items": more}])
+    questions = read_json(release / "disjoint" / "fill_in_blank_test.json")
+    second = {"question": ["112_1", "112_3"], "blank_position": 2, "answers": ["110_1", "112_2"]}
+    write_json(release / "disjoint" / "fill_in_blank_test.json", [*questions, second])
+    (release / "images" / "2.jpg").unlink()  # of a training outfit of both splits
+    (release / "images" / "11.jpg").write_bytes(b"")  # only widens the gallery
+    (release / "images" / "13.jpg").unlink()  # the right answer of the second question
+    (release / "images" / "30.jpg").unlink()  # nobody needs it
+    root = tmp_path / "root"
+    argv = ["polyvore.py", f"--release={release}", f"--out={root}", "--link"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(InputError) as error:
+        polyvore.main()
+    cure = "fetch the images again, or set --missing=skip to leave out what needs them"
+    assert str(error.value) == f"{release}/images/2.jpg: missing (3 such, with empty files); {cure}"
+    assert not root.exists() or not list(root.iterdir())
+    monkeypatch.setattr(sys, "argv", [*argv, "--missing=skip"])
+    capsys.readouterr()
+    polyvore.main()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "disjoint: 2 outfits to train on (1 of less than two items left out), 1 questions in 1 categories" in printed
+    left_out = (
+        "left out as images are missing: 1 of 4 outfits, 1 of 2 questions, 1 of 1 items that only widen the gallery"
+    )
+    assert left_out in printed and "8 products to pre-train on (1 left out)" in printed
+    outfits = annotations.load_polyvore(root, "disjoint", "train").outfits
+    assert [[Path(path).stem for path, _ in row["items"]] + [row["blank"]] for row in outfits] == [
+        ["4", "5"],
+        ["17", "18", "19"],
+    ]
+    test = annotations.load_polyvore(root, "disjoint", "test").outfits
+    assert [(row["blank"], row["fake"]) for row in test] == [("8", False)]
+    assert not check_data.check(root)[1]
+    monkeypatch.setattr(sys, "argv", [*argv, "--missing=skpi"])
+    with pytest.raises(InputError, match="missing: found 'skpi', expected one of stop, skip"):
+        polyvore.main()
+
+
+def test_polyvore_without_the_images_of_all_questions(release, tmp_path):
+    (release / "images" / "7.jpg").unlink()
+    with pytest.raises(InputError, match="disjoint: no question with all its images; fetch the images again"):
+        polyvore.convert(release, tmp_path / "out", missing="skip")
+    (release / "images" / "7.jpg").touch()
+    for n in (1, 4):
+        (release / "images" / f"{n}.jpg").unlink()
+    with pytest.raises(InputError, match="disjoint: no outfit of two items to train on with all its images"):
+        polyvore.convert(release, tmp_path / "out", missing="skip")

@@ -1,7 +1,8 @@
 """Check a data root and print every fault in one pass: python -m tools.check_data --data_root=DIR"""
 
+import collections
 import concurrent.futures
-import contextlib
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 import annotations
-from annotations import collecting
 from common import run
 from data import open_image
 from settings import InputError, load_config, setting
@@ -28,26 +28,24 @@ class DataConfig:
     """Settings of `python -m tools.check_data`."""
 
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, Fashion200k/, ...")
-    workers: int = setting(4, "processes that open images; 0: this one")
+    workers: int = setting(4, "threads that open images")
 
 
-# Each of these reads one annotation file and returns a line of counts. It adds the file's images to the dict `images`,
-# {path: product or row that names it}, and the file's faults to the list `faults`.
+# Each of these three reads one annotation file and returns a line of counts. It adds the file's images to the dict
+# `images`, {path: product or row that names it}, and the file's faults to the list `faults`.
 
 
 def check_products(root, source, split, images, faults):
     products = annotations.load_products(root, source, split, faults)
     images |= {path: product.name for product in products for path in product.images}
-    vocabulary = {attribute for product in products for attribute in product.attributes}
-    counts = [f"{sum(len(product.images) for product in products)} images", f"{len(vocabulary)} attributes"]
-    if source == "FashionGen":
-        for key in ("category", "subcategory"):
-            counts.append(f"{len({getattr(product, key) for product in products} - {None})} {key}")
-        counts[-1] += " labels"
+    attributes = {attribute for product in products for attribute in product.attributes}
+    counts = f"{sum(len(product.images) for product in products)} images, {len(attributes)} attributes"
+    for key in ("category", "subcategory") if source == "FashionGen" else ():
+        counts += f", {len({getattr(product, key) for product in products} - {None})} {key} labels"
     if split == "val":
-        with collecting(faults):
+        with annotations.collecting(faults):
             annotations.has_subcategories(products)
-    return f"{source:16} {split:5}  {len(products)} products, {', '.join(counts)}"
+    return f"{len(products)} products, {counts}"
 
 
 def check_fashioniq(root, garment, split, images, faults):
@@ -56,18 +54,17 @@ def check_fashioniq(root, garment, split, images, faults):
     images |= {query[key]: query["name"] for query in queries for key in ("image", "image2")}
     for name in names:
         images.setdefault(annotations.fashioniq_image(root, garment, name, garment), f"split.{garment}.{split}.json")
-    return f"FashionIQ        {split:5}  {garment}: {len(queries)} queries, gallery {len(names)}"
+    return f"{garment}: {len(queries)} queries, gallery {len(names)}"
 
 
 def check_polyvore(root, split, part, images, faults):
     outfits, n_categories = annotations.load_polyvore(root, split, part, faults)
     images |= {path: row["name"] for row in outfits for path, _ in [*row["items"], row["blank_item"]]}
-    return f"PolyvoreOutfits  {part:5}  {split}: {len(outfits)} outfits, {n_categories} categories"
+    return f"{split}: {len(outfits)} outfits, {n_categories} categories"
 
 
-def image_fault(image):
-    """What is wrong with (path, product or row that names it), as a line, or None."""
-    path, name = image
+def image_fault(path, name):
+    """What is wrong with an image of the product or row `name`, as a line, or None."""
     if not os.path.exists(path):
         return f"{path}: missing (of {name})"
     try:
@@ -76,32 +73,55 @@ def image_fault(image):
         return f"{name}: {error}"
 
 
-def check(root, workers=0, open_images=True):
+def content_keys(paths):
+    """{path: a text that two paths share where both files hold the same bytes}; it is the path where there is no other.
+
+    Only files of one size are compared, by their hashes. Missing and empty files are like no other."""
+    sizes = {path: os.path.getsize(path) for path in paths if os.path.isfile(path)}
+    keys, count = {path: str(path) for path in paths}, collections.Counter(sizes.values())
+    for path, size in sizes.items():
+        if size and count[size] > 1:
+            with open(path, "rb") as file:
+                keys[path] = hashlib.file_digest(file, "sha256").hexdigest()
+    return keys
+
+
+def check(root, workers=1, open_images=True):
     """(report lines, faults) of all that is under `root`: counts of every file, and every fault with file and entry.
 
-    Every image is opened once, by `workers` processes (0: this one)."""
-    report, faults, images, checks = [], [], {}, []
+    Every image is opened once, by `workers` threads. An id in train and in val is a fault. The same image in both is
+    only reported: Polyvore's nondisjoint split and the classes of FashionIQ were published so."""
+    report, faults, checks, images = [], [], [], collections.defaultdict(dict)
     for source, data_set in annotations.SETS.items():
-        for split, file in data_set.files.items():
-            checks.append((check_products, source, split, Path(root, source, file)))
-    for garment in annotations.FASHIONIQ_CLASSES:
-        for split in ("train", "val"):
-            path = Path(root, "FashionIQ", "captions", f"cap.{garment}.{split}.json")
-            checks.append((check_fashioniq, garment, split, path))
-    for split in ("disjoint", "nondisjoint"):
-        for part in ("train", "test"):
-            checks.append((check_polyvore, split, part, Path(root, "PolyvoreOutfits", f"ocir_{split}_{part}.json")))
-    for check_file, name, split, path in checks:
-        if path.exists():
-            with collecting(faults):
-                report.append(check_file(root, name, split, images, faults))
-        elif check_file is check_products:
-            report.append(f"{name:16} {split:5}  no {path.name}")
+        checks += [(check_products, source, split, f"{source}/{file}") for split, file in data_set.files.items()]
+    for name in annotations.FASHIONIQ_CLASSES:
+        checks += [(check_fashioniq, name, s, f"FashionIQ/captions/cap.{name}.{s}.json") for s in ("train", "val")]
+    for name in ("disjoint", "nondisjoint"):
+        checks += [(check_polyvore, name, s, f"PolyvoreOutfits/ocir_{name}_{s}.json") for s in ("train", "test")]
+    for check_file, name, split, file in checks:
+        folder, counts = Path(file).parts[0], f"no {Path(file).name}"
+        # images of the classes of FashionIQ are counted together, as one model is trained on all of them
+        set_name = f"{folder} {name}" if check_file is check_polyvore else folder
+        if Path(root, file).exists():
+            with annotations.collecting(faults):
+                counts = check_file(root, name, split, images[set_name, split == "train"], faults)
+        report.append(f"{folder:16} {split:5}  {counts}")
+    names = {path: name for part in images.values() for path, name in part.items()}
     if open_images:
-        pool = concurrent.futures.ProcessPoolExecutor(workers) if workers else contextlib.nullcontext()
-        with pool:
-            found = pool.map(image_fault, images.items(), chunksize=64) if workers else map(image_fault, images.items())
-            faults += filter(None, tqdm(found, "images", len(images), leave=False, disable=None))
+        with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes without Python's lock
+            found = pool.map(image_fault, names.keys(), names.values())
+            faults += filter(None, tqdm(found, "images", len(names), leave=False, disable=None))
+    keys = content_keys(names if open_images else ())
+    for name in dict.fromkeys(name for name, _ in images):
+        train, val = images[name, True], images[name, False]
+        ids = set(train.values()) & set(val.values())
+        if ids:
+            faults.append(f"{name}: {len(ids)} ids stand in train and in val, such as {min(ids)}")
+        twins = {keys.get(path, path): path for path in train}
+        both = [path for path in val if keys.get(path, path) in twins]
+        if both:
+            twin = twins[keys.get(both[0], both[0])]
+            report.append(f"{name}: {len(both)} images of val stand in train, too, such as {both[0]} = {twin}")
     return report, list(dict.fromkeys(faults))
 
 
@@ -109,7 +129,7 @@ def main():
     config = load_config(DataConfig, description=__doc__.splitlines()[0])
     if not os.path.isdir(config.data_root):
         raise InputError(f"data_root: no folder {config.data_root}")
-    report, faults = check(config.data_root, max(0, config.workers))
+    report, faults = check(config.data_root, config.workers)
     print("\n".join(report), NEEDS, sep="\n")
     if faults:
         print(f"\n{len(faults)} faults:", *faults, sep="\n")
