@@ -1,4 +1,6 @@
-"""Every command of the README's shell blocks runs as it stands, training with few steps, or says what it needs."""
+"""Every command of the README's shell blocks runs as it stands, training with few steps, or says what it needs.
+
+Its program in Python runs, too."""
 
 import os
 import re
@@ -58,5 +60,10 @@ def test_the_others_run(tmp_path):
         command += "".join(f" {word}" for word in FEWER.get(command.split()[1], []))
         result = subprocess.run(command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert result.returncode == 0, f"{command}\n{result.stderr[-2000:]}"
+    for photo in ("a.jpg", "b.jpg"):
+        shutil.copy(tmp_path / "data/demo/FashionGen/val/1000.jpg", tmp_path / photo)
+    program = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0 and "tensor([[" in result.stdout, result.stderr[-2000:]
     for picture in ("page.png", "curves.png", "sheet.png", "changed.png", "outfit.png"):
         assert (tmp_path / picture).stat().st_size > 1_000
