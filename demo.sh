@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything on a fresh machine with python3: a made-up catalogue, an image tokenizer, pre-training with all six
-# objectives, retrieval on held-out products, then the five downstream tasks from the pre-trained checkpoint and from
-# scratch, in one table, and a search whose results are drawn in runs/demo/search.png.
-# Arguments go to every training run: bash demo.sh --max_steps=20
+# Shows everything on a fresh machine with python3. It draws a made-up catalogue. It trains an image tokenizer and
+# pre-trains with all six objectives. It fine-tunes for the five tasks, from the pre-trained checkpoint and from random
+# weights, and prints one table. It ends with a search, whose picture is runs/demo/search.png.
+# Its arguments go to every training run: bash demo.sh --max_steps=20
 set -euo pipefail
 cd "$(dirname "$0")"
 if [ ! -e .venv/installed ]; then
@@ -10,7 +10,7 @@ if [ ! -e .venv/installed ]; then
     .venv/bin/python -m pip install -q -r requirements.txt
     touch .venv/installed
 fi
-# Threads that wait busily for each other slow the demo down where another process runs, so they wait for a short time.
+# Threads that wait busily for each other slow the demo down beside another process. This makes them wait for a short time.
 if [ -z "${OMP_WAIT_POLICY:-}${GOMP_SPINCOUNT:-}" ]; then
     export GOMP_SPINCOUNT=1000
 fi
@@ -31,7 +31,7 @@ print(f"\n{'task':24} {'metric, %':12} {'chance':>7} {'scratch':>8} {'pre-traine
 for task in sys.argv[1:]:
     runs = [json.load(open(f"runs/demo_{task}{end}/results.json")) for end in ("-scratch", "")]
     protocol = next(name for name, value in runs[0].items() if isinstance(value, dict))
-    # a category of the demo has some 40 items, so that R@30 and R@50 say little
+    # A category of the demo has about 40 items, so R@30 and R@50 say little.
     metric = next(m for m in ("accuracy", "r@10", "mean_recall") if m in runs[0][protocol]["metrics"])
     scratch, ours = (100 * run[protocol]["metrics"][metric] for run in runs)
     print(f"{task:24} {metric:12} {100 * runs[0][protocol]['chance'][metric]:7.1f} {scratch:8.1f} {ours:12.1f}")

@@ -7,16 +7,17 @@ size = "mini"  # Transformer 3 x 192
 resnet = "resnet18"
 width = 32
 image_size = 96
-max_tokens = 40  # the title and the beginning of the description; half the cost of 75
+max_tokens = 40  # the title and the beginning of the description, at half the cost of 75
 init = "random"
-n_attributes = 566
+n_attributes = 566  # as many as fashion-mini has
 
-# contrastive learning gets most of a short run: it is what retrieval, the validation, asks for
+# ITC gets most of this short run, because the validation measures retrieval.
 objectives = {"itc": 0.6, "itm": 0.08, "pac": 0.08, "mvc": 0.08, "mlm": 0.08, "mpfc": 0.08}
-pac_scale = 16.0
+pac_scale = 16.0  # the paper's 1.0 leaves the softmax nearly flat
 
 batch_size = 64
 max_steps = 3_000
+# The weights are random everywhere, so all of the model learns at one rate, and at a higher one than a trained BERT.
 lr = 1e-3
 lr_factor = 1.0
 weight_decay = 1e-4
@@ -26,4 +27,4 @@ dropout = 0.1
 
 eval_interval = 1_000
 log_interval = 50
-workers = 1
+workers = 1  # two cores: one trains, one loads

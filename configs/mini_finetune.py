@@ -1,22 +1,22 @@
 """Fine-tuning on fashion-mini, any task: python finetune.py configs/mini_finetune.py --task=fashioniq."""
 
 data_root = "data/fashion-mini"
-init = "runs/mini/best.pt"  # or random
+init = "runs/mini/best.pt"  # or --init=random
 
-# sizes of a random start; a checkpoint brings its own
+# These sizes are for --init=random. A checkpoint brings its own.
 size = "mini"
 resnet = "resnet18"
 width = 32
 image_size = 96
-max_tokens = 40
+max_tokens = 40  # as in configs/mini.py
 
 batch_size = 64
 max_steps = 160
 lr = 5e-4
-lr_factor = 1.0
+lr_factor = 1.0  # as in configs/mini.py: one rate for all of the model
 warmup = 15
 milestones = (120,)
 
-eval_interval = 0
+eval_interval = 0  # validate only at the end
 log_interval = 40
-workers = 1
+workers = 1  # two cores: one trains, one loads
