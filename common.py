@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from settings import DEVICES, InputError
 
 EXIT_STOPPED = 75  # exit code of a run that was stopped and has saved: "try again" in sysexits.h
+WORKER_DIED = "a data loader worker was killed, perhaps for lack of memory or of /dev/shm; set fewer --workers"
 
 
 class Stopped(Exception):
@@ -38,9 +39,19 @@ def run(main):
         # An error of a loader worker arrives inside that worker's traceback. Its last line is ours.
         print("error:", str(error).strip().splitlines()[-1].removeprefix("settings.InputError: "), file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not is_dead_worker(error):
+            raise
+        print("error:", WORKER_DIED, file=sys.stderr)
+        sys.exit(2)
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def is_dead_worker(error):
+    """Whether a RuntimeError is how torch says that the system killed a data loader worker."""
+    return any(sign in str(error) for sign in ("DataLoader worker", "Pin memory thread"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import math
 import os
+import signal
 import warnings
 from dataclasses import replace
 from typing import NamedTuple
@@ -92,6 +93,7 @@ def leave_out(paths, config, what):
     return broken
 
 
+@functools.cache  # a validation asks for the same files as the one before
 def is_readable(path):
     """Whether `open_image` can open the file."""
     with contextlib.suppress(InputError):
@@ -453,9 +455,12 @@ class Batches:
 
 
 def leave_group(worker=0):
-    """Take a data loader worker out of the main process's group. Ctrl-C and torchrun send their signals to the group,
-    and the main process needs its workers for the last update. If the main process fails, it ends them by SIGTERM."""
+    """Keep a data loader worker alive while its main process finishes an update and saves.
+
+    Ctrl-C and torchrun send their signals to the whole process group, so the worker leaves it. SLURM and systemd send
+    SIGTERM to every process, so the first one does nothing. The second one ends the worker, as the main process may."""
     os.setpgrp()
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def train_loader(dataset, batches, config, device):
