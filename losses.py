@@ -95,6 +95,7 @@ def mine_negatives(model, features, batch):
     image = model.scaled(model.encode_image(features))
     text = model.scaled(model.encode_text(batch["input_ids"], batch["attention_mask"]))
     model.bert.train(was_training)
+    torch.clear_autocast_cache()  # it holds copies of weights without gradient, which `match` must not use
     hardest, exists = hardest_negatives(image, text, batch["product_id"], model.config.itm_candidates)
     replaced = (batch["itm_draws"] > 0.5) & exists
     own = torch.arange(len(hardest), device=hardest.device)

@@ -104,7 +104,11 @@ class Run:
                 signal.signal(number, handler)
 
     def _ask_stop(self, number, frame):
-        """The loop finishes its update, saves and leaves. A second Ctrl-C ends a run of one process at once."""
+        """The loop finishes its update, saves and leaves. A second Ctrl-C ends a run of one process at once.
+
+        In a validation, which may take long, everything has just been saved, so the run ends at once."""
+        if self.validating and self.saved == self.done:
+            raise common.Stopped(self._stopped())
         if self.stop_asked and number == signal.SIGINT and not common.in_group():
             raise KeyboardInterrupt
         self.stop_asked = True
@@ -126,8 +130,11 @@ class Run:
             self.save()
         if error is not None and not common.is_dead_worker(error):
             raise error
-        cause = "stopped" if error is None else f"{common.WORKER_DIED}; stopped"
-        raise common.Stopped(f"{cause} after update {self.done}, {self.folder / 'last.pt'}; --resume=auto goes on")
+        cause = "" if error is None else f"{common.WORKER_DIED}; "
+        raise common.Stopped(cause + self._stopped())
+
+    def _stopped(self):
+        return f"stopped after update {self.done}, {self.folder / 'last.pt'}; --resume=auto goes on"
 
     def add(self, objective, loss, metrics):
         """Add a micro-batch to the sums of the next log line. They stay on the device, so nothing waits for it."""

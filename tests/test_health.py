@@ -141,6 +141,29 @@ def test_a_broken_photo_in_the_middle_of_training_ends_the_run_after_a_save(cata
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 3
 
 
+def test_a_signal_in_a_validation_ends_the_run_at_once_and_the_resume_validates(catalogue, tmp_path, monkeypatch):
+    pretrain.train(itc(catalogue, tmp_path / "whole"), ONE)
+    config, measure = itc(catalogue, tmp_path / "parts", resume="auto"), pretrain.evaluate.retrieval_metrics
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(common.Stopped, match="stopped after update 3, "):
+        patch.setattr(pretrain.evaluate, "retrieval_metrics", interrupted)
+        pretrain.train(config, ONE)
+    assert not [row for row in read_log(tmp_path / "parts") if "val_mean_recall" in row]
+    pretrain.train(config, ONE)
+    same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_float32_run_goes_on_as_float16(catalogue, tmp_path):
+    pretrain.train(itc(catalogue, tmp_path, max_steps=3), ONE)
+    pretrain.train(itc(catalogue, tmp_path, max_steps=4, dtype="float16", resume="auto"), ONE)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert state["step"] == 4 and state["scaler"]["scale"] > 0
+
+
 def test_a_stopped_process_has_its_own_exit_code(capsys):
     def stop():
         raise common.Stopped("stopped after update 4")

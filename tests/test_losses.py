@@ -195,3 +195,24 @@ def test_two_processes_train_as_one(tmp_path, free_port):
         assert moved > 1e-4, name
         for key, weight in weights.items():
             assert (two[name][1][key] - weight).abs().max() < 1e-5, (name, key)
+
+
+def test_mining_under_autocast_leaves_the_gradients_of_itm_as_they_are():
+    """Autocast keeps copies of weights. Those made in mining have no gradient, and older torch used them again."""
+    batch, gradients = random_batch(), []
+    for objective in (losses.itm, given_pairs_of_mining):
+        model = tiny(dropout=0.0).train()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = objective(model, batch)[0]
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 50
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+
+
+def given_pairs_of_mining(model, batch):
+    """ITM whose pairs were mined outside of this autocast."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        features = model.patches(batch["image"])
+        pairs = losses.mine_negatives(model, features, batch)
+    return losses.match(model, features, batch, *pairs)
