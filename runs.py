@@ -106,8 +106,8 @@ class Run:
     def _ask_stop(self, number, frame):
         """The loop finishes its update, saves and leaves. A second Ctrl-C ends a run of one process at once.
 
-        In a validation, which may take long, everything has just been saved, so the run ends at once."""
-        if self.validating and self.saved == self.done:
+        In a validation, which may take long, everything has just been saved, so a run of one process ends at once."""
+        if self.validating and self.saved == self.done and not common.in_group():
             raise common.Stopped(self._stopped())
         if self.stop_asked and number == signal.SIGINT and not common.in_group():
             raise KeyboardInterrupt

@@ -4,7 +4,11 @@ import dataclasses
 import errno
 import multiprocessing
 import os
+import re
+import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -13,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from soak import read_log, same_runs
+from soak import ROOT, read_log, same_runs
 from test_pretrain import small
 
 import checkpoint
@@ -380,3 +384,35 @@ def test_a_resume_in_another_folder_brings_the_best_model_along(catalogue, tmp_p
     best, last = (torch.load(tmp_path / "third" / f"{name}.pt", weights_only=True) for name in ("best", "last"))
     assert all(torch.equal(best["model"][name], value) for name, value in last["model"].items())
     assert best["best"] == last["best"] > -1
+
+
+def test_one_process_that_fails_ends_all_and_its_line_is_the_last(catalogue, tmp_path, free_port):
+    shutil.copytree(catalogue, tmp_path / "data")
+    broken = sorted((tmp_path / "data" / "FashionGen" / "val").iterdir())[0]
+    broken.write_bytes(b"no photo")  # one of the two processes opens it, in the validation
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port}"]
+    words += ["pretrain.py", "configs/demo.py", f"--data_root={tmp_path / 'data'}", f"--out_dir={tmp_path / 'run'}"]
+    words += ["--objectives=itc:1.0", "--max_steps=2", "--size=tiny", "--width=8", "--batch_size=8", "--workers=0"]
+    with open(tmp_path / "output.txt", "w") as file:
+        process = subprocess.run(words, cwd=ROOT, stdout=file, stderr=file, timeout=100)
+    assert process.returncode == 1  # torchrun's own
+    for _ in range(50):  # our last line follows torchrun's report
+        *_, last = (tmp_path / "output.txt").read_text().splitlines()
+        if last.startswith("error: "):
+            break
+        time.sleep(0.1)
+    assert re.fullmatch(rf"error: FashionGen \d+: {broken}: image cannot be read: .*--missing=skip", last)
+    assert (tmp_path / "output.txt").read_text().count("Traceback") == 1  # torchrun's own, none of the other process
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 2
+
+
+def test_processes_that_cannot_connect_get_one_line(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("[enforce fail] connect [127.0.1.1]:29500: Connection refused\nmore")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(None, 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    with pytest.raises(InputError, match=r"cannot connect: .*127\.0\.1\.1.*refused; set GLOO_SOCKET_IFNAME") as error:
+        common.start_processes("cpu")
+    assert "\n" not in str(error.value)
