@@ -337,7 +337,8 @@ def restore(state, config, model, optimizer, scaler):
     with reading(state["path"], "cannot be resumed"):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # only float16 has one, and the earlier run may have had another dtype
+            scaler.load_state_dict(state["scaler"])
         if state["step"] > config.max_steps:
             raise ValueError(f"{state['step']} updates done, but max_steps is {config.max_steps}")
     for group, (base_lr, decay) in zip(optimizer.param_groups, rates, strict=True):

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import math
 import os
+import signal
 import warnings
 from dataclasses import replace
 from typing import NamedTuple
@@ -92,6 +93,7 @@ def leave_out(paths, config, what):
     return broken
 
 
+@functools.cache  # a validation asks for the same files as the one before
 def is_readable(path):
     """Whether `open_image` can open the file."""
     with contextlib.suppress(InputError):
@@ -153,9 +155,15 @@ def stack_images(arrays):
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
+@functools.cache  # to copy them to a GPU for every batch would make the host wait for it
+def mean_and_std(device):
+    """MEAN and STD in units of uint8, float32 (3, 1, 1) each, on the device."""
+    return [torch.tensor(x, device=device).view(3, 1, 1) * 255 for x in (MEAN, STD)]
+
+
 def normalize(images):
     """uint8 (B, 3, H, W) on any device -> float32 of the same shape, in units of STD around MEAN."""
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) * 255 for x in (MEAN, STD))
+    mean, std = mean_and_std(images.device)
     return (images.float() - mean) / std
 
 
@@ -393,8 +401,15 @@ def attribute_weights(attributes, n):
 PADDING = {"masked_ids": 0, "mlm_labels": NO_LABEL, "text_drop": False}  # key with a value a token: what pads it
 
 
+def places(mask):
+    """Where a bool tensor is True: (n,) int64, indices into its flattened form."""
+    return mask.flatten().nonzero().squeeze(1)
+
+
 def collate(samples):
-    """Samples -> a batch of tensors, texts padded to the longest of the batch."""
+    """Samples -> a batch of tensors, texts padded to the longest of the batch.
+
+    "mlm_targets" and "mpfc_targets" are the `places` of the tokens and patches that have a label."""
     batch = {}
     for key in samples[0]:
         column = [sample[key] for sample in samples]
@@ -406,6 +421,10 @@ def collate(samples):
             batch[key] = stack_images(column)
         else:
             batch[key] = torch.from_numpy(np.asarray(column))
+    if "mlm_labels" in batch:
+        batch["mlm_targets"] = places(batch["mlm_labels"] != NO_LABEL)
+    if "patch_mask" in batch:
+        batch["mpfc_targets"] = places(batch["patch_mask"])
     return {key: value.float() if value.dtype == torch.float64 else value for key, value in batch.items()}
 
 
@@ -453,9 +472,12 @@ class Batches:
 
 
 def leave_group(worker=0):
-    """Take a data loader worker out of the main process's group. Ctrl-C and torchrun send their signals to the group,
-    and the main process needs its workers for the last update. If the main process fails, it ends them by SIGTERM."""
+    """Keep a data loader worker alive while its main process finishes an update and saves.
+
+    Ctrl-C and torchrun send their signals to the whole process group, so the worker leaves it. SLURM and systemd send
+    SIGTERM to every process, so the first one does nothing. The second one ends the worker, as the main process may."""
     os.setpgrp()
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def train_loader(dataset, batches, config, device):

@@ -136,23 +136,35 @@ def train(config, processes):
     # The batches of the updates that are left, and the model that averages gradients over processes.
     transform = data.image_transform(task.transform, config.image_size, train=True)
     dataset = data.Samples(items, tokenizer, transform, config.max_tokens or task.max_tokens, task.pick, config.seed)
-    batches = data.Batches(len(items), config, processes, run.start, lambda step: config.task)
-    loader = iter(data.train_loader(dataset, batches, config, device))
+    order = data.Batches(len(items), config, processes, run.start, lambda step: config.task)
+    loader = iter(data.train_loader(dataset, order, config, device))
     if config.compile:
         model.image_encoder.compile()
     ddp = common.distribute(model, processes)
-    run.open(batches, lambda row: items[row]["name"], [f"{config.task}: {len(items)} training items", *report])
+    run.open(order, lambda row: items[row]["name"], [f"{config.task}: {len(items)} training items", *report])
+
+    def validate():
+        model.eval()
+        result = evaluate.selecting(evaluation.run(model, tokenizer, config, processes))
+        run.keep_best(result.metrics, evaluation.criterion)
+
+    # The earlier run may have ended while it validated.
+    if run.validating:
+        validate()
 
     for step in run.steps():
+        # The batches of this update. A run that was asked to stop, or lost a loader worker, saves and ends here.
+        batches = run.next_batches(loader)
+
         # The learning rate and dropout follow from the update's number alone.
         common.set_lr(optimizer, step, config.warmup, config.milestones)
         common.seed_step(config.seed, step, processes.rank)
         model.train()
         optimizer.zero_grad()
 
-        for micro in range(config.grad_accum):
+        for micro, batch in enumerate(batches):
             # The loss of one micro-batch, then its gradients, averaged over processes in the last micro-batch.
-            batch = data.to_device(next(loader), device)
+            batch = data.to_device(batch, device)
             with common.averaging(ddp, micro == config.grad_accum - 1):
                 with common.autocast(device, config.dtype):
                     loss, measured = ddp(batch, task.objective)
@@ -163,16 +175,14 @@ def train(config, processes):
         run.scaler.step(optimizer)
         run.scaler.update()
 
-        # What is due after this update: a log line, a validation, a checkpoint, or a stop that was asked for.
+        # What is due after this update: a log line, a checkpoint, a validation.
         run.end_update(step)
         if run.logging:
             run.log()
-        if run.validating:
-            model.eval()
-            result = evaluate.selecting(evaluation.run(model, tokenizer, config, processes))
-            run.keep_best(result.metrics, evaluation.criterion)
         if run.saving:
             run.save()
+        if run.validating:
+            validate()
 
     # The best checkpoint is evaluated. The main process surely has its file, so the others take the weights from it.
     if config.eval_interval < 0:

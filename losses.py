@@ -46,9 +46,9 @@ def global_mean(values, weights=None):
     n differs between processes. Each divides its own sum by the mean count per process, which is the count over all
     processes divided by their number. The mean of these results over processes is sum / count over everything, so the
     number of processes changes neither loss nor gradient. A count of 0 over all processes is taken as 1."""
-    count = values.new_tensor(float(len(values))) if weights is None else weights.sum()
-    total = values.sum() if weights is None else (values * weights).sum()
-    return total / common.all_mean(count).clamp(min=1 / common.world_size())
+    weights = torch.ones_like(values) if weights is None else weights
+    count = weights.sum()
+    return (values * weights).sum() / common.all_mean(count).clamp(min=1 / common.world_size())
 
 
 def soft_cross_entropy(logits, labels):
@@ -95,6 +95,7 @@ def mine_negatives(model, features, batch):
     image = model.scaled(model.encode_image(features))
     text = model.scaled(model.encode_text(batch["input_ids"], batch["attention_mask"]))
     model.bert.train(was_training)
+    torch.clear_autocast_cache()  # it holds copies of weights without gradient, which `match` must not use
     hardest, exists = hardest_negatives(image, text, batch["product_id"], model.config.itm_candidates)
     replaced = (batch["itm_draws"] > 0.5) & exists
     own = torch.arange(len(hardest), device=hardest.device)
@@ -122,40 +123,41 @@ def itm(model, batch):
 def mlm(model, batch):
     """Masked language modelling on text + whole image.
 
-    batch: image, masked_ids, attention_mask (B, T), mlm_labels (B, T) int64 with -100 where a token is no target.
+    batch: image, masked_ids, attention_mask (B, T), mlm_labels (B, T) int64 with -100 where a token is no target,
+    mlm_targets (n,) int64: the places of the n targets in the flattened mlm_labels.
     Returns the mean loss in nats per target token of all processes, and {"mlm_acc"}.
     Raises ValueError where no token of the batch is a target. Source: FashionViL 3.2; docs/recipe.md "MLM"."""
-    labels = batch["mlm_labels"]
-    is_target = labels != IGNORE  # (B, T)
-    if not bool(is_target.any()):
-        raise ValueError("mlm: no token of the batch is a target; every label is -100")
-    features = model.patches(batch["image"])
-    needed = F.pad(is_target, (0, features.shape[1]))  # (B, T + P), no patch
+    labels, features = batch["mlm_labels"], model.patches(batch["image"])
+    needed = F.pad(labels != IGNORE, (0, features.shape[1]))  # (B, T + P), no patch
     hidden = model.encode_joint(batch["masked_ids"], batch["attention_mask"], features, needed=needed)
-    logits = model.heads["mlm"](hidden[:, : labels.shape[1]][is_target])  # (targets, vocabulary)
-    return _classify(logits, labels[is_target], "mlm")
+    return _classify(model.heads["mlm"], hidden[:, : labels.shape[1]], labels, batch["mlm_targets"], "mlm")
 
 
 def mpfc(model, batch):
     """Masked patch feature classification: predict the image tokenizer's code of each masked patch.
 
-    batch: image, input_ids, attention_mask, patch_mask (B, P) bool with True = masked, image_codes (B, P) int64.
+    batch: image, input_ids, attention_mask, patch_mask (B, P) bool with True = masked, image_codes (B, P) int64,
+    mpfc_targets (n,) int64: the places of the n masked patches in the flattened patch_mask.
     Returns the mean loss in nats per masked patch of all processes, and {"mpfc_acc"}.
     Raises ValueError where nothing is masked or the codes' grid is another. Source: docs/recipe.md "MPFC"."""
     masked, codes = batch["patch_mask"], batch["image_codes"]
-    if masked.shape != codes.shape or not bool(masked.any()):
-        found = f"patch_mask {tuple(masked.shape)}, codes {tuple(codes.shape)}, {int(masked.sum())} masked"
-        raise ValueError(f"mpfc: {found}")
+    if masked.shape != codes.shape:
+        raise ValueError(f"mpfc: patch_mask {tuple(masked.shape)}, codes {tuple(codes.shape)}")
     T = batch["input_ids"].shape[1]
     needed = F.pad(masked, (T, 0))  # (B, T + P), no token of the text
     hidden = model.encode_joint(batch["input_ids"], batch["attention_mask"], batch["image"], masked, needed=needed)
-    logits = model.heads["mpfc"](hidden[:, T:][masked])  # (masked, codes)
-    return _classify(logits, codes[masked], "mpfc")
+    return _classify(model.heads["mpfc"], hidden[:, T:], codes, batch["mpfc_targets"], "mpfc")
 
 
-def _classify(logits, target, name):
-    """Cross-entropy and accuracy of logits (n, classes) against target (n,), over the n of all processes."""
-    loss = global_mean(F.cross_entropy(logits.float(), target, reduction="none"))
+def _classify(head, hidden, labels, index, name):
+    """Cross-entropy and accuracy of head(hidden) at the n targets, over the n of all processes.
+
+    hidden (B, L, D), labels (B, L) int64, index (n,) int64: the places of the targets in the flattened labels. They
+    come with the batch: to find them in a mask on a GPU, the host would have to wait for it."""
+    if not len(index):
+        raise ValueError(f"{name}: no token or patch of the batch is a target")
+    logits, target = head(hidden.flatten(0, 1)[index]).float(), labels.flatten()[index]  # (n, classes), (n,)
+    loss = global_mean(F.cross_entropy(logits, target, reduction="none"))
     return loss, {f"{name}_acc": global_mean((logits.argmax(1) == target).float())}
 
 

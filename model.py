@@ -151,10 +151,10 @@ class Positions:
     Linear layers, LayerNorm and dropout treat every token alone, so they get the 7 tokens at 0..6 packed as (7, D).
     Attention compares the tokens of one row, so before it the vectors go back into the grid, with zeros at 7."""
 
-    def __init__(self, chosen):
-        """chosen (B, L) bool, True = this position is one of the N."""
+    def __init__(self, chosen, device="cpu"):
+        """chosen (B, L) bool on the host, True = this position is one of the N. The vectors are on `device`."""
         self.shape = chosen.shape
-        self.index = chosen.flatten().nonzero().squeeze(1)  # (N,)
+        self.index = chosen.flatten().nonzero().squeeze(1).to(device, non_blocking=True)  # (N,)
 
     def pack(self, grid):  # (B, L, D) -> (N, D)
         return grid.flatten(0, 1).index_select(0, self.index)
@@ -227,7 +227,8 @@ class Bert(nn.Module):
         the others come out as 0; None: all are needed. Positions that are neither attended nor needed are not computed,
         and the last layer computes only the needed ones."""
         needed = torch.ones_like(attended) if needed is None else needed
-        inputs, outputs = Positions(attended | needed), Positions(needed)
+        # How many positions there are decides shapes, so the host waits for a GPU here. One copy makes it one wait.
+        inputs, outputs = (Positions(x, attended.device) for x in torch.stack([attended | needed, needed]).cpu())
         seen = attended[:, None, None, :]  # (B, 1, 1, L)
         x = self.embeddings(inputs.pack(embedded))  # (N, D)
         *layers, last = self.encoder["layer"]

@@ -161,11 +161,11 @@ def train(config, processes):
     contents = {"kind": "fashionvil", "task": "pretrain", "model_config": dataclasses.asdict(model.config)}
     run = runs.Run(config, processes, model, optimizer, {**contents, "vocab": vocab})
 
-    # The batches of the updates that are left.
+    # The order of the samples, and their batches for the updates that are left.
     objective_of = functools.partial(objective_at, objectives=config.objectives, seed=config.seed)
-    batches = data.Batches(len(products), config, processes, run.start, objective_of)
+    order = data.Batches(len(products), config, processes, run.start, objective_of)
     dataset = data.Pretraining(products, tokenizer, n_attributes, config)
-    loader = iter(data.train_loader(dataset, batches, config, device))
+    loader = iter(data.train_loader(dataset, order, config, device))
 
     # What the user sees at the start.
     report.append(f"{len(products)} products, {len(val_products)} for validation, {n_words} word pieces")
@@ -175,7 +175,7 @@ def train(config, processes):
         report.append(f"{rates}: {n:,} parameters")
     candidates = config.batch_size // config.grad_accum
     report.append(f"batch {config.batch_size}, contrastive candidates {candidates}, updates from {run.start}")
-    run.open(batches, lambda row: products[row].name, report)
+    run.open(order, lambda row: products[row].name, report)
 
     # The model that is compiled where that is set, and that averages gradients over processes.
     if config.compile:
@@ -184,8 +184,18 @@ def train(config, processes):
             layer.compile(dynamic=True)  # text lengths differ from batch to batch
     ddp = common.distribute(model, processes)
 
-    metrics = {}
+    def validate():
+        model.eval()
+        run.keep_best(evaluate.retrieval_metrics(model, val_products, tokenizer, config, processes), "mean_recall")
+
+    # The earlier run may have ended while it validated.
+    if run.validating:
+        validate()
+
     for step in run.steps():
+        # The batches of this update. A run that was asked to stop, or lost a loader worker, saves and ends here.
+        batches = run.next_batches(loader)
+
         # The objective, the learning rate and dropout follow from the update's number alone.
         objective = objective_of(step)
         common.set_lr(optimizer, step, config.warmup, config.milestones)
@@ -196,9 +206,8 @@ def train(config, processes):
         # momentum and decays. A head that was never used has no gradient yet. The original does so, and it matters.
         optimizer.zero_grad(set_to_none=False)
 
-        for micro in range(config.grad_accum):
+        for micro, batch in enumerate(batches):
             # One micro-batch goes to the device. For MPFC the image tokenizer adds the codes to predict.
-            batch = next(loader)
             run.skipped_images += int(batch["skipped"].sum())
             batch = data.to_device(batch, device)
             if objective == "mpfc":
@@ -215,17 +224,15 @@ def train(config, processes):
         run.scaler.step(optimizer)
         run.scaler.update()
 
-        # What is due after this update: a log line, a validation, a checkpoint, or a stop that was asked for.
+        # What is due after this update: a log line, a checkpoint, a validation.
         run.end_update(step)
         if run.logging:
             run.log()
-        if run.validating:
-            model.eval()
-            metrics = evaluate.retrieval_metrics(model, val_products, tokenizer, config, processes)
-            run.keep_best(metrics, "mean_recall")
         if run.saving:
             run.save()
-    return metrics
+        if run.validating:
+            validate()
+    return run.metrics
 
 
 def main():

@@ -30,7 +30,8 @@ from settings import InputError
 class Run:
     """One training run of this process. `start` is the number of updates that were done before.
 
-    After `end_update`, `done` is the number of finished updates; `logging`, `validating` and `saving` say what is due.
+    After `end_update`, `done` is the number of finished updates; `logging`, `saving` and `validating` say what is due.
+    A resumed run may begin with a validation that is due. `metrics` are those of the last validation.
     `skipped_images` counts images that the loader left out. `lasting` holds tensors to sum over the whole run."""
 
     def __init__(self, config, processes, model, optimizer, contents, lasting=None):
@@ -41,12 +42,14 @@ class Run:
         self.contents, self.lasting = contents, lasting or {}
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.dtype == "float16")
         self.folder = Path(config.out_dir)
-        self.start, self.best, self.skipped_images, self.stop_asked, self.report = 0, -1.0, 0, False, []
+        self.start, self.best, self.metrics, self.validating = 0, -1.0, {}, False
+        self.skipped_images, self.stop_asked, self.report, self.older_best = 0, False, [], None
         self.sums = {}  # {objective: {name: sum since the last log line}}, on the device
         self.update_loss = 0.0  # of the current update, over its micro-batches
         state = checkpoint.find_resume(config.resume, self.folder, model)
         if state is not None:
             self._restore(state)
+        self.done = self.saved = self.start
         self.health = health.Health(optimizer, self.scaler, processes.device, (state or {}).get("skipped_updates", 0))
         cure = "the run folder must be the same on every node"
         common.same_everywhere("resume", f"a start at update {self.start}", cure)
@@ -55,6 +58,11 @@ class Run:
         """Go on from what `find_resume` found."""
         self.report = checkpoint.restore(state, self.config, self.model, self.optimizer, self.scaler)
         self.start, self.best = state["step"], state.get("best", -1.0)
+        self.validating = state.get("validation_due", False)  # the run ended while it validated
+        # The best model so far comes along from another run folder. Where it is gone, a validation finds a new one.
+        self.older_best = Path(state["path"]).with_name("best.pt")
+        if self.best > -1 and not self.older_best.exists():
+            self.best, self.validating = -1.0, self.config.eval_interval >= 0
         for name, value in state.get("lasting", {}).items():
             self.lasting[name].copy_(value)
         # Each process has its own sums. With another number of processes the parts are shared out as they come.
@@ -71,17 +79,24 @@ class Run:
         batches: data.Batches, and name_of(row): how messages call a row of the data set, both for `health.Health`."""
         self.batches, self.name_of, self.wandb = batches, name_of, None
         if self.processes.is_main:
-            open_folder(self.config, self.start)
+            open_folder(self.config, self.start, self.validating)
+            if self.best > -1 and self.older_best.resolve() != (self.folder / "best.pt").resolve():
+                with replacing(self.folder / "best.pt") as file:
+                    file.write(self.older_best.read_bytes())
             self.wandb = start_wandb(self.config)
             print(*lines, *self.report, sep="\n")
         steps = range(self.start, self.config.max_steps)
         self.bar = tqdm(steps, disable=not self.processes.is_main, initial=self.start)
-        self.clock, self.logged = time.perf_counter(), self.start
+        self.clock = self.ended = time.perf_counter()
+        self.logged = self.start
 
     def steps(self):
-        """The numbers of the updates to do. Meanwhile SIGTERM and Ctrl-C only ask for a stop."""
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        handlers = {number: signal.signal(number, self._ask_stop) for number in numbers}
+        """The numbers of the updates to do. Meanwhile SIGTERM and Ctrl-C only ask for a stop.
+
+        When a loader worker dies, torch raises an error wherever the main process is, perhaps within an update. Without
+        that handler of SIGCHLD the error waits for `next_batches`."""
+        handlers = {number: signal.signal(number, self._ask_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             yield from self.bar
         finally:
@@ -89,10 +104,37 @@ class Run:
                 signal.signal(number, handler)
 
     def _ask_stop(self, number, frame):
-        """The loop finishes its update, saves and leaves. A second Ctrl-C ends a run of one process at once."""
+        """The loop finishes its update, saves and leaves. A second Ctrl-C ends a run of one process at once.
+
+        In a validation, which may take long, everything has just been saved, so a run of one process ends at once."""
+        if self.validating and self.saved == self.done and not common.in_group():
+            raise common.Stopped(self._stopped())
         if self.stop_asked and number == signal.SIGINT and not common.in_group():
             raise KeyboardInterrupt
         self.stop_asked = True
+
+    def next_batches(self, loader):
+        """The micro-batches of the next update. The weights are whole here, so here a run ends early.
+
+        It ends where a stop was asked for, an image is broken or a loader worker died, on any process. The run then
+        saves and raises Stopped or, for an image, InputError."""
+        batches, error = [], None
+        try:
+            if not self.stop_asked:
+                batches = [next(loader) for _ in range(self.config.grad_accum)]
+        except (InputError, RuntimeError) as caught:
+            error = caught
+        if not common.any_process(self.stop_asked or error is not None):
+            return batches
+        if self.saved < self.done:
+            self.save()
+        if error is not None and not common.is_dead_worker(error):
+            raise error
+        cause = "" if error is None else f"{common.WORKER_DIED}; "
+        raise common.Stopped(cause + self._stopped())
+
+    def _stopped(self):
+        return f"stopped after update {self.done}, {self.folder / 'last.pt'}; --resume=auto goes on"
 
     def add(self, objective, loss, metrics):
         """Add a micro-batch to the sums of the next log line. They stay on the device, so nothing waits for it."""
@@ -106,18 +148,15 @@ class Run:
         """After the optimizer's update `step`: note its health and find out what is due."""
         self.health.watch(step, self.update_loss)
         self.update_loss, self.done = 0.0, step + 1
-        self.stopping = common.any_process(self.stop_asked)
 
         def every(interval):
             return self.done == self.config.max_steps or (interval > 0 and self.done % interval == 0)
 
         self.logging = every(self.config.log_interval)
         self.validating = self.config.eval_interval >= 0 and every(self.config.eval_interval)
-        self.saving = self.validating or every(self.config.save_interval) or self.stopping
-        if self.logging or self.saving:
+        self.saving = self.validating or every(self.config.save_interval)
+        if self.logging:
             self.health.check(self.config, self.batches, self.name_of)
-        if self.saving:
-            health.check_weights(self.model, self.done)
         self.ended = time.perf_counter()
 
     def log(self, **more):
@@ -143,7 +182,7 @@ class Run:
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name.endswith("loss")})
 
     def keep_best(self, metrics, criterion=None):
-        """Log a validation. Where metrics[criterion] is the best so far, save best.pt."""
+        """Log a validation. Where metrics[criterion] is the best so far, save best.pt. Then save last.pt again."""
         self._write_line({"step": self.done, **{f"val_{name}": value for name, value in metrics.items()}})
         if criterion:
             if self.processes.is_main:
@@ -151,9 +190,15 @@ class Run:
             if metrics[criterion] > self.best:
                 self.best = metrics[criterion]
                 self._write_checkpoint("best.pt")
+        self.metrics, self.validating = metrics, False
+        self.save()
 
     def save(self):
-        """Write last.pt with all that a resume needs. Where a stop was asked, leave by raising Stopped."""
+        """Write last.pt with all that a resume needs. A validation comes after it, for a validation may fail.
+
+        Raises InputError, and writes nothing, where an update was broken or the processes' weights differ."""
+        self.health.check(self.config, self.batches, self.name_of)
+        health.check_weights(self.model, self.done)
         sums = {objective: {name: float(v) for name, v in row.items()} for objective, row in self.sums.items()}
         self._write_checkpoint(
             "last.pt",
@@ -162,11 +207,11 @@ class Run:
             parts=gather_objects({"sums": sums, "skipped_images": self.skipped_images}),
             lasting={name: tensor.cpu() for name, tensor in self.lasting.items()},
             skipped_updates=self.health.skipped_updates,
+            validation_due=self.validating,
         )
-        self.clock += time.perf_counter() - self.ended  # validations and saves do not count as training time
-        if self.stopping and self.done < self.config.max_steps:
-            path = self.folder / "last.pt"
-            raise common.Stopped(f"stopped after update {self.done}, {path}; --resume=auto goes on")
+        self.saved, now = self.done, time.perf_counter()
+        self.clock += now - self.ended  # validations and saves do not count as training time
+        self.ended = now
 
     def _write_line(self, row):
         if self.processes.is_main:
@@ -201,8 +246,10 @@ def lock_folder(folder):
     _locks[folder] = file
 
 
-def open_folder(config, start):
+def open_folder(config, start, validating=False):
     """Make the run folder ready for updates from `start` on: a lock, run.json, and a log without lines past `start`.
+
+    validating: the validation of update `start` is to be done again, so its line goes, too.
 
     A new start in the folder of an older run renames that run's files to *.before, for they may be days of work."""
     folder = Path(config.out_dir)
@@ -215,7 +262,7 @@ def open_folder(config, start):
                 os.replace(folder / name, folder / f"{name}.before")
             print(f"{folder}: holds an older run, kept as *.before (--resume=auto would have gone on with it)")
     common.write_json(folder / "run.json", describe_run(config))
-    cut_log(folder / "log.jsonl", start)
+    cut_log(folder / "log.jsonl", start, validating)
 
 
 def describe_run(config):
@@ -250,14 +297,18 @@ def append_log(path, row):
         os.fsync(file.fileno())  # a checkpoint must not outlast its log lines
 
 
-def cut_log(path, step):
-    """Drop the lines past `step` and a last line cut short, so that a resumed run writes each step once."""
+def cut_log(path, step, validating):
+    """Drop the lines past `step` and a last line cut short, so that a resumed run writes each step once.
+
+    validating: drop the line of the validation at `step`, too."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step:
+            row = json.loads(line)
+            is_repeated = validating and row["step"] == step and any(name.startswith("val_") for name in row)
+            if row["step"] <= step and not is_repeated:
                 kept.append(line + "\n")
     with replacing(path) as file:
         file.write("".join(kept).encode())

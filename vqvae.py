@@ -467,8 +467,8 @@ def train(config, processes):
     contents = {"kind": "image_tokenizer", "image_tokenizer_config": dataclasses.asdict(sizes)}
     run = runs.Run(config, processes, model, optimizer, contents, {"counts": counts})
 
-    batches = data.Batches(len(products), config, processes, run.start, lambda step: "reconstruction")
-    loader = iter(data.train_loader(Photos(products, config), batches, config, device))
+    order = data.Batches(len(products), config, processes, run.start, lambda step: "reconstruction")
+    loader = iter(data.train_loader(Photos(products, config), order, config, device))
     if config.compile:
         model.encoder.compile()
         model.decoder.compile()
@@ -476,10 +476,27 @@ def train(config, processes):
     ddp = common.distribute(model, processes)
     n = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in ("encoder", "decoder")}
     report = f"{len(products)} products, {len(held_out) if is_main else 0} images held out; parameters: {n}; {sizes}"
-    run.open(batches, lambda row: products[row].name, [report])
+    run.open(order, lambda row: products[row].name, [report])
 
-    metrics = {}
+    def reconstruct():
+        metrics = validate(model, held_out, device) if is_main else {}
+        run.keep_best(metrics)
+        if is_main:
+            run.bar.write(
+                f"step {run.done}, {len(held_out)} FashionGen-val images: L1 {metrics['l1']:.3f} "
+                f"(mean image {metrics['l1_mean_image']:.3f}, own mean colour {metrics['l1_mean_colour']:.3f}), "
+                f"perplexity {metrics['perplexity']:.0f}, {metrics['codes_used']} of {sizes.n_codes} codes used"
+            )
+            draw_reconstructions(model, held_out, run.folder / "reconstructions.png", device)
+
+    # The earlier run may have ended while it validated.
+    if run.validating:
+        reconstruct()
+
     for step in run.steps():
+        # The batches of this update. A run that was asked to stop, or lost a loader worker, saves and ends here.
+        batches = run.next_batches(loader)
+
         # Every process draws as rank 0 does, for codes must be seeded anew alike everywhere.
         common.set_lr(optimizer, step, config.warmup, config.milestones)
         common.seed_step(config.seed, step, 0)
@@ -487,8 +504,7 @@ def train(config, processes):
         optimizer.zero_grad()
 
         latents, chosen = [], []  # of the micro-batches
-        for micro in range(config.grad_accum):
-            batch = next(loader)
+        for micro, batch in enumerate(batches):
             run.skipped_images += int(batch["skipped"].sum())
             images = data.to_device(batch, device)["image"]  # (B, 3, S, S)
 
@@ -508,24 +524,17 @@ def train(config, processes):
         run.scaler.update()
         counts += model.update_codebook(torch.cat(latents), torch.cat(chosen), config.reseed_after)
 
-        # What is due after this update: a log line, a validation, a checkpoint, or a stop that was asked for.
+        # What is due after this update: a log line, a checkpoint, a validation.
         run.end_update(step)
         if run.logging:
             perplexity, codes_used = usage(counts)
             run.log(perplexity=perplexity, codes_used=codes_used)
             counts.zero_()
-        if run.validating and is_main:
-            metrics = validate(model, held_out, device)
-            run.keep_best(metrics)
-            run.bar.write(
-                f"step {run.done}, {len(held_out)} FashionGen-val images: L1 {metrics['l1']:.3f} "
-                f"(mean image {metrics['l1_mean_image']:.3f}, own mean colour {metrics['l1_mean_colour']:.3f}), "
-                f"perplexity {metrics['perplexity']:.0f}, {metrics['codes_used']} of {sizes.n_codes} codes used"
-            )
-            draw_reconstructions(model, held_out, run.folder / "reconstructions.png", device)
         if run.saving:
             run.save()
-    return model, metrics
+        if run.validating:
+            reconstruct()
+    return model, run.metrics
 
 
 def main():

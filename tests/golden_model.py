@@ -12,6 +12,7 @@ sys.path.insert(0, str(HERE))
 import inputs  # noqa: E402
 from fill import fill  # noqa: E402
 
+import data  # noqa: E402
 import formats  # noqa: E402
 import vqvae  # noqa: E402
 from model import PRETRAINING_HEADS, CSANet, FashionViL, ModelConfig  # noqa: E402
@@ -68,6 +69,8 @@ def golden_batch(seed=SEED, n=B, vocab=VOCAB):
     text_drop, patch_drop = (torch.zeros(n, size, dtype=torch.bool) for size in (inputs.L, inputs.PATCHES))
     text_at, patch_at = inputs.icc_draws(seed)
     text_drop[:, text_at], patch_drop[:, patch_at] = True, True
+    labels = mlm["lm_label_ids"].masked_fill(mlm["lm_label_ids"] == -1, -100)
+    patch_mask = inputs.image_masks(n, seed).bool()
     return {
         "image": inputs.images(n, seed, 0),
         "image2": inputs.images(n, seed, 1),
@@ -76,8 +79,10 @@ def golden_batch(seed=SEED, n=B, vocab=VOCAB):
         "product_id": torch.arange(n),
         "itm_draws": inputs.itm_draws(n, seed),
         "masked_ids": mlm["input_ids_masked"],
-        "mlm_labels": mlm["lm_label_ids"].masked_fill(mlm["lm_label_ids"] == -1, -100),
-        "patch_mask": inputs.image_masks(n, seed).bool(),
+        "mlm_labels": labels,
+        "mlm_targets": data.places(labels != data.NO_LABEL),
+        "patch_mask": patch_mask,
+        "mpfc_targets": data.places(patch_mask),
         "text_drop": text_drop,
         "patch_drop": patch_drop,
         "attributes": inputs.attribute_labels(n, seed),

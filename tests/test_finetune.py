@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -228,3 +230,22 @@ def test_batch_size_and_processes_change_no_embedding(catalogue, tmp_path, free_
         for key, value in evaluate.full_gallery(*other).metrics.items():
             queries = len(expected[0]) if key.startswith("i2t") else len(expected[1])
             assert abs(value - metrics[key]) <= 1.001 / queries, (name, key)
+
+
+def test_wandb_gets_the_settings_the_training_lines_and_the_validations(catalogue, tmp_path, monkeypatch):
+    rows, opened = {}, []
+
+    class Stand:  # in the place of the package
+        def log(self, row, step):
+            rows.setdefault(step, {}).update(row)
+
+    def init(**given):
+        opened.append(given)
+        return Stand()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    config = small("fashioniq", catalogue, tmp_path, max_steps=3, log_interval=1, eval_interval=3, wandb="fashion")
+    finetune.train(config, ONE)
+    assert [(given["project"], given["config"]["task"]) for given in opened] == [("fashion", "fashioniq")]
+    assert sorted(rows) == [1, 2, 3] and all(row["loss"] > 0 and row["tgir_acc"] >= 0 for row in rows.values())
+    assert 0 < rows[3]["val_mean_recall"] <= 1 and "val_mean_recall" not in rows[1]

@@ -2,16 +2,22 @@
 
 import dataclasses
 import errno
+import multiprocessing
 import os
+import re
+import shutil
 import signal
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from soak import read_log, same_runs
+from soak import ROOT, read_log, same_runs
 from test_pretrain import small
 
 import checkpoint
@@ -59,6 +65,107 @@ def test_a_signal_saves_and_leaves_and_the_resumed_run_is_the_whole_one(catalogu
     assert torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["step"] == 4
     pretrain.train(config, ONE)
     same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def terminate_all():
+    """As SLURM and systemd do: SIGTERM to the main process and to its loader workers at once."""
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def kill_a_worker():
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    time.sleep(0.5)  # the error must wait for the end of this update
+
+
+@pytest.mark.parametrize(
+    "end, says",
+    [
+        (terminate_all, "^stopped after update 4, .*; --resume=auto goes on"),
+        (kill_a_worker, "a data loader worker was killed, .*fewer --workers; stopped after update 4, .*=auto goes on"),
+    ],
+)
+def test_a_run_whose_workers_get_a_signal_saves_and_resumes(catalogue, tmp_path, at_update, end, says):
+    pretrain.train(itc(catalogue, tmp_path / "whole", max_steps=20), ONE)
+    at_update(4, lambda loss: end() or loss)
+    config = itc(catalogue, tmp_path / "parts", max_steps=20, resume="auto", workers=1)
+    with pytest.raises(common.Stopped, match=says):
+        pretrain.train(config, ONE)
+    assert not multiprocessing.active_children()
+    pretrain.train(config, ONE)
+    same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_worker_killed_in_an_evaluation_ends_in_one_line(capsys):
+    def evaluate():
+        raise RuntimeError("DataLoader worker (pid(s) 1234) exited unexpectedly")
+
+    with pytest.raises(SystemExit) as left:
+        common.run(evaluate)
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and said.startswith("error: a data loader worker was killed") and said.count("\n") == 1
+
+
+def test_a_run_that_fails_in_its_validation_has_saved_and_resumes_with_that_validation(
+    catalogue, tmp_path, monkeypatch
+):
+    pretrain.train(itc(catalogue, tmp_path / "whole"), ONE)
+    config = itc(catalogue, tmp_path / "parts", resume="auto")
+    measure = pretrain.evaluate.retrieval_metrics
+    for due, kept in ((3, 0), (6, 1), (8, 2)):  # each of the run's validations fails once
+
+        def fail(model, *args, kept=kept):
+            if len([row for row in read_log(tmp_path / "parts") if "val_mean_recall" in row]) == kept:
+                raise InputError("9.jpg: image cannot be read")
+            return measure(model, *args)
+
+        with monkeypatch.context() as patch, pytest.raises(InputError, match=r"9\.jpg: image cannot be read"):
+            patch.setattr(pretrain.evaluate, "retrieval_metrics", fail)
+            pretrain.train(config, ONE)
+        state = torch.load(tmp_path / "parts" / "last.pt", weights_only=True)
+        assert state["step"] == due and state["validation_due"]
+    pretrain.train(config, ONE)
+    same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_broken_photo_in_the_middle_of_training_ends_the_run_after_a_save(catalogue, tmp_path, monkeypatch):
+    opened, original = [], pretrain.data.open_image
+
+    def open_image(path):
+        opened.append(path)
+        if len(opened) > 3 * 16 + 2:  # in the fourth update of 16 photos
+            raise InputError(f"{path}: image cannot be read")
+        return original(path)
+
+    monkeypatch.setattr(pretrain.data, "open_image", open_image)
+    config = itc(catalogue, tmp_path, eval_interval=-1)
+    with pytest.raises(InputError, match="image cannot be read"):
+        pretrain.train(config, ONE)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 3
+
+
+def test_a_signal_in_a_validation_ends_the_run_at_once_and_the_resume_validates(catalogue, tmp_path, monkeypatch):
+    pretrain.train(itc(catalogue, tmp_path / "whole"), ONE)
+    config, measure = itc(catalogue, tmp_path / "parts", resume="auto"), pretrain.evaluate.retrieval_metrics
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(common.Stopped, match="stopped after update 3, "):
+        patch.setattr(pretrain.evaluate, "retrieval_metrics", interrupted)
+        pretrain.train(config, ONE)
+    assert not [row for row in read_log(tmp_path / "parts") if "val_mean_recall" in row]
+    pretrain.train(config, ONE)
+    same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_float32_run_goes_on_as_float16(catalogue, tmp_path):
+    pretrain.train(itc(catalogue, tmp_path, max_steps=3), ONE)
+    pretrain.train(itc(catalogue, tmp_path, max_steps=4, dtype="float16", resume="auto"), ONE)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert state["step"] == 4 and state["scaler"]["scale"] > 0
 
 
 def test_a_stopped_process_has_its_own_exit_code(capsys):
@@ -259,3 +366,53 @@ def test_fine_tuning_stops_for_signals_and_broken_numbers_too(catalogue, tmp_pat
         with pytest.raises(error, match=says):
             finetune.train(config, ONE)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
+
+
+def test_a_resume_in_another_folder_brings_the_best_model_along(catalogue, tmp_path):
+    from test_finetune import small
+
+    config = small("fashioniq", catalogue, tmp_path / "first")
+    results = finetune.train(config, ONE)
+    moved = dataclasses.replace(config, out_dir=str(tmp_path / "second"), resume=str(tmp_path / "first" / "last.pt"))
+    again = finetune.train(moved, ONE)  # nothing is left to train
+    assert {name: r.metrics for name, r in again.items()} == {name: r.metrics for name, r in results.items()}
+    assert (tmp_path / "second" / "best.pt").read_bytes() == (tmp_path / "first" / "best.pt").read_bytes()
+
+    # Without the best model the last one is validated, and becomes the best.
+    (tmp_path / "first" / "best.pt").unlink()
+    finetune.train(dataclasses.replace(moved, out_dir=str(tmp_path / "third")), ONE)
+    best, last = (torch.load(tmp_path / "third" / f"{name}.pt", weights_only=True) for name in ("best", "last"))
+    assert all(torch.equal(best["model"][name], value) for name, value in last["model"].items())
+    assert best["best"] == last["best"] > -1
+
+
+def test_one_process_that_fails_ends_all_and_its_line_is_the_last(catalogue, tmp_path, free_port):
+    shutil.copytree(catalogue, tmp_path / "data")
+    broken = sorted((tmp_path / "data" / "FashionGen" / "val").iterdir())[0]
+    broken.write_bytes(b"no photo")  # one of the two processes opens it, in the validation
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port}"]
+    words += ["pretrain.py", "configs/demo.py", f"--data_root={tmp_path / 'data'}", f"--out_dir={tmp_path / 'run'}"]
+    words += ["--objectives=itc:1.0", "--max_steps=2", "--size=tiny", "--width=8", "--batch_size=8", "--workers=0"]
+    with open(tmp_path / "output.txt", "w") as file:
+        process = subprocess.run(words, cwd=ROOT, stdout=file, stderr=file, timeout=100)
+    assert process.returncode == 1  # torchrun's own
+    for _ in range(50):  # our last line follows torchrun's report
+        *_, last = (tmp_path / "output.txt").read_text().splitlines()
+        if last.startswith("error: "):
+            break
+        time.sleep(0.1)
+    assert re.fullmatch(rf"error: FashionGen \d+: {broken}: image cannot be read: .*--missing=skip", last)
+    assert (tmp_path / "output.txt").read_text().count("Traceback") == 1  # torchrun's own, none of the other process
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 2
+
+
+def test_processes_that_cannot_connect_get_one_line(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("[enforce fail] connect [127.0.1.1]:29500: Connection refused\nmore")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(None, 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    with pytest.raises(InputError, match=r"cannot connect: .*127\.0\.1\.1.*refused; set GLOO_SOCKET_IFNAME") as error:
+        common.start_processes("cpu")
+    assert "\n" not in str(error.value)

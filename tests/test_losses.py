@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from test_model import tiny
 from torch.nn.parallel import DistributedDataParallel
 
+import data
 import losses
 from losses import OBJECTIVES
 
@@ -28,7 +29,7 @@ def random_batch(n=8, seed=1, size=64, vocab=50):
     target = torch.arange(n) % 2
     attributes = torch.zeros(n, 12).scatter(1, torch.randint(12, (n, 1), generator=g), 1.0)
     attributes[3] = 0
-    return {
+    batch = {
         "image": torch.randn(n, 3, size, size, generator=g),
         "image2": torch.randn(n, 3, size, size, generator=g),
         "input_ids": ids * mask,
@@ -46,6 +47,13 @@ def random_batch(n=8, seed=1, size=64, vocab=50):
         "attributes": attributes,
         "label": torch.arange(n) % 5,
     }
+    return with_targets(batch)
+
+
+def with_targets(batch):
+    """The batch with the places of its targets, as data.collate adds them."""
+    mlm, mpfc = data.places(batch["mlm_labels"] != data.NO_LABEL), data.places(batch["patch_mask"])
+    return {**batch, "mlm_targets": mlm, "mpfc_targets": mpfc}
 
 
 def test_info_nce_by_hand():
@@ -95,7 +103,7 @@ def test_mining_keeps_pairs_without_a_negative_and_restores_training_mode():
 def test_pac_leaves_out_products_without_attributes():
     model, batch = tiny(), random_batch()
     loss, _ = losses.pac(model, batch)
-    without = {k: torch.cat([v[:3], v[4:]]) for k, v in batch.items()}
+    without = with_targets({k: torch.cat([v[:3], v[4:]]) for k, v in batch.items()})
     assert float(loss) == pytest.approx(float(losses.pac(model, without)[0]), rel=1e-5)
     unknown = {**batch, "attributes": torch.zeros(8, 12)}
     assert float(losses.pac(model, unknown)[0]) == 0.0
@@ -103,10 +111,10 @@ def test_pac_leaves_out_products_without_attributes():
 
 def test_nothing_asked_is_an_error():
     model, batch = tiny(), random_batch()
-    with pytest.raises(ValueError, match="no token"):
-        losses.mlm(model, {**batch, "mlm_labels": torch.full((8, 9), -100)})
-    with pytest.raises(ValueError, match="0 masked"):
-        losses.mpfc(model, {**batch, "patch_mask": torch.zeros(8, 4, dtype=torch.bool)})
+    nothing = {"mlm_labels": torch.full((8, 9), -100), "patch_mask": torch.zeros(8, 4, dtype=torch.bool)}
+    for objective in (losses.mlm, losses.mpfc):
+        with pytest.raises(ValueError, match=f"{objective.__name__}: no token or patch of the batch is a target"):
+            objective(model, with_targets({**batch, **nothing}))
     with pytest.raises(ValueError, match=r"\(8, 9\)"):
         losses.mpfc(model, {**batch, "image_codes": torch.zeros(8, 9, dtype=torch.long)})
 
@@ -155,7 +163,7 @@ def five_steps(rank, world_size):
             n = 8 // world_size
             # negatives are given, and lie on the process's own side
             batch["itm_text"] = torch.where(batch["itm_target"].bool(), torch.arange(8), torch.arange(8) ^ 1)
-            batch = {k: v[rank * n : (rank + 1) * n] for k, v in batch.items()}
+            batch = with_targets({k: v[rank * n : (rank + 1) * n] for k, v in batch.items()})
             batch["itm_text"] = batch["itm_text"] - rank * n
             optimizer.zero_grad()
             loss, _ = ddp(batch, objective)
@@ -187,3 +195,24 @@ def test_two_processes_train_as_one(tmp_path, free_port):
         assert moved > 1e-4, name
         for key, weight in weights.items():
             assert (two[name][1][key] - weight).abs().max() < 1e-5, (name, key)
+
+
+def test_mining_under_autocast_leaves_the_gradients_of_itm_as_they_are():
+    """Autocast keeps copies of weights. Those made in mining have no gradient, and older torch used them again."""
+    batch, gradients = random_batch(), []
+    for objective in (losses.itm, given_pairs_of_mining):
+        model = tiny(dropout=0.0).train()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = objective(model, batch)[0]
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 50
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+
+
+def given_pairs_of_mining(model, batch):
+    """ITM whose pairs were mined outside of this autocast."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        features = model.patches(batch["image"])
+        pairs = losses.mine_negatives(model, features, batch)
+    return losses.match(model, features, batch, *pairs)
