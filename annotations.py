@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from settings import InputError, not_the_file
+from files import not_the_file
+from settings import InputError
 
 MAX_LABEL = 1_000_000  # every label id is below it; a head has one row for every id up to the largest
 RECOGNITION_LABELS = {"fashiongen_category": "category", "fashiongen_subcategory": "subcategory"}  # task: label

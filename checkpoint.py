@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 from common import replacing
+from files import not_the_file
 from formats import DECODER, FORMAT, MODELS, WORDS, cause_of, read_file, read_weights, reading, shown
 from model import HEADS, RESNETS, SIZES, CSANet, FashionViL, ModelConfig
-from settings import InputError, not_the_file
+from settings import InputError
 
 
 def save(path, state):

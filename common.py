@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import json
 import os
 import platform
 import subprocess
@@ -10,7 +9,6 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from files import replacing, write_json, writing  # noqa: F401
 from settings import DEVICES, InputError
 
 EXIT_STOPPED = 75  # exit code of a run that was stopped and has saved: "try again" in sysexits.h
@@ -316,45 +315,3 @@ def set_lr(optimizer, n, warmup, milestones):
     """Set the learning rate of every group for the update that follows `n` finished ones."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * lr_multiplier(n, warmup, milestones)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# files
-
-
-@contextlib.contextmanager
-def writing(path):
-    """Turn what the disk refuses while `path` is written into one line, an InputError."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        while not isinstance(error, OSError) and error.__context__:  # torch's writer hides what the disk said
-            error = error.__context__
-        cause = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0][:300] or type(error).__name__
-        raise InputError(f"{path}: cannot be saved: {cause}; what was there before is unharmed") from None
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A binary file that is written aside in the same folder, flushed to disk, and only then gets its name `path`.
-
-    Raises InputError on a full disk, a missing folder or permission. The last whole file stays, no half one."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with writing(path):
-            with open(aside, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise
-
-
-def write_json(path, value):
-    """Write `value` as JSON. A reader never sees half a file."""
-    with replacing(path) as file:
-        file.write((json.dumps(value, indent=1) + "\n").encode())

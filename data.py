@@ -3,181 +3,25 @@
 Images leave the loader as uint8, and `to_device` normalises them. Every random choice of a sample follows from (seed,
 epoch, index), and every batch from (seed, step). So neither the number of processes nor a restart changes them."""
 
-import concurrent.futures
-import contextlib
-import functools
 import math
 import os
 import signal
-import warnings
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 import torch
-from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 import annotations
+from images import *  # noqa
+from images import image_transform, leave_out, leave_out_of_products, normalize, open_image, stack_images
 from settings import STRIDE, InputError
 
-MEAN = (0.46777044, 0.44531429, 0.40661017)  # of fashion photos (not ImageNet's), for model and image tokenizer
-STD = (0.12221994, 0.12145835, 0.14380469)
-RESIZED, CROPPED = 256, 224  # sides in pixels before and after a crop; other image sizes keep this ratio
 MAX_TOKENS, FASHIONIQ_MAX_TOKENS = 75, 50  # [CLS] and [SEP] included
 NO_LABEL = -100  # at tokens that have no label; torch's cross_entropy leaves them out
-MAX_PIXELS = 64_000_000  # of an image file; a larger one is no product photo and needs a gigabyte of memory
-MISSING = "an image file that is missing or broken: stop (end with its name) or skip (leave it out and count it)"
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # texts are tokenized before loaders fork; this stops a warning
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is lower than Pillow's limit
-
-# ---- images ----------------------------------------------------------------------------------------------------------
-
-
-def open_image(path):
-    """An image file as RGB, turned as its EXIF data say. Transparent parts become white.
-
-    An animation gives its first frame, and 16 bits become 8.
-    Raises InputError with the file's name where it is missing, broken, cut short or larger than MAX_PIXELS."""
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,}")
-            turn_upright(image)
-            # The colour below a transparent pixel is no part of the photo.
-            if image.has_transparency_data and not image.mode.startswith("I"):
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            if image.mode.startswith("I"):  # 16-bit grey: `convert` would clip the values
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")
-    except Exception as error:  # Pillow's readers raise nearly anything on broken files
-        cause = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
-        cure = "replace the file, or leave it out by --missing=skip"
-        raise InputError(f"{path}: image cannot be read: {cause}; {cure}") from None
-
-
-def turn_upright(image):
-    """Turn a Pillow image in place, as its EXIF or XMP orientation says. Metadata that cannot be read is ignored."""
-    image.load()
-    # a JPEG's info says whether it has a rotation; to look for one in every JPEG takes a sixth of its loading
-    if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():
-        return
-    with contextlib.suppress(Exception):  # Pillow's reader of metadata raises nearly anything
-        image.getexif()  # Pillow keeps what it has read
-        for key in ("exif", "Raw profile type exif"):  # without them it does not write the metadata anew
-            image.info.pop(key, None)
-        ImageOps.exif_transpose(image, in_place=True)
-
-
-def leave_out(paths, config, what):
-    """The set of image files `paths` that a validation or an evaluation must do without; usually empty.
-
-    config.missing "stop": raises InputError where a file is missing or empty, and says how many of `what` are.
-    "skip": opens every file, in config.workers threads, and prints how many cannot be read."""
-    paths = list(dict.fromkeys(map(str, paths)))
-    if config.missing == "stop":
-        gone = [path for path in paths if not os.path.exists(path) or not os.path.getsize(path)]
-        if gone:
-            cure = "fetch them, or set --missing=skip to leave them out"
-            raise InputError(f"{gone[0]}: image is missing; {len(gone)} of {len(paths)} images of {what} are; {cure}")
-        return set()
-    with concurrent.futures.ThreadPoolExecutor(max(1, config.workers)) as pool:  # Pillow decodes without Python's lock
-        broken = {path for path, fine in zip(paths, pool.map(is_readable, paths), strict=True) if not fine}
-    if broken:
-        print(f"{what}: {len(broken)} of {len(paths)} images cannot be read and are left out, as {min(broken)}")
-    return broken
-
-
-@functools.cache  # a validation asks for the same files as the one before
-def is_readable(path):
-    """Whether `open_image` can open the file."""
-    with contextlib.suppress(InputError):
-        open_image(path)
-        return True
-    return False
-
-
-def leave_out_of_products(products, config, what):
-    """The products without the images that `leave_out` finds, and without products that lose all of theirs."""
-    broken = leave_out([path for product in products for path in product.images], config, what)
-    if not broken:
-        return products
-    kept = [replace(p, images=[path for path in p.images if str(path) not in broken]) for p in products]
-    return [product for product in kept if product.images]
-
-
-def image_transform(kind, size, train):
-    """A function (PIL image, np.random.Generator) -> uint8 array (size, size, 3). Source: docs/recipe.md "Images".
-
-    kind: "crop" is `resize_then_crop` (pre-training, FashionGen), "scale" `crop_then_resize` (FashionIQ, OCIR).
-    In training the crop is random and half of the images are flipped; else no generator is needed."""
-    fit = {"crop": resize_then_crop, "scale": crop_then_resize}[kind]
-    return functools.partial(_transform, fit, size, train)
-
-
-def _transform(fit, size, train, image, rng=None):
-    image = fit(image, size, rng if train else None)
-    if train and rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(image)
-
-
-def resize_then_crop(image, size, rng):
-    """A PIL image resized to RESIZED / CROPPED of `size`; of that a part of size x size, the centre where rng is None.
-
-    One call of Pillow does both. Its pixels are those of two calls at size 224, and nearly those at other sizes."""
-    large = round(size * RESIZED / CROPPED)
-    centre = round((large - size) / 2)
-    left, top = (centre, centre) if rng is None else rng.integers(large - size + 1, size=2).tolist()
-    x, y = image.width / large, image.height / large
-    box = (left * x, top * y, (left + size) * x, (top + size) * y)
-    return image.resize((size, size), Image.Resampling.BILINEAR, box)
-
-
-def crop_then_resize(image, size, rng):
-    """A random part of a PIL image, or without rng the whole image, resized to size x size."""
-    if rng is None:
-        return image.resize((size, size), Image.Resampling.BILINEAR)
-    # torchvision uses torch's generator, so give the caller its state back after it
-    with torch.random.fork_rng(devices=[]):
-        # seed the CPU's generator alone: torch.manual_seed also queues a call for GPUs, which a worker never starts
-        torch.default_generator.manual_seed(int(rng.integers(2**63)))
-        return v2.RandomResizedCrop(size, scale=(0.8, 1.0), ratio=(0.75, 1.3))(image)
-
-
-def stack_images(arrays):
-    """uint8 arrays (H, W, 3) -> tensor (B, 3, H, W) with channels last in memory, where convolutions are fast."""
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-
-
-@functools.cache  # to copy them to a GPU for every batch would make the host wait for it
-def mean_and_std(device):
-    """MEAN and STD in units of uint8, float32 (3, 1, 1) each, on the device."""
-    return [torch.tensor(x, device=device).view(3, 1, 1) * 255 for x in (MEAN, STD)]
-
-
-def normalize(images):
-    """uint8 (B, 3, H, W) on any device -> float32 of the same shape, in units of STD around MEAN."""
-    mean, std = mean_and_std(images.device)
-    return (images.float() - mean) / std
-
-
-def load_images(paths, size):
-    """Image files -> normalised float32 (B, 3, size, size), fitted as in the validation of pre-training."""
-    transform = image_transform("crop", size, train=False)
-    return normalize(stack_images([transform(open_image(path)) for path in paths]))
-
-
-def to_device(batch, device):
-    """A new dict: the batch's tensors on the device, images (the uint8 ones) normalised to float32."""
-    batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-    return {key: normalize(v) if v.dtype == torch.uint8 and v.ndim == 4 else v for key, v in batch.items()}
-
 
 # ---- text ------------------------------------------------------------------------------------------------------------
 
@@ -426,6 +270,12 @@ def collate(samples):
     if "patch_mask" in batch:
         batch["mpfc_targets"] = places(batch["patch_mask"])
     return {key: value.float() if value.dtype == torch.float64 else value for key, value in batch.items()}
+
+
+def to_device(batch, device):
+    """A new dict: the batch's tensors on the device, images (the uint8 ones) normalised to float32."""
+    batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    return {key: normalize(v) if v.dtype == torch.uint8 and v.ndim == 4 else v for key, v in batch.items()}
 
 
 class Update(NamedTuple):  # the samples of one update, over all processes and micro-batches

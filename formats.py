@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from settings import InputError, not_the_file
+from files import not_the_file
+from settings import InputError
 
 FORMAT = 1
 MODELS = ("fashionvil", "csa_net")

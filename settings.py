@@ -24,20 +24,6 @@ class InputError(ValueError):
     """Something that the user gave is wrong: a file, a setting, the disk. Its text is the one line that they see."""
 
 
-def not_the_file(path):
-    """What a file is that a download left in the place of another, as a text for a message; "" for other files."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512).lstrip(b"\xef\xbb\xbf \r\n\t").lower()
-    except OSError:
-        return ""
-    if head.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer, not the file itself; run `git lfs pull` where it came from"
-    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
-        return "a web page, not the file itself; download it again, perhaps by hand in a browser"
-    return ""
-
-
 def setting(default, meaning, limits=None, choices=None, group=None):
     """A dataclass field with what `--help` prints of it and what `check_limits` allows.
 

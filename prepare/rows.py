@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # annotations.py and settings.py stand one folder up
 
 from annotations import check_printable  # noqa: E402
-from settings import InputError, not_the_file  # noqa: E402
+from files import not_the_file  # noqa: E402
+from settings import InputError  # noqa: E402
 
 COLUMNS = ("id", "images", "title", "description", "category", "subcategory")  # settings that name a column
 FIELD = r"\{([^{}]+)\}"  # a column in a template of --images

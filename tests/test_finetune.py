@@ -180,10 +180,9 @@ def test_a_checkpoint_of_another_task_is_refused(catalogue, tmp_path):
 
 
 def test_readme_snippet(catalogue, tmp_path):
-    """The eight lines of the README, on a checkpoint and photos that are there."""
+    """The README's program, on a checkpoint and photos that are there."""
     finetune.train(small("fashiongen_retrieval", catalogue, tmp_path, max_steps=1), ONE)
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    assert len(code.split("\n")) - code.count("\n\n") - 1 == 8  # less the blank line and the end
     photos = sorted((catalogue / "FashionGen" / "val").iterdir())[:2]
     paths = {"runs/demo/best.pt": tmp_path / "best.pt", "a.jpg": photos[0], "b.jpg": photos[1]}
     for name, path in paths.items():

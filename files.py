@@ -1,0 +1,60 @@
+"""Files are written whole or not at all, and a download that brought something else is recognised."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from settings import InputError
+
+
+def not_the_file(path):
+    """What a file is that a download left in the place of another, as a text for a message; "" for other files."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512).lstrip(b"\xef\xbb\xbf \r\n\t").lower()
+    except OSError:
+        return ""
+    if head.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file itself; run `git lfs pull` where it came from"
+    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
+        return "a web page, not the file itself; download it again, perhaps by hand in a browser"
+    return ""
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turn what the disk refuses while `path` is written into one line, an InputError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        while not isinstance(error, OSError) and error.__context__:  # torch's writer hides what the disk said
+            error = error.__context__
+        cause = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0][:300] or type(error).__name__
+        raise InputError(f"{path}: cannot be saved: {cause}; what was there before is unharmed") from None
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file that is written aside in the same folder, flushed to disk, and only then gets its name `path`.
+
+    Raises InputError on a full disk, a missing folder or permission. The last whole file stays, no half one."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with writing(path):
+            with open(aside, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def write_json(path, value):
+    """Write `value` as JSON. A reader never sees half a file."""
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
