@@ -1,11 +1,7 @@
 """Weights in files: ours, the authors' released ones, BERT and ResNet. Reading a file never runs code from it.
 
-Writing: `save`. Reading, by what you need:
-  load_model               a model that is ready to use
-  initialise               the first weights of a model that you have just built
-  find_resume, restore     a stopped training run that goes on
-  read_weights             the tensors alone, and what the file says about itself
-Beside them: `bert_sizes` and `vocabulary` tell which model and which tokenizer belong to the settings.
+`save` writes a checkpoint. Four functions read one: `load_model` gives a model to use, `initialise` fills a new model,
+`find_resume` (with `restore`) goes on with a stopped run, and `read_weights` gives the tensors alone.
 
 Our checkpoint is a dict: {"format": 1, "kind": one of KINDS, "task", "model": state dict, "model_config", "config",
 "vocab": text of vocab.txt, "step"}, and for a resume also "optimizer", "scaler" and the stage's own entries."""
@@ -25,7 +21,7 @@ from settings import InputError
 
 
 def save(path, state):
-    """Write our checkpoint `state` (without "format"): to a temporary file first, which then gets the name `path`.
+    """Write our checkpoint `state` (without "format") under a temporary name, and then give it the name `path`.
 
     Raises InputError on a full disk, a missing folder or permission; an older file at `path` is then unharmed."""
     with replacing(path) as file:
@@ -46,10 +42,10 @@ def load_model(path, device="cpu", needs=()):
     with reading(path, "no model has these sizes"), torch.device("meta"):
         model = _build(state, info)
     _check_names(path, model.state_dict(), state)
-    offers = model.config.heads if isinstance(model, FashionViL) else ("csa_net",)
     words = (info["vocab"] or "").rstrip("\n").count("\n") + 1
     if words > model.config.vocab_size:
         raise InputError(f"{path}: a vocabulary of {words} words, but {model.config.vocab_size} word embeddings")
+    offers = model.config.heads if isinstance(model, FashionViL) else ("csa_net",)
     if not set(needs) <= set(offers):
         has = f"{info['task'] or info['layout']} (it has {', '.join(offers) or 'no heads'})"
         raise InputError(f"{path}: a checkpoint of {has}, expected one trained for a task with {', '.join(needs)}")
@@ -62,16 +58,15 @@ def load_model(path, device="cpu", needs=()):
 
 def _build(state, info):
     """The model that the tensors of a checkpoint belong to, with random weights."""
-    sizes = read_sizes(state, info["kind"])
+    sizes, saved = read_sizes(state, info["kind"]), info["model_config"]
     if info["kind"] == "csa_net":
         hidden, categories = state["fusion_module.weight_classifier.0.weight"].shape
         n_masks, dim = state["fusion_module.masks.weight"].shape
         return CSANet(ModelConfig(**sizes), categories // 2, dim, n_masks, hidden)
-    saved = info["model_config"]
     if "num_attention_heads" not in saved:
         if sizes["hidden_size"] % 64:  # the width of BERT's attention heads
             raise ValueError(f"nothing says the number of attention heads of {sizes['hidden_size']} units")
-        saved = {**saved, "num_attention_heads": sizes["hidden_size"] // 64}
+        sizes["num_attention_heads"] = sizes["hidden_size"] // 64
     for key in ("num_attention_heads", "dropout", "pac_scale"):  # no tensor tells these three
         if key in saved:
             if type(saved[key]) is not type(getattr(ModelConfig, key)) or saved[key] < 0:
@@ -80,35 +75,38 @@ def _build(state, info):
     return FashionViL(ModelConfig(**sizes))
 
 
+SIZE_OF = {  # field of ModelConfig: the tensor that tells it, and along which axis
+    "width": ("image_encoder.conv1.weight", 0),
+    "vocab_size": (WORDS, 0),
+    "hidden_size": (WORDS, 1),
+    "intermediate_size": ("bert.encoder.layer.0.intermediate.dense.weight", 0),
+    "max_position_embeddings": ("bert.embeddings.position_embeddings.weight", 0),
+    "type_vocab_size": ("bert.embeddings.token_type_embeddings.weight", 0),
+    "n_codes": ("heads.mpfc.decoder.weight", 0),
+    "n_attributes": ("heads.pac.projection", 1),
+    "n_classes": ("heads.recognition.decoder.weight", 0),
+}
+
+
 def read_sizes(state, kind):
     """{field of ModelConfig: size} from the tensors of kind "fashionvil", "csa_net", "bert" or "resnet".
 
     No tensor tells the number of attention heads. Raises KeyError with the name of a tensor that is missing."""
-    sizes = {}
-    if kind != "bert":
+    sizes, body = {}, {"fashionvil": ("image_encoder.", "bert."), "bert": ("bert.",)}.get(kind, ("image_encoder.",))
+    if "image_encoder." in body:
         stages = [f"image_encoder.layer{n}." for n in (1, 2, 3, 4)]
         blocks = tuple(len({name.split(".")[2] for name in state if name.startswith(stage)}) for stage in stages)
         bottleneck = "image_encoder.layer1.0.conv3.weight" in state
         names = [name for name, resnet in RESNETS.items() if resnet == (blocks, bottleneck)]
         sizes["resnet"] = names[0] if names else f"{blocks} blocks a stage"
-        sizes["width"] = state["image_encoder.conv1.weight"].shape[0]
-    if kind in ("bert", "fashionvil"):
-        sizes["vocab_size"], sizes["hidden_size"] = state[WORDS].shape
+    if "bert." in body:
         sizes["num_hidden_layers"] = len({n.split(".")[3] for n in state if n.startswith("bert.encoder.layer.")})
-        sizes["intermediate_size"] = state["bert.encoder.layer.0.intermediate.dense.weight"].shape[0]
-        sizes["max_position_embeddings"] = state["bert.embeddings.position_embeddings.weight"].shape[0]
-        sizes["type_vocab_size"] = state["bert.embeddings.token_type_embeddings.weight"].shape[0]
+    for field, (name, axis) in SIZE_OF.items():
+        if name in state or name.startswith(body):
+            sizes[field] = state[name].shape[axis]
     if kind == "fashionvil":
         found = {name.split(".")[1] for name in state if name.startswith("heads.")}
-        if "logit_scale" in state:
-            found.add("contrastive")
-        sizes["heads"] = tuple(head for head in HEADS if head in found)
-        if "mpfc" in found:
-            sizes["n_codes"] = state["heads.mpfc.decoder.weight"].shape[0]
-        if "pac" in found:
-            sizes["n_attributes"] = state["heads.pac.projection"].shape[1]
-        if "recognition" in found:
-            sizes["n_classes"] = state["heads.recognition.decoder.weight"].shape[0]
+        sizes["heads"] = tuple(h for h in HEADS if h in found or (h == "contrastive" and "logit_scale" in state))
     return sizes
 
 
@@ -132,17 +130,9 @@ def _check_names(path, own, found):
 # ---------------------------------------------------------------------------------------------------------------------
 # the first weights of a new model
 
-RESNET_URL = "https://download.pytorch.org/models/"
-RESNET_FILES = {  # torchvision's ImageNet V1; the name holds the beginning of the file's SHA-256
-    "resnet18": "resnet18-f37072fd.pth",
-    "resnet34": "resnet34-b627a593.pth",
-    "resnet50": "resnet50-0676ba61.pth",
-}
-BERT_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-
 
 def initialise(model, init, bert="", resnet=""):
-    """Fill a FashionViL or CSANet that you have just built; returns lines that say what was loaded, new or left over.
+    """Fill a model that you have just built; returns lines that say what was loaded, what is new and what is left over.
 
     init: "random"; "pretrained" (ResNet from torch.hub or the file `resnet`, "random" for none; BERT from the folder
     or hub name `bert`); or a checkpoint, ours or released: image encoder, Transformer, and heads of equal shapes. A
@@ -151,12 +141,11 @@ def initialise(model, init, bert="", resnet=""):
     if init == "random":
         return ["init: random weights"]
     is_fashionvil = isinstance(model, FashionViL)
-    body = ("image_encoder", "bert") if is_fashionvil else ("image_encoder",)
-    heads = ("heads", "logit_scale") if is_fashionvil else ("proj_layer", "fusion_module", "logit_scale")
+    heads = ("heads", "proj_layer", "fusion_module", "logit_scale")
     if init != "pretrained":
         state, info = read_weights(init, ("fashionvil",) if is_fashionvil else MODELS, "init")
         state.pop("logit_scale", None)
-        return [_fill(init, model, state, info, body, heads)]
+        return [_fill(init, model, state, info, ("image_encoder", "bert"), heads)]
     report = ["image encoder: random weights"]
     if resnet != "random":
         path = resnet or _fetch_resnet(model.config.resnet)
@@ -191,9 +180,8 @@ def _fill(path, model, state, info, required, optional):
         if {name: tensor.shape for name, tensor in own.items()} != {name: t.shape for name, t in found.items()}:
             new.append(f"{part} (the file's is of another shape)" if found else part)
             continue
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(found[name])
+        for name, tensor in own.items():
+            tensor.copy_(found[name])
         loaded.append(f"{part} ({len(own)})")
     left = [f"{part} ({len(tensors)})" for part, tensors in (theirs | info["set_aside"]).items()]
     lists = {"loaded": loaded, "new": new, "left over": left}
@@ -202,31 +190,35 @@ def _fill(path, model, state, info, required, optional):
 
 def _fetch_resnet(name):
     """Path of torchvision's ImageNet file in torch.hub's folder; it is fetched where it is not there yet."""
-    path = Path(torch.hub.get_dir(), "checkpoints", RESNET_FILES[name])
+    from torchvision.models import get_model_weights  # only where something is fetched
+
+    url = get_model_weights(name).IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(RESNET_URL + path.name, path, path.stem.partition("-")[2], progress=False)
+        torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # of the network, the disk, the hash
         cure = f"put it at {path}, or anywhere and set --resnet_file=FILE, or start with --init=random"
-        raise InputError(f"{RESNET_URL}{path.name} could not be fetched ({cause_of(error)}): {cure}") from None
+        raise InputError(f"{url} could not be fetched ({cause_of(error)}): {cure}") from None
     return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # BERT's folder and the vocabulary
 
+BERT_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
-def bert_sizes(bert):
-    """{field of ModelConfig: size} of a BERT folder or hub name, from its weights and config.json.
 
-    Raises InputError where they disagree, or it is no BERT with exact GELU and absolute positions."""
+def transformer_sizes(bert, size):
+    """{field of ModelConfig: size} of the BERT folder or hub name `bert`; where it is "", of model.SIZES[size].
+
+    Raises InputError where its weights and config.json disagree, or config.json tells of another model than BERT."""
+    if not bert:
+        return SIZES[size]
     path, weights = _bert_file(bert, "config.json"), _bert_file(bert, *BERT_WEIGHTS)
     with reading(path, "cannot be read"):
         config = dict(json.loads(path.read_text(encoding="utf-8-sig")))
-    state, _ = read_weights(weights, ("bert",), "bert")
     with reading(weights, "not a BERT"):
-        sizes = read_sizes(state, "bert")
+        sizes = read_sizes(read_weights(weights, ("bert",), "bert")[0], "bert")
     fixed = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "layer_norm_eps": 1e-12}
     for key, expected in (sizes | fixed).items():
         if config.get(key, expected) != expected:
@@ -238,11 +230,6 @@ def bert_sizes(bert):
     return {**sizes, "num_attention_heads": heads}
 
 
-def transformer_sizes(bert, size):
-    """{field of ModelConfig: size} of the BERT folder `bert` where it names one, else of model.SIZES[size]."""
-    return bert_sizes(bert) if bert and Path(bert, "config.json").exists() else SIZES[size]
-
-
 def vocabulary(config, init):
     """The text of vocab.txt, one token a line: the first that exists of these places, best first.
 
@@ -251,35 +238,29 @@ def vocabulary(config, init):
     if config.vocab:
         return _vocab_text(Path(config.vocab))
     if init not in ("random", "pretrained"):
-        _, info = read_weights(init, MODELS, "init")
-        if info["vocab"] is not None:
-            return info["vocab"]
+        vocab = read_weights(init, MODELS, "init")[1]["vocab"]
+        if vocab is not None:
+            return vocab
     if config.bert and Path(config.bert).is_dir():
-        return _vocab_text(_bert_file(config.bert, "vocab.txt", "tokenizer.json"), "no WordPiece vocabulary")
+        return _vocab_text(_bert_file(config.bert, "vocab.txt", "tokenizer.json"))
     places = [Path(config.data_root, "vocab.txt"), Path(config.data_root, "..", "bert-base-uncased", "vocab.txt")]
     for place in places:
         if place.exists():
             return _vocab_text(place)
-    try:
-        path = _from_hub(config.bert or "bert-base-uncased", "vocab.txt")
-    except Exception as error:  # any of the hub's many ways to be out of reach
-        where = f"put bert-base-uncased's vocab.txt at {places[0]} or set --vocab=FILE"
-        raise InputError(f"vocab: no file found and none could be fetched ({type(error).__name__}); {where}") from None
-    return _vocab_text(path)
+    return _vocab_text(_bert_file(config.bert, "vocab.txt"))
 
 
-def _vocab_text(path, problem="no vocabulary"):
+def _vocab_text(path):
     """The text of vocab.txt from such a file or from a tokenizer.json, whose ids must be 0, 1, 2, ..."""
-    with reading(path, problem):
-        if not_the_file(path):
-            raise InputError(f"{path}: {not_the_file(path)}")
+    with reading(path, "no WordPiece vocabulary"):
         text = path.read_text(encoding="utf-8-sig")
+        if not_the_file(path):
+            raise ValueError(not_the_file(path))
         if path.name != "tokenizer.json":
             return text
-        model = json.loads(text)["model"]
-        ids = model["vocab"]
-        if model.get("type", "WordPiece") != "WordPiece" or sorted(ids.values()) != list(range(len(ids))):
-            raise ValueError("expected a WordPiece model with ids 0, 1, 2, ...")
+        ids = json.loads(text)["model"]["vocab"]
+        if sorted(ids.values()) != list(range(len(ids))):
+            raise ValueError("expected ids 0, 1, 2, ...")
         return "".join(f"{token}\n" for token in sorted(ids, key=ids.get))
 
 
@@ -291,22 +272,18 @@ def _bert_file(bert, *names):
             if Path(bert, name).is_file():
                 return Path(bert, name)
         raise InputError(f"bert: no {' or '.join(names)} in folder {bert}, expected a Hugging Face BERT folder")
+    import huggingface_hub  # only where something is fetched
+
     for name in names:
         try:
-            return _from_hub(bert, name)
+            return Path(huggingface_hub.hf_hub_download(bert, name))
         except Exception as error:  # of the network, the disk, the hub
             problem = error
             if type(error).__name__ != "RemoteEntryNotFoundError":  # the hub has no file of this name: try the next
                 break
-    cure = f"put config.json, vocab.txt and {BERT_WEIGHTS[1]} of https://huggingface.co/{bert} into a folder"
-    cure += " and set --bert=FOLDER, or start with --init=random"
+    cure = f"put the files of https://huggingface.co/{bert} into a folder and set --bert=FOLDER"
+    cure += ", or start with --init=random and set --vocab=FILE to its vocab.txt"
     raise InputError(f"bert: {' or '.join(names)} of {bert!r} could not be fetched ({cause_of(problem)}): {cure}")
-
-
-def _from_hub(repository, name):
-    import huggingface_hub  # only where something is fetched
-
-    return Path(huggingface_hub.hf_hub_download(repository, name))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

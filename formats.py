@@ -1,8 +1,7 @@
 """Files of weights, whoever wrote them: read without running any code from them, and named as our models name them.
 
-`read_weights` is for every file, `read_file` for what else stands in a checkpoint, as its optimizer. Both raise
-InputError, one line that names the file, on whatever a damaged, hostile or foreign file holds; memory stays near the
-size of the file. checkpoint.py uses them; take its functions first."""
+checkpoint.py builds on this file; look there first for the function to take. A damaged, hostile or foreign file ends in
+InputError, one line that names the file. Reading takes about as much memory as the file has bytes."""
 
 import contextlib
 import json
@@ -13,7 +12,6 @@ import re
 import reprlib
 import warnings
 import zipfile
-from collections import deque
 from pathlib import Path
 
 import torch
@@ -27,7 +25,7 @@ KINDS = (*MODELS, "image_tokenizer")
 FIELDS = {"kind": str, "task": str, "model": dict, "model_config": dict, "config": dict, "vocab": str, "step": int}
 WORDS, DECODER = "bert.embeddings.word_embeddings.weight", "heads.mlm.decoder.weight"  # one tensor under two names
 
-# (ours, the authors') beginnings of names; the first row that fits is taken
+# beginnings of names: (ours, the authors'); the first row that fits is taken
 NAMES = (
     ("image_encoder.conv1.", "image_encoder.model.0."),  # theirs is an nn.Sequential of torchvision's parts
     ("image_encoder.bn1.", "image_encoder.model.1."),
@@ -46,14 +44,17 @@ NAMES = (
     ("logit_scale", "model.norm_layer.norm_s"),  # contrastive and composition
     ("logit_scale", "norm_layer.norm_s"),  # CSA-Net, which has no "model."
 )
-BERT_NAMES = (  # (Hugging Face's BERT without its "bert.", ours)
-    ("cls.predictions.bias", "heads.mlm.decoder.bias"),
-    ("cls.predictions.decoder.", "heads.mlm.decoder."),
-    ("cls.predictions.transform.", "heads.mlm."),
-    ("embeddings.", "bert.embeddings."),
-    ("encoder.", "bert.encoder."),
-    ("pooler.", "bert.pooler."),
-)
+# beginnings of names by kind of file: (theirs, ours)
+RENAME = {kind: [(theirs, ours) for ours, theirs in NAMES] for kind in MODELS} | {
+    "bert": [
+        ("cls.predictions.bias", "heads.mlm.decoder.bias"),
+        ("cls.predictions.decoder.", "heads.mlm.decoder."),
+        ("cls.predictions.transform.", "heads.mlm."),
+        *((f"{part}.", f"bert.{part}.") for part in ("embeddings", "encoder", "pooler")),  # without their "bert."
+    ],
+    "resnet": [("", "image_encoder.")],
+    "image_tokenizer": [],
+}
 # Files hold these and the model has no use for them: the image tokenizer, an objective that the final recipe does not
 # use, BERT's next-sentence head, ResNet's classifier, and counters of positions.
 LEFT_OVER = r"(model\.image_tokenizer|model\.heads\.mpfr|cls\.seq_relationship|fc)\.|((?:.*\.)?position_ids)$"
@@ -93,9 +94,13 @@ def read_weights(path, kinds=None, setting=""):
         if not is_ours:
             info["layout"], info["kind"] = _layout(path, state)
             info["model_config"] = _attention_heads(file.get("config"))
-            info["set_aside"] = _set_aside(state)
-            if info["kind"] in RENAME:
-                state = RENAME[info["kind"]](state)
+            for name in list(state):
+                found = re.match(LEFT_OVER, name)
+                if found:
+                    info["set_aside"].setdefault(found[1] or found[2], {})[name] = state.pop(name)
+            state = rename(state, RENAME[info["kind"]])
+            if info["kind"] in ("bert", "resnet"):
+                _add_unwritten(state)
         if {DECODER, WORDS} <= state.keys() and not torch.equal(state[DECODER], state[WORDS]):
             raise ValueError(f"{DECODER} and {WORDS} differ, but are one tensor in the model")
     # A few bytes can pose as any number of tensors, where all of them are views of the same memory.
@@ -107,7 +112,7 @@ def read_weights(path, kinds=None, setting=""):
 
 
 def _layout(path, state):
-    """(layout, kind) of a file that is not ours, by its names."""
+    """(layout, kind) of a file that is not ours, by its names. Raises InputError for names of another model."""
     names = {name.removeprefix("bert.") for name in state}
     for name, layout, kind in LAYOUTS:
         if name in names:
@@ -116,21 +121,11 @@ def _layout(path, state):
     raise InputError(f"{path}: found {found}, expected names of FashionViL, CSA-Net, BERT, ResNet or VQ-VAE")
 
 
-def _set_aside(state):
-    """Take the names of LEFT_OVER out of `state`; returns {what: {name: tensor}}."""
-    aside = {}
-    for name in list(state):
-        found = re.match(LEFT_OVER, name)
-        if found:
-            aside.setdefault(found[1] or found[2], {})[name] = state.pop(name)
-    return aside
-
-
 def _attention_heads(config):
     """{"num_attention_heads": n} from wherever it stands in a released file's nested config, or {}."""
-    todo, seen = deque([config]), set()
+    todo, seen = [config], set()
     while todo:
-        item = todo.popleft()
+        item = todo.pop(0)
         if isinstance(item, dict) and id(item) not in seen:
             seen.add(id(item))  # a few bytes can put one dict into endlessly many places
             if "num_attention_heads" in item:
@@ -139,53 +134,29 @@ def _attention_heads(config):
     return {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# names
-
-
-def from_original(state):
-    """The authors' names -> ours; other names stay as they are.
-
-    Raises ValueError where the two names of a tied tensor hold different values."""
-    return rename(state, [(theirs, ours) for ours, theirs in NAMES])
-
-
-def _from_bert(state):
-    renamed = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
-        renamed[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor
-    state = rename(renamed, BERT_NAMES)
-    if any(name.startswith("heads.mlm.") for name in state):
-        state.setdefault(DECODER, state[WORDS])  # newer files leave the tied name out
-    return state
-
-
-def _from_resnet(state):
-    renamed = {f"image_encoder.{name}": tensor for name, tensor in state.items()}
-    for name in list(renamed):
-        if name.endswith("running_mean"):  # files of before 2018 have no counters
-            renamed.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
-    return renamed
-
-
 def rename(state, rows):
-    """`state` with the first of the rows (old beginning, new beginning) that fits applied to each name."""
+    """`state` with the first of the rows (old beginning, new beginning) that fits applied to each name.
+
+    Old BERT files call LayerNorm's parameters gamma and beta. Raises ValueError where one tensor's two names differ."""
     renamed = {}
     for name, tensor in state.items():
         old, new = next((row for row in rows if name.startswith(row[0])), ("", ""))
         new_name = new + name.removeprefix(old)
+        new_name = new_name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if new_name in renamed and not tensor.is_meta and not torch.equal(renamed[new_name], tensor):
             raise ValueError(f"{name} and another name of {new_name} differ, but are one tensor in the model")
         renamed[new_name] = tensor
     return renamed
 
 
-RENAME = {kind: from_original for kind in MODELS} | {
-    "bert": _from_bert,
-    "resnet": _from_resnet,
-    "image_tokenizer": dict,
-}
+def _add_unwritten(state):
+    """Add to `state` what other programs leave out: the tied name, and the counters of ResNets of before 2018."""
+    if any(name.startswith("heads.mlm.") for name in state):
+        state.setdefault(DECODER, state[WORDS])
+    for name in list(state):
+        if name.endswith("running_mean"):
+            state.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # bytes
@@ -232,8 +203,6 @@ def is_zip(path):
             size, head = os.fstat(file.fileno()).st_size, file.read(4)
         if not size:
             raise InputError(f"{path}: an empty file, expected a checkpoint")
-        if not_the_file(path):
-            raise InputError(f"{path}: {not_the_file(path)}")
         if head != b"PK\3\4":
             return False
         with zipfile.ZipFile(path) as archive:
@@ -252,28 +221,26 @@ def is_zip(path):
 def read_safetensors(path):
     """{name: tensor} of a safetensors file: 8-byte length, JSON header, then raw bytes without gaps or overlaps.
 
-    Every claim is checked against the file's size before memory is taken.
     Source: the format's description at github.com/huggingface/safetensors."""
-    if not_the_file(path):
-        raise InputError(f"{path}: {not_the_file(path)}")
-    tensors, end = {}, 0
-    with reading(path, "not a safetensors file, or damaged"), open(path, "rb") as file:
-        length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size - 8
-        if length > size:
-            raise ValueError(f"a header of {length} bytes in a file of {size + 8}")
-        header = json.loads(file.read(length))
+    tensors = {}
+    with reading(path, "not a safetensors file, or damaged"):
+        data = bytearray(Path(path).read_bytes())
+        start = end = 8 + int.from_bytes(data[:8], "little")
+        if start > len(data):
+            raise ValueError(f"a header of {start - 8} bytes in a file of {len(data)}")
+        header = json.loads(data[8:start])
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (begin, stop) = SAFETENSORS[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            if any(type(n) is not int or n < 0 for n in (begin, stop, *shape)) or begin != end:
-                raise ValueError(f"{name}: shape {shape}, offsets {begin} to {stop}, expected to begin at {end}")
-            if stop - begin != math.prod(shape) * dtype.itemsize or stop > size - length:
-                raise ValueError(f"{name}: {entry['dtype']} {shape} does not fit into offsets {begin} to {stop}")
-            data = bytearray(file.read(stop - begin))
-            tensors[name] = (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).view(shape)
-            end = stop
-        if end != size - length:
-            raise ValueError(f"{size - length - end} bytes at the end belong to no tensor")
+            n = math.prod(shape)
+            if start + begin != end or stop - begin != n * dtype.itemsize or start + stop > len(data):
+                found = f"{entry['dtype']} {shape} does not fit into offsets {begin} to {stop}"
+                raise ValueError(f"{name}: {found}, expected to begin at {end - start}")
+            values = torch.frombuffer(data, dtype=dtype, count=n, offset=end) if n else torch.empty(0, dtype=dtype)
+            tensors[name] = values.view(shape)
+            end = start + stop
+        if end != len(data):
+            raise ValueError(f"{len(data) - end} bytes at the end belong to no tensor")
     return tensors
 
 
@@ -289,10 +256,10 @@ def reading(path, problem):
         yield
     except InputError:
         raise
-    except KeyError as error:
-        raise InputError(f"{path}: {problem}: {shown(error.args[0])} is missing") from None
     except Exception as error:
-        raise InputError(f"{path}: {problem}: {cause_of(error)}") from None
+        cause = f"{shown(error.args[0])} is missing" if isinstance(error, KeyError) else cause_of(error)
+        said = not_the_file(path) or f"{problem}: {cause}"
+        raise InputError(f"{path}: {said}") from None
 
 
 def cause_of(error):

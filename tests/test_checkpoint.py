@@ -113,7 +113,7 @@ def test_full_size_names(layout):
     theirs = to_original(ours)
     assert {n: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in theirs.items()} == released
     tensors = {name: torch.empty(shape, device="meta") for name, (shape, _) in released.items()}
-    back = formats.from_original(tensors)
+    back = formats.rename(tensors, formats.RENAME["fashionvil"])
     assert {n: t.shape for n, t in back.items()} == {n: t.shape for n, t in ours.items()}
 
 
@@ -283,7 +283,7 @@ def test_real_minilm_weights(tmp_path):
     """Mean-pooled embeddings of ten sentences by torch's own Transformer layer, from the same file read by numpy."""
     resnet = tmp_path / "resnet18.pth"
     torch.save(torchvision_resnet("resnet18").state_dict(), resnet)
-    model = FashionViL(ModelConfig(resnet="resnet18", **checkpoint.bert_sizes(str(MINILM)))).eval()
+    model = FashionViL(ModelConfig(resnet="resnet18", **checkpoint.transformer_sizes(str(MINILM), ""))).eval()
     report = checkpoint.initialise(model, "pretrained", bert=str(MINILM), resnet=str(resnet))
     assert len(report) == 2 and "; new logit_scale, bert.embeddings.projection, heads.itm, heads.mlm" in report[1]
     assert (model.config.num_hidden_layers, model.config.hidden_size, model.config.num_attention_heads) == (6, 384, 12)
@@ -391,7 +391,7 @@ def test_bert_folders(tmp_path, form, prefix, gamma, mlm, pooler):
     torch.save(image_part(source), resnet)
     model = small(("contrastive", "itm", "mlm"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert checkpoint.bert_sizes(folder) == BERT_SIZES
+    assert checkpoint.transformer_sizes(folder, "") == BERT_SIZES
     report = checkpoint.initialise(model, "pretrained", bert=str(folder), resnet=str(resnet))
     assert ("bert.pooler" in report[1].partition("new")[2]) == (not pooler)
     assert ("heads.mlm" in report[1].partition("new")[2]) == (not mlm)
@@ -447,11 +447,9 @@ def test_a_failed_fetch_says_which_file_goes_where(tmp_path, monkeypatch):
     said = r"resnet18-f37072fd.pth could not .*service not known.* --resnet_file=FILE"
     with pytest.raises(InputError, match=said):
         checkpoint.initialise(small(), "pretrained")
-    with pytest.raises(
-        InputError, match=r"of 'bert-base-uncased' could not be .*pytorch_model.bin.* set --bert=FOLDER"
-    ):
-        checkpoint.bert_sizes("")
-    said = rf"vocab: no file .* fetched \(OSError\); put bert-base-uncased's vocab.txt at {tmp_path}/vocab.txt or set"
+    with pytest.raises(InputError, match=r"of 'bert-base-uncased' could not be .* set --bert=FOLDER"):
+        checkpoint.transformer_sizes("bert-base-uncased", "")
+    said = "bert: vocab.txt of 'bert-base-uncased' could not be .*service not known.* set --vocab=FILE"
     with pytest.raises(InputError, match=said):
         vocabulary(data_root=tmp_path)
 
@@ -541,7 +539,7 @@ def test_vocabulary_of_a_run(tmp_path, monkeypatch):
         assert vocabulary(bert="name/on-the-hub", data_root=data_root) == place.read_text()
         assert vocabulary(data_root=data_root) == place.read_text()
         place.unlink()
-    with pytest.raises(InputError, match="none.txt: no vocabulary: No such file"):
+    with pytest.raises(InputError, match="none.txt: no WordPiece vocabulary: No such file"):
         vocabulary(vocab="none.txt")
 
 
@@ -851,11 +849,11 @@ def changed(name, **values):
 
 SAFETENSORS = [
     (changed("b", shape=[1 << 40]), "b: F32 .* does not fit"),
-    (changed("b", shape=[-3]), "b: shape"),
+    (changed("b", shape=[-3]), "b: F32 .* does not fit"),
     (changed("b", shape=3), "not a safetensors file"),
     (changed("b", shape=[1 << 28], data_offsets=[64, 64 + (1 << 30)]), "does not fit"),
-    (changed("b", shape=[4], data_offsets=[60, 76]), "b: shape .*expected to begin at 64"),
-    (changed("b", shape=[2], data_offsets=[68, 76]), "b: shape .*expected to begin at 64"),
+    (changed("b", shape=[4], data_offsets=[60, 76]), "b: F32 .*expected to begin at 64"),
+    (changed("b", shape=[2], data_offsets=[68, 76]), "b: F32 .*expected to begin at 64"),
     (lambda header: {"a": header["a"]}, "12 bytes at the end"),
     (changed("b", dtype="Q7"), "'Q7' is missing"),
     (changed("b", data_offsets=["0", "8"]), "not a safetensors file"),
@@ -934,13 +932,13 @@ def test_bad_bert_configs(tmp_path, change, says):
     bert_file(tmp_path / "bert", "safetensors")
     path = tmp_path / "bert" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}) if change else "{")
-    check_refusal(tmp_path, path, says, lambda: checkpoint.bert_sizes(str(tmp_path / "bert")))
+    check_refusal(tmp_path, path, says, lambda: checkpoint.transformer_sizes(str(tmp_path / "bert"), ""))
 
 
 def test_bad_bert_folders(tmp_path):
     bert_file(tmp_path / "bert", "bin")
     folder = tmp_path / "none"
-    check_refusal(tmp_path, folder, "no config.json in folder", lambda: checkpoint.bert_sizes(str(folder)))
+    check_refusal(tmp_path, folder, "no config.json in folder", lambda: checkpoint.transformer_sizes(str(folder), ""))
     model, resnet = small(vocab_size=101), tmp_path / "resnet.pth"
     write(resnet, image_part(model))
     wrong = tmp_path / "bert" / "pytorch_model.bin"
