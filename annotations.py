@@ -167,6 +167,20 @@ def load_titles(folder):
     return titles
 
 
+def label_names(root, task):
+    """{what: [name of number 0, of number 1, ...]} of the numbers that a task's model learns; {} where no file says it.
+
+    ROOT/labels.json names pseudo-attributes, categories and sub-categories. Polyvore's categories have public ids."""
+    if task == "polyvore":
+        return {
+            "Polyvore categories": [str(category) for category in load_polyvore_items(Path(root, "PolyvoreOutfits"))[1]]
+        }
+    keys = {"pretrain": "attributes", "fashiongen_category": "categories", "fashiongen_subcategory": "subcategories"}
+    path = Path(root, "labels.json")
+    names = read_json(path, dict).get(keys.get(task)) if path.exists() else None
+    return {keys[task]: names} if names else {}
+
+
 def count_labels(products, key, limit=0):
     """Number of rows of a head for the products' label `key`: `limit`, or with 0 the largest id + 1. `key` is
     "attributes", "category" or "subcategory". Raises InputError on a missing label and on an id of `limit` or more."""

@@ -4,9 +4,12 @@
 `find_resume` (with `restore`) goes on with a stopped run, and `read_weights` gives the tensors alone.
 
 Our checkpoint is a dict: {"format": 1, "kind": one of KINDS, "task", "model": state dict, "model_config", "config",
-"vocab": text of vocab.txt, "step"}, and for a resume also "optimizer", "scaler" and the stage's own entries."""
+"vocab": text of vocab.txt, "labels": of `annotations.label_names`, "step"}. For a resume it also has "optimizer",
+"scaler" and the stage's own entries."""
 
 import copy
+import hashlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -230,17 +233,42 @@ def transformer_sizes(bert, size):
     return {**sizes, "num_attention_heads": heads}
 
 
+def checksum(model):
+    """A short text that stands for a model's weights."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_labels(path, theirs, ours):
+    """Raise InputError where a number means one thing in the checkpoint `path` and another in the data.
+
+    theirs and ours: {what: names in the order of their numbers}; what only one of them names is not compared."""
+    for what in theirs.keys() & ours.keys():
+        for number, (name, own) in enumerate(zip(theirs[what], ours[what], strict=False)):
+            if name != own:
+                found = f"{what}: number {number} is {shown(name)} in the checkpoint, but {shown(own)} in the data"
+                raise InputError(f"{path}: {found}; use the data (labels.json) of its training, or train anew")
+
+
 def vocabulary(config, init):
     """The text of vocab.txt, one token a line: the first that exists of these places, best first.
 
     The file `config.vocab`; the checkpoint `init`, where it is one and holds a vocabulary; the folder `config.bert`;
-    DATA_ROOT/vocab.txt; DATA_ROOT/../bert-base-uncased/vocab.txt; the Hugging Face hub. Raises InputError."""
+    DATA_ROOT/vocab.txt; DATA_ROOT/../bert-base-uncased/vocab.txt; the Hugging Face hub. Raises InputError, also where
+    `config.vocab` is another vocabulary than the checkpoint's."""
+    own = None if init in ("random", "pretrained") else read_weights(init, MODELS, "init")[1]["vocab"]
     if config.vocab:
-        return _vocab_text(Path(config.vocab))
-    if init not in ("random", "pretrained"):
-        vocab = read_weights(init, MODELS, "init")[1]["vocab"]
-        if vocab is not None:
-            return vocab
+        text = _vocab_text(Path(config.vocab))
+        pairs = itertools.zip_longest(text.splitlines(), (own or text).splitlines())
+        for number, (word, theirs) in enumerate(pairs):
+            if word != theirs:
+                found = f"token {number} is {word!r}, but {theirs!r} in the vocabulary of {init}"
+                raise InputError(f"vocab: {config.vocab}: {found}; leave --vocab out to take that one")
+        return text
+    if own is not None:
+        return own
     if config.bert and Path(config.bert).is_dir():
         return _vocab_text(_bert_file(config.bert, "vocab.txt", "tokenizer.json"))
     places = [Path(config.data_root, "vocab.txt"), Path(config.data_root, "..", "bert-base-uncased", "vocab.txt")]

@@ -259,9 +259,7 @@ def evaluate_fashioniq(model, tokenizer, config, processes):
 
 def class_name(config, label):
     """Name of a class from labels.json of the data root, or its number."""
-    path = Path(config.data_root, "labels.json")
-    key = {"fashiongen_category": "categories", "fashiongen_subcategory": "subcategories"}[config.task]
-    names = annotations.read_json(path, dict).get(key, []) if path.exists() else []
+    names = [name for names in annotations.label_names(config.data_root, config.task).values() for name in names]
     return names[label] if label < len(names) else f"class {label}"
 
 
@@ -397,6 +395,7 @@ def evaluate_checkpoint(path, config, processes):
     """{protocol: Result} of one checkpoint on `config.task`. Raises InputError where it is of another task."""
     evaluation = EVALUATIONS[config.task]
     model, info = checkpoint.load_model(path, processes.device, evaluation.needs)
+    checkpoint.check_labels(path, info["labels"], annotations.label_names(config.data_root, config.task))
     trained = info["config"] or {}  # a released checkpoint has none
     image_size = config.image_size or trained.get("image_size", 224)
     max_tokens = config.max_tokens or trained.get("max_tokens", 0)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import annotations
 import checkpoint
 import common
 import data
@@ -119,6 +120,7 @@ def train(config, processes):
 
     # The data and the model.
     items, sizes = task.load_items(config)  # sizes: what the model takes from the data
+    labels = annotations.label_names(config.data_root, config.task)
     vocab = checkpoint.vocabulary(config, config.init)
     tokenizer = data.wordpiece(vocab)
     model = build_model(config, task.heads, tokenizer.get_vocab_size(), **sizes)
@@ -130,7 +132,7 @@ def train(config, processes):
 
     # The bookkeeping, which resumes an earlier run where config.resume says so.
     contents = {"kind": "fashionvil" if task.heads else "csa_net", "task": config.task, "vocab": vocab, **sizes}
-    contents["model_config"] = dataclasses.asdict(model.config)
+    contents |= {"model_config": dataclasses.asdict(model.config), "labels": labels}
     run = runs.Run(config, processes, model, optimizer, contents)
 
     # The batches of the updates that are left, and the model that averages gradients over processes.

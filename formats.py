@@ -23,6 +23,7 @@ FORMAT = 1
 MODELS = ("fashionvil", "csa_net")
 KINDS = (*MODELS, "image_tokenizer")
 FIELDS = {"kind": str, "task": str, "model": dict, "model_config": dict, "config": dict, "vocab": str, "step": int}
+FIELDS["labels"] = dict
 WORDS, DECODER = "bert.embeddings.word_embeddings.weight", "heads.mlm.decoder.weight"  # one tensor under two names
 
 # beginnings of names: (ours, the authors'); the first row that fits is taken
@@ -74,7 +75,7 @@ def read_weights(path, kinds=None, setting=""):
     """(state dict under our names, info) of any file of weights. Take it when you need the tensors and no model.
 
     info: "kind" (one of KINDS, "bert" or "resnet"), "layout" ("ours" or the released one's), "task", "step" and
-    "vocab" (None where the file says none), "config" and "model_config" ({} there), and "set_aside" ({what of
+    "vocab" (None where the file says none), "config", "model_config" and "labels" ({} there), and "set_aside" ({what of
     LEFT_OVER: its tensors}). Tensors stay in the file until they are used, so copy what must outlive it.
     Raises InputError where the file claims more than it has, or is none of `kinds` as the setting `setting` needs."""
     file = read_safetensors(path) if Path(path).suffix == ".safetensors" else read_file(path)
@@ -89,7 +90,7 @@ def read_weights(path, kinds=None, setting=""):
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     info = {"layout": "ours", "set_aside": {}}
     info |= {key: file.get(key) if is_ours else None for key in ("kind", "task", "step", "vocab")}
-    info |= {key: file.get(key, {}) if is_ours else {} for key in ("config", "model_config")}
+    info |= {key: file.get(key, {}) if is_ours else {} for key in ("config", "model_config", "labels")}
     with reading(path, "cannot be loaded"):
         if not is_ours:
             info["layout"], info["kind"] = _layout(path, state)

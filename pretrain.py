@@ -140,11 +140,14 @@ def train(config, processes):
     products = annotations.load_pretraining(config.data_root, config.sets)
     val_products = annotations.load_products(config.data_root, "FashionGen", "val")
     n_attributes = annotations.count_labels(products, "attributes", config.n_attributes)
+    labels = annotations.label_names(config.data_root, "pretrain")
     val_products = data.leave_out_of_products(val_products, config, "FashionGen val")
 
     # The image tokenizer is frozen, so it is a variable here and no part of what is trained and saved.
     image_tokenizer = prepare_image_tokenizer(config, device)
     n_codes = image_tokenizer.config.n_codes if image_tokenizer else ModelConfig.n_codes
+    if image_tokenizer:
+        labels["image tokenizer"] = [checkpoint.checksum(image_tokenizer)]
 
     # The words of the texts and the sizes of the Transformer, then the model and its first weights.
     vocab, sizes = checkpoint.vocabulary(config, config.init), checkpoint.transformer_sizes(config.bert, config.size)
@@ -159,7 +162,8 @@ def train(config, processes):
 
     # The bookkeeping, which resumes an earlier run where config.resume says so.
     contents = {"kind": "fashionvil", "task": "pretrain", "model_config": dataclasses.asdict(model.config)}
-    run = runs.Run(config, processes, model, optimizer, {**contents, "vocab": vocab})
+    contents |= {"vocab": vocab, "labels": labels}
+    run = runs.Run(config, processes, model, optimizer, contents)
 
     # The order of the samples, and their batches for the updates that are left.
     objective_of = functools.partial(objective_at, objectives=config.objectives, seed=config.seed)

@@ -37,7 +37,7 @@ class Run:
     def __init__(self, config, processes, model, optimizer, contents, lasting=None):
         """Resume from the checkpoint that config.resume means, if any.
 
-        contents: what every checkpoint holds beside weights and progress: "kind", "task", "vocab", sizes."""
+        contents: what every checkpoint holds beside weights and progress: "kind", "task", "vocab", "labels", sizes."""
         self.config, self.processes, self.model, self.optimizer = config, processes, model, optimizer
         self.contents, self.lasting = contents, lasting or {}
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.dtype == "float16")
@@ -55,7 +55,11 @@ class Run:
         common.same_everywhere("resume", f"a start at update {self.start}", cure)
 
     def _restore(self, state):
-        """Go on from what `find_resume` found."""
+        """Go on from what `find_resume` found. Raises InputError where the data mean something else than before."""
+        theirs, ours = (
+            {"words": run.get("vocab", "").splitlines(), **run.get("labels", {})} for run in (state, self.contents)
+        )
+        checkpoint.check_labels(state["path"], theirs, ours)
         self.report = checkpoint.restore(state, self.config, self.model, self.optimizer, self.scaler)
         self.start, self.best = state["step"], state.get("best", -1.0)
         self.validating = state.get("validation_due", False)  # the run ended while it validated

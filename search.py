@@ -184,6 +184,8 @@ def search(given):
         places = [place for place in (folder, folder.parent) if (place / annotations.POLYVORE_ITEMS).exists()]
         places.append(Path(config.data_root, "PolyvoreOutfits"))
         categories = PolyvoreCategories(places[0], model.n_categories)
+        ours = {"Polyvore categories": [str(category) for category in categories.number]}
+        checkpoint.check_labels(given.checkpoint, info["labels"], ours)
         features = embed(lambda batch: model.encode_item(batch["image"]), evaluate.image_items(given.images))
         wanted = categories.numbers(given.category)
         queries = fuse_outfit(model, features.to(processes.device), given.outfit, wanted, categories).cpu().numpy()

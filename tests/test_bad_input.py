@@ -2,6 +2,7 @@
 
 And what looks odd but is fine: it trains. `***` in an expected message stands for anything."""
 
+import dataclasses
 import json
 import os
 import re
@@ -516,3 +517,82 @@ def test_content_keys_tell_files_of_one_size_apart(tmp_path):
     keys = check_data.content_keys([tmp_path / name for name in [*contents, "gone"]])
     by_name = {path.name: key for path, key in keys.items()}
     assert by_name["a"] == by_name["c"] and len(set(by_name.values())) == 6
+
+
+def rename_label(root, what):
+    """Another name for number 1 of labels.json."""
+    labels = json.loads((root / "labels.json").read_text())
+    old, labels[what][1] = labels[what][1], "something else"
+    (root / "labels.json").write_text(json.dumps(labels))
+    return old
+
+
+def test_a_checkpoint_whose_classes_mean_something_else_is_refused(root, tmp_path):
+    config = small_finetune("fashiongen_category", root, tmp_path / "run", max_steps=1, eval_interval=1)
+    finetune.train(config, ONE)
+    old = rename_label(root, "categories")
+    found = f"number 1 is '{old}' in the checkpoint, but 'something else' in the data"
+    message = f"{tmp_path}/run/***.pt: categories: {found}"
+    message += "; use the data (labels.json) of its training, or train anew"
+    again = dataclasses.replace(config, resume="auto", max_steps=2)
+    refuse(lambda: finetune.train(again, ONE), message, root)
+    path = str(tmp_path / "run" / "best.pt")
+    evaluation = evaluate.EvalConfig("fashiongen_category", path, data_root=str(root), workers=0)
+    refuse(lambda: evaluate.evaluate_checkpoint(path, evaluation, ONE), message, root)
+
+
+def test_a_resume_whose_attributes_codes_or_words_mean_something_else_is_refused(root, tmp_path):
+    config = small_pretrain(root, tmp_path / "run", max_steps=1, eval_interval=-1)
+    pretrain.train(config, ONE)
+    again, vocab = dataclasses.replace(config, resume="auto", max_steps=2), (root / "vocab.txt").read_text()
+    (root / "vocab.txt").write_text(vocab.replace("[MASK]", "[X]").replace("[UNK]", "[MASK]").replace("[X]", "[UNK]"))
+    refuse(
+        lambda: pretrain.train(again, ONE),
+        "***last.pt: words: number *** is '[***]' in the checkpoint, but '[***",
+        root,
+    )
+    (root / "vocab.txt").write_text(vocab)
+    tokenizer = pretrain.vqvae.random_image_tokenizer(pretrain.vqvae.ImageTokenizerConfig())
+    with torch.no_grad():
+        next(tokenizer.parameters()).add_(1)
+    original = pretrain.prepare_image_tokenizer
+    try:
+        pretrain.prepare_image_tokenizer = lambda config, device: tokenizer
+        refuse(lambda: pretrain.train(again, ONE), "***last.pt: image tokenizer: number 0 is ***", root)
+    finally:
+        pretrain.prepare_image_tokenizer = original
+    rename_label(root, "attributes")
+    refuse(
+        lambda: pretrain.train(again, ONE),
+        "***last.pt: attributes: number 1 is ***'something else' in the data***",
+        root,
+    )
+
+
+def test_a_checkpoint_of_other_outfit_categories_is_refused(root, tmp_path):
+    config = small_finetune("polyvore", root, tmp_path / "run", max_steps=1, eval_interval=1)
+    finetune.train(config, ONE)
+    path = root / "PolyvoreOutfits" / "polyvore_item_metadata.json"
+    items = json.loads(path.read_text())
+    last = max(int(item["category_id"]) for item in items.values())
+    for item in items.values():
+        item["category_id"] = item["category_id"].replace(str(last), str(last + 1))
+    path.write_text(json.dumps(items))
+    evaluation = evaluate.EvalConfig("polyvore", str(tmp_path / "run" / "best.pt"), data_root=str(root), workers=0)
+    refuse(
+        lambda: evaluate.evaluate_checkpoint(evaluation.checkpoint, evaluation, ONE),
+        f"***best.pt: Polyvore categories: number *** is '{last}' in the checkpoint, but '{last + 1}' in the data***",
+        root,
+    )
+
+
+def test_another_vocabulary_than_the_checkpoints_is_refused(root, tmp_path):
+    config = small_finetune("fashioniq", root, tmp_path / "run", max_steps=1, eval_interval=1)
+    finetune.train(config, ONE)
+    path = str(tmp_path / "run" / "best.pt")
+    words = (root / "vocab.txt").read_text().splitlines()
+    (root / "other.txt").write_text("\n".join([*words[:-2], words[-1], words[-2]]) + "\n")
+    evaluation = evaluate.EvalConfig("fashioniq", path, data_root=str(root), vocab=str(root / "other.txt"), workers=0)
+    found = f"token {len(words) - 2} is '{words[-1]}', but '{words[-2]}' in the vocabulary of {path}"
+    message = f"vocab: {{root}}/other.txt: {found}; leave --vocab out to take that one"
+    refuse(lambda: evaluate.evaluate_checkpoint(path, evaluation, ONE), message, root)
