@@ -530,7 +530,7 @@ def test_vocabulary_of_a_run(tmp_path, monkeypatch):
     setting, bert, *others = places
     init = saved(tmp_path / "pre.pt", small())
     arguments = {"bert": bert.parent, "data_root": data_root}
-    assert vocabulary(init, vocab=setting, **arguments) == setting.read_text()
+    assert vocabulary(vocab=setting, **arguments) == setting.read_text()
     assert vocabulary(init, **arguments) == "[PAD]\n[UNK]\n"
     assert vocabulary(**arguments) == bert.read_text()
     checkpoint.save(tmp_path / "none.pt", {"kind": "fashionvil", "model": small().state_dict()})
