@@ -326,9 +326,8 @@ def _vocab_text(path):
 def _bert_weights(bert):
     """Path of BERT's file of weights, or of the index of its several files, all of which are then there."""
     path = _bert_file(bert, *BERT_WEIGHTS)
-    if path.name.endswith(".index.json"):
-        for shard in sorted(set(read_index(path).values())):
-            _bert_file(bert, shard)
+    for shard in sorted(set(read_index(path).values())):
+        _bert_file(bert, shard)
     return path
 
 

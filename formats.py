@@ -76,10 +76,14 @@ def read_weights(path, kinds=None, setting=""):
     "vocab" (None where the file says none), "config" and "model_config" ({} there), and "set_aside" ({what of
     LEFT_OVER: its tensors}). Tensors stay in the file until they are used, so copy what must outlive it.
     Raises InputError where the file claims more than it has, or is none of `kinds` as the setting `setting` needs."""
-    if str(path).endswith(".index.json"):
-        file, size = _read_shards(path)
-    else:
-        file, size = _read_any(path), os.path.getsize(path)
+    places = read_index(path)
+    paths = [Path(path).with_name(name) for name in sorted(set(places.values()))] or [Path(path)]
+    file = {}
+    for one in paths:
+        file |= read_safetensors(one) if one.suffix == ".safetensors" else read_file(one)
+    lost = places.keys() - file.keys()
+    if lost:
+        raise InputError(f"{path}: lists {len(places)} tensors, but its files lack {len(lost)}, as {shown(min(lost))}")
     is_ours = "format" in file
     state = file["model"] if isinstance(file.get("model"), dict) else file
     for name, tensor in state.items():
@@ -106,7 +110,7 @@ def read_weights(path, kinds=None, setting=""):
         if {DECODER, WORDS} <= state.keys() and not torch.equal(state[DECODER], state[WORDS]):
             raise ValueError(f"{DECODER} and {WORDS} differ, but are one tensor in the model")
     # A few bytes can pose as any number of tensors, where all of them are views of the same memory.
-    if sum(tensor.nbytes for name, tensor in state.items() if name != DECODER) > size:
+    if sum(tensor.nbytes for name, tensor in state.items() if name != DECODER) > sum(map(os.path.getsize, paths)):
         raise InputError(f"{path}: its tensors claim more bytes than the file has")
     if kinds and info["kind"] not in kinds:
         raise InputError(f"{setting}: {path}: {info['kind']} weights, expected {' or '.join(kinds)}")
@@ -220,31 +224,15 @@ def is_zip(path):
     return True
 
 
-def _read_any(path):
-    return read_safetensors(path) if Path(path).suffix == ".safetensors" else read_file(path)
-
-
 def read_index(path):
-    """{name of a tensor: its file} of a *.index.json, Hugging Face's list of several files with a model's weights."""
+    """{name of a tensor: its file} of a *.index.json, Hugging Face's list of several files; {} for other files."""
+    if not str(path).endswith(".index.json"):
+        return {}
     with reading(path, "not an index of weight files"):
         places = json.loads(Path(path).read_text(encoding="utf-8-sig"))["weight_map"]
-        if any(Path(place).name != place for place in places.values()):
+        if not places or any(Path(place).name != place for place in places.values()):
             raise ValueError("expected names of files in the same folder")
     return places
-
-
-def _read_shards(index):
-    """({name: tensor}, bytes) of all files of an index. Raises InputError where one holds other tensors than listed."""
-    places, tensors, size = read_index(index), {}, 0
-    for place in sorted(set(places.values())):
-        path = Path(index).with_name(place)
-        shard, listed = _read_any(path), {name for name in places if places[name] == place}
-        if shard.keys() != listed:
-            found = f"{len(shard)} tensors, expected the {len(listed)} that {Path(index).name} lists"
-            differ = shown(min(shard.keys() ^ listed, key=str))
-            raise InputError(f"{path}: found {found}; they differ in {differ}; copy or download all files again")
-        tensors, size = tensors | shard, size + os.path.getsize(path)
-    return tensors, size
 
 
 def read_safetensors(path):
@@ -273,9 +261,7 @@ def read_safetensors(path):
     return tensors
 
 
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SAFETENSORS |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
-SAFETENSORS |= {"U8": torch.uint8, "BOOL": torch.bool}
+SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
 @contextlib.contextmanager
