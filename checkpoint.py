@@ -11,6 +11,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 
 from common import replacing
 from files import not_the_file
-from formats import DECODER, FORMAT, MODELS, WORDS, cause_of, read_file, read_weights, reading, shown
+from formats import DECODER, FORMAT, MODELS, WORDS, cause_of, read_file, read_index, read_weights, reading, shown
 from model import HEADS, RESNETS, SIZES, CSANet, FashionViL, ModelConfig
 from settings import InputError
 
@@ -155,8 +156,10 @@ def initialise(model, init, bert="", resnet=""):
         state, info = read_weights(path, ("resnet",), "resnet_file")
         report = [_fill(path, model, state, info, ("image_encoder",), () if is_fashionvil else heads)]
     if is_fashionvil:
-        path = _bert_file(bert, *BERT_WEIGHTS)
+        _check_tokenizer(bert, model.config.vocab_size)
+        path = _bert_weights(bert)
         state, info = read_weights(path, ("bert",), "bert")
+        _leave_out_padding(path, state, info, model.config.vocab_size)
         for name in ("position_embeddings", "token_type_embeddings"):  # the image side starts from the text's tables
             if f"bert.embeddings.{name}.weight" in state:
                 state[f"bert.embeddings.{name}_visual.weight"] = state[f"bert.embeddings.{name}.weight"]
@@ -208,7 +211,23 @@ def _fetch_resnet(name):
 # ---------------------------------------------------------------------------------------------------------------------
 # BERT's folder and the vocabulary
 
-BERT_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+BERT_WEIGHTS = [f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
+# Our tokenizer is lower-case BERT WordPiece. Where BERT's own files speak of theirs, they may say this.
+TOKENIZER = {
+    "tokenizer_class": (None, "PreTrainedTokenizerFast", "BertTokenizerFast", "BertTokenizer"),
+    "do_lower_case": (True,),
+    "do_basic_tokenize": (True,),
+    "tokenize_chinese_chars": (True,),
+    "strip_accents": (None, True),
+    "normalizer.type": ("BertNormalizer",),
+    "normalizer.lowercase": (True,),
+    "normalizer.clean_text": (True,),
+    "normalizer.handle_chinese_chars": (True,),
+    "normalizer.strip_accents": (None, True),
+    "pre_tokenizer.type": ("BertPreTokenizer",),
+    "model.type": ("WordPiece",),
+    "model.continuing_subword_prefix": ("##",),
+}
 
 
 def transformer_sizes(bert, size):
@@ -217,7 +236,7 @@ def transformer_sizes(bert, size):
     Raises InputError where its weights and config.json disagree, or config.json tells of another model than BERT."""
     if not bert:
         return SIZES[size]
-    path, weights = _bert_file(bert, "config.json"), _bert_file(bert, *BERT_WEIGHTS)
+    path, weights = _bert_file(bert, "config.json"), _bert_weights(bert)
     with reading(path, "cannot be read"):
         config = dict(json.loads(path.read_text(encoding="utf-8-sig")))
     with reading(weights, "not a BERT"):
@@ -269,13 +288,49 @@ def vocabulary(config, init):
         return text
     if own is not None:
         return own
-    if config.bert and Path(config.bert).is_dir():
-        return _vocab_text(_bert_file(config.bert, "vocab.txt", "tokenizer.json"))
-    places = [Path(config.data_root, "vocab.txt"), Path(config.data_root, "..", "bert-base-uncased", "vocab.txt")]
-    for place in places:
-        if place.exists():
-            return _vocab_text(place)
-    return _vocab_text(_bert_file(config.bert, "vocab.txt"))
+    if not (config.bert and Path(config.bert).is_dir()):
+        for folder in (Path(config.data_root), Path(config.data_root, "..", "bert-base-uncased")):
+            if (folder / "vocab.txt").exists():
+                return _vocab_text(folder / "vocab.txt")
+    text = _vocab_text(_bert_file(config.bert, "vocab.txt", "tokenizer.json"))
+    _check_tokenizer(config.bert, text.rstrip("\n").count("\n") + 1)
+    return text
+
+
+def _check_tokenizer(bert, n_words):
+    """Raise InputError where BERT's own files say that texts are read otherwise than by our tokenizer of `n_words`."""
+    names = ("config.json", "tokenizer_config.json", "tokenizer.json", "added_tokens.json")
+    paths = [_bert_file(bert, name, optional=True) for name in names if bert]  # "" is bert-base-uncased, which is known
+    for path in filter(None, paths):
+        with reading(path, "cannot be read"):
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
+            said = dict(content)
+            for part, inner in content.items():
+                inner = {"type": None} if inner is None else inner
+                said |= {f"{part}.{key}": value for key, value in inner.items()} if isinstance(inner, dict) else {}
+            added = content if path.name == "added_tokens.json" else {}
+            added |= {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+            added |= {token["content"]: int(i) for i, token in content.get("added_tokens_decoder", {}).items()}
+            new = {token: number for token, number in added.items() if number >= n_words}
+        for key, allowed in TOKENIZER.items():
+            if key in said and said[key] not in allowed:
+                found = f"found {shown(said[key])}, expected {allowed[-1]!r}"
+                raise InputError(f"{path}: {key}: {found}: our tokenizer is lower-case WordPiece; take an uncased BERT")
+        for token, number in new.items():
+            found = f"found number {number}, expected less than the vocabulary's {n_words} words"
+            raise InputError(f"{path}: added token {shown(token)}: {found}; take a BERT without added tokens")
+
+
+def _leave_out_padding(path, state, info, words):
+    """Cut BERT's word table to `words` rows. Raises InputError unless the others pad it to a multiple of 8 to 128."""
+    rows = len(state[WORDS])
+    if rows not in [math.ceil(words / multiple) * multiple for multiple in (1, 8, 16, 32, 64, 128)]:
+        cure = "set --vocab=FILE to the vocab.txt of this BERT"
+        raise InputError(f"{path}: {rows} rows in the word table, but {words} words in the vocabulary; {cure}")
+    if rows > words:
+        info["set_aside"]["padding of the word table"] = state[WORDS][words:]
+        for name in {WORDS, DECODER, "heads.mlm.decoder.bias"} & state.keys():
+            state[name] = state[name][:words]
 
 
 def _vocab_text(path):
@@ -283,35 +338,55 @@ def _vocab_text(path):
     with reading(path, "no WordPiece vocabulary"):
         text = path.read_text(encoding="utf-8-sig")
         if not_the_file(path):
-            raise ValueError(not_the_file(path))
-        if path.name != "tokenizer.json":
-            return text
-        ids = json.loads(text)["model"]["vocab"]
-        if sorted(ids.values()) != list(range(len(ids))):
-            raise ValueError("expected ids 0, 1, 2, ...")
-        return "".join(f"{token}\n" for token in sorted(ids, key=ids.get))
+            raise InputError(f"{path}: {not_the_file(path)}")
+        if path.name == "tokenizer.json":
+            ids = json.loads(text)["model"]["vocab"]
+            if sorted(ids.values()) != list(range(len(ids))):
+                raise ValueError("expected ids 0, 1, 2, ...")
+            text = "".join(f"{token}\n" for token in sorted(ids, key=ids.get))
+    # Our tokenizer makes every text lower-case, so it would take a cased vocabulary's "Dress" for an unknown word.
+    cased = re.search(r"^[^\[\n]*[A-Z].*$", text, re.MULTILINE)
+    if cased:
+        found = f"found the word {shown(cased[0])}, expected lower-case words alone"
+        raise InputError(f"{path}: {found}; take the vocab.txt of an uncased BERT")
+    return text
 
 
-def _bert_file(bert, *names):
-    """Path of the first of `names` in the folder `bert`, else fetched from the Hugging Face hub ("": BERT-base)."""
+def _bert_weights(bert):
+    """Path of BERT's file of weights, or of the index of its several files, all of which are then there."""
+    path = _bert_file(bert, *BERT_WEIGHTS)
+    for shard in sorted(set(read_index(path).values())):
+        _bert_file(bert, shard)
+    return path
+
+
+def _bert_file(bert, *names, optional=False):
+    """Path of the first of `names` in the folder `bert`, else fetched from the Hugging Face hub ("": BERT-base).
+
+    None where there is no such file and it is optional, else InputError."""
     bert = bert or "bert-base-uncased"
-    if Path(bert).is_dir() or bert.startswith(("/", ".", "~")) or bert.count("/") > 1:
-        for name in names:
-            if Path(bert, name).is_file():
-                return Path(bert, name)
-        raise InputError(f"bert: no {' or '.join(names)} in folder {bert}, expected a Hugging Face BERT folder")
+    is_folder = Path(bert).is_dir() or bert.startswith(("/", ".", "~")) or bert.count("/") > 1
+    for name in names:
+        path = Path(bert, name) if is_folder else _from_hub(bert, name)
+        if path and path.is_file():
+            return path
+    if optional:
+        return None
+    raise InputError(f"bert: no {' or '.join(names)} in folder {bert}, expected a Hugging Face BERT folder")
+
+
+def _from_hub(repository, name):
+    """Path of a file that was fetched from the Hugging Face hub; None where the hub has the repository without it."""
     import huggingface_hub  # only where something is fetched
 
-    for name in names:
-        try:
-            return Path(huggingface_hub.hf_hub_download(bert, name))
-        except Exception as error:  # of the network, the disk, the hub
-            problem = error
-            if type(error).__name__ != "RemoteEntryNotFoundError":  # the hub has no file of this name: try the next
-                break
-    cure = f"put the files of https://huggingface.co/{bert} into a folder and set --bert=FOLDER"
-    cure += ", or start with --init=random and set --vocab=FILE to its vocab.txt"
-    raise InputError(f"bert: {' or '.join(names)} of {bert!r} could not be fetched ({cause_of(problem)}): {cure}")
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, name))
+    except Exception as error:  # of the network, the disk, the hub
+        if type(error).__name__ == "RemoteEntryNotFoundError":
+            return None
+        cure = f"put the files of https://huggingface.co/{repository} into a folder and set --bert=FOLDER"
+        cure += ", or start with --init=random and set --vocab=FILE to its vocab.txt"
+        raise InputError(f"bert: {name} of {repository!r} could not be fetched ({cause_of(error)}): {cure}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -78,7 +78,14 @@ def read_weights(path, kinds=None, setting=""):
     "vocab" (None where the file says none), "config", "model_config" and "labels" ({} there), and "set_aside" ({what of
     LEFT_OVER: its tensors}). Tensors stay in the file until they are used, so copy what must outlive it.
     Raises InputError where the file claims more than it has, or is none of `kinds` as the setting `setting` needs."""
-    file = read_safetensors(path) if Path(path).suffix == ".safetensors" else read_file(path)
+    places = read_index(path)
+    paths = [Path(path).with_name(name) for name in sorted(set(places.values()))] or [Path(path)]
+    file = {}
+    for one in paths:
+        file |= read_safetensors(one) if one.suffix == ".safetensors" else read_file(one)
+    lost = places.keys() - file.keys()
+    if lost:
+        raise InputError(f"{path}: lists {len(places)} tensors, but its files lack {len(lost)}, as {shown(min(lost))}")
     is_ours = "format" in file
     state = file["model"] if isinstance(file.get("model"), dict) else file
     for name, tensor in state.items():
@@ -105,7 +112,7 @@ def read_weights(path, kinds=None, setting=""):
         if {DECODER, WORDS} <= state.keys() and not torch.equal(state[DECODER], state[WORDS]):
             raise ValueError(f"{DECODER} and {WORDS} differ, but are one tensor in the model")
     # A few bytes can pose as any number of tensors, where all of them are views of the same memory.
-    if sum(tensor.nbytes for name, tensor in state.items() if name != DECODER) > os.path.getsize(path):
+    if sum(tensor.nbytes for name, tensor in state.items() if name != DECODER) > sum(map(os.path.getsize, paths)):
         raise InputError(f"{path}: its tensors claim more bytes than the file has")
     if kinds and info["kind"] not in kinds:
         raise InputError(f"{setting}: {path}: {info['kind']} weights, expected {' or '.join(kinds)}")
@@ -219,6 +226,17 @@ def is_zip(path):
     return True
 
 
+def read_index(path):
+    """{name of a tensor: its file} of a *.index.json, Hugging Face's list of several files; {} for other files."""
+    if not str(path).endswith(".index.json"):
+        return {}
+    with reading(path, "not an index of weight files"):
+        places = json.loads(Path(path).read_text(encoding="utf-8-sig"))["weight_map"]
+        if not places or any(Path(place).name != place for place in places.values()):
+            raise ValueError("expected names of files in the same folder")
+    return places
+
+
 def read_safetensors(path):
     """{name: tensor} of a safetensors file: 8-byte length, JSON header, then raw bytes without gaps or overlaps.
 
@@ -245,9 +263,7 @@ def read_safetensors(path):
     return tensors
 
 
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SAFETENSORS |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
-SAFETENSORS |= {"U8": torch.uint8, "BOOL": torch.bool}
+SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
 @contextlib.contextmanager
@@ -265,7 +281,9 @@ def reading(path, problem):
 
 def cause_of(error):
     """One line of an exception's text; of torch's long advice about weights_only, the part that says what was found."""
-    text = getattr(error, "strerror", None) or str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    text = getattr(error, "strerror", None) or str(error)
+    for advice_ends in ("WeightsUnpickler error:", "from a trusted source."):
+        text = text.partition(advice_ends)[2] or text
     return text.strip().partition("\n")[0][:300] or type(error).__name__
 
 

@@ -353,9 +353,9 @@ def write_safetensors(path, tensors, edit=None):
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
-def bert_file(folder, form, prefix="", gamma=False, mlm=True, pooler=True):
+def bert_file(folder, form, prefix="", gamma=False, mlm=True, pooler=True, rows=100):
     """A made-up BERT folder at the small size; returns the model whose weights it holds."""
-    source, state = small(("mlm",), seed=1), {}
+    source, state = small(("mlm",), seed=1, vocab_size=rows), {}
     for name, tensor in source.state_dict().items():
         is_text = name.startswith("bert.") and not name.endswith("_visual.weight") and "projection" not in name
         if is_text and (pooler or "pooler" not in name):
@@ -376,7 +376,7 @@ def bert_file(folder, form, prefix="", gamma=False, mlm=True, pooler=True):
         write_safetensors(folder / "model.safetensors", state)
     else:
         write(folder / "pytorch_model.bin", state, old=form == "bin")
-    (folder / "config.json").write_text(json.dumps({**BERT_SIZES, "hidden_act": "gelu"}))
+    (folder / "config.json").write_text(json.dumps({**BERT_SIZES, "vocab_size": rows, "hidden_act": "gelu"}))
     return source
 
 
@@ -516,6 +516,16 @@ def test_resume_setting(tmp_path):
         checkpoint.find_resume("auto", tmp_path, small())
 
 
+class RemoteEntryNotFoundError(Exception):
+    """As the hub says that a repository has no such file."""
+
+
+def fake_hub(name, files):
+    if name not in files:
+        raise RemoteEntryNotFoundError(name)
+    return files[name]
+
+
 def test_vocabulary_of_a_run(tmp_path, monkeypatch):
     """Every place of a vocabulary, best first: without the best one the next is taken, and the hub's file last."""
     import huggingface_hub
@@ -526,7 +536,7 @@ def test_vocabulary_of_a_run(tmp_path, monkeypatch):
     for place in places:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(f"[PAD]\n{place.parent.name}\n")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda bert, name: {"vocab.txt": hub}[name])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda bert, name: fake_hub(name, {"vocab.txt": hub}))
     setting, bert, *others = places
     init = saved(tmp_path / "pre.pt", small())
     arguments = {"bert": bert.parent, "data_root": data_root}
@@ -719,6 +729,11 @@ def cut(path, size, old=False):
     os.truncate(path, size)
 
 
+def pickle_alone(path, program):
+    """A zip of torch.save whose pickle is this program."""
+    write_zip(path, {"a/data.pkl": b"\x80\x02" + program.encode("latin-1"), "a/version": b"3\n"})
+
+
 def pickled(marker, *names):
     return {"model": {}, **{name: Command(marker) for name in names}}
 
@@ -742,23 +757,16 @@ FILES = [
     ("read", "pickled posix.system, .*--convert", lambda p, m: write(p, pickled(m, "x"))),
     ("read", "pickled posix.system", lambda p, m: write(p, pickled(m, "x"), old=True)),
     ("read", "a pickled posix.system, expected .*text$", lambda p, m: p.write_bytes(pickle.dumps(Command(m), 2))),
-    ("convert", "no tensors in it", lambda p, m: write(p, pickled(m, "x", "model"))),
+    ("convert", "posix.system whose module posix is blocked", lambda p, m: write(p, pickled(m, "x", "model"))),
+    ("convert", "no tensors in it", lambda p, m: write(p, {"model": HERE, "lr": 1})),
     ("convert", "not a zip of torch.save", lambda p, m: p.write_bytes(pickle.dumps(Command(m)))),
-    (
-        "convert",
-        "no tensors in it",
-        lambda p, m: write_zip(p, {"a/data.pkl": f"cbuiltins\neval\n(Vopen({str(m)!r}, 'w')\ntR.".encode()}),
-    ),
+    ("convert", "cannot be converted", lambda p, m: pickle_alone(p, f"cbuiltins\neval\n(Vopen({str(m)!r}, 'w')\ntR.")),
     # an index of the unpickler's memory as large as two gigabytes
-    ("convert", "no tensors in it", lambda p, m: write_zip(p, {"a/data.pkl": b"}r\xff\xff\xff\x7f."})),
+    ("convert", "no tensors in it", lambda p, m: pickle_alone(p, "}r\xff\xff\xff\x7f.")),
     # an instruction that gives a state to a function
-    (
-        "convert",
-        "cannot be converted",
-        lambda p, m: write_zip(p, {"a/data.pkl": b"ctorch._utils\n_rebuild_tensor_v2\n(N}Vargs\nK\1stb."}),
-    ),
+    ("convert", "cannot be converted", lambda p, m: pickle_alone(p, "ctorch._utils\n_rebuild_tensor_v2\n(NtR}b.")),
     # shapes and storages that claim gigabytes
-    ("convert", "converted: .*out of bounds", lambda p, m: claim(p, (b"K@\x85", b"J\0\0\0\x10\x85"))),
+    ("convert", "cannot be converted", lambda p, m: claim(p, (b"K@\x85", b"J\0\0\0\x10\x85"))),
     (
         "read",
         "not a checkpoint .*, or damaged",
@@ -942,23 +950,141 @@ def test_bad_bert_folders(tmp_path):
     model, resnet = small(vocab_size=101), tmp_path / "resnet.pth"
     write(resnet, image_part(model))
     wrong = tmp_path / "bert" / "pytorch_model.bin"
-    says = r"word_embeddings.weight \(100, 64\), expected \(101, 64\)"
+    says = "100 rows in the word table, but 101 words in the vocabulary; set --vocab=FILE to the vocab.txt of this BERT"
     bert = str(tmp_path / "bert")
     check_refusal(tmp_path, wrong, says, lambda: checkpoint.initialise(model, "pretrained", bert, str(resnet)))
     says = "bert weights, expected resnet"
     check_refusal(tmp_path, wrong, says, lambda: checkpoint.initialise(model, "pretrained", bert, str(wrong)))
 
 
-def test_command_in_a_file_with_tensors_is_not_run_by_converting(tmp_path):
-    marker, path = tmp_path / "marker", tmp_path / "in.ckpt"
+class Setting:
+    """An object of the program that wrote a file; whoever loads it gets a marker file."""
+
+    def __setstate__(self, state):
+        Path(state["marker"]).touch()
+
+
+def test_converting_loads_no_object(tmp_path):
+    marker, path, setting = tmp_path / "marker", tmp_path / "in.ckpt", Setting()
+    setting.marker = str(marker)
     tensors = {"a": torch.randn(3, 4).t(), "b": nn.Parameter(torch.ones(2)), "c": torch.arange(5)[1:3]}
     tensors["d"] = torch.ones(0)
-    write(path, {"model": OrderedDict(tensors), "hook": Command(marker), "more": [Command(marker)]})
+    write(path, {"model": OrderedDict(tensors), "config": setting, "more": [setting, Path("a")]})
     report = weights.convert(path, tmp_path / "out.pt")
-    assert "posix.system" in report[1] and not marker.exists()
+    assert "test_checkpoint.Setting" in report[1] and "pathlib" in report[1] and not marker.exists()
     assert same(formats.read_file(tmp_path / "out.pt")["model"], {n: t.data for n, t in tensors.items()})
     with pytest.raises(InputError, match="out.pt: exists"):
         weights.convert(path, tmp_path / "out.pt")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_weights_in_several_files(tmp_path, form, monkeypatch):
+    """The same weights as from one file, from a folder and from the hub; else the line names the file."""
+    import huggingface_hub
+
+    folder, resnet, model = tmp_path / "bert", tmp_path / "resnet.pth", small(("mlm",))
+    source = bert_file(folder, form)
+    torch.save(image_part(source), resnet)
+    one = folder / ("model.safetensors" if form == "safetensors" else "pytorch_model.bin")
+    tensors = formats.read_safetensors(one) if form == "safetensors" else formats.read_file(one)
+    one.unlink()
+    names = {f"part-{i}{one.suffix}": list(tensors)[i::2] for i in (0, 1)}
+    index, second = folder / f"{one.name}.index.json", folder / f"part-1{one.suffix}"
+    index.write_text(json.dumps({"weight_map": {name: place for place, own in names.items() for name in own}}))
+
+    def write_shard(place, own):
+        shard = {name: tensors[name].clone() for name in own}
+        (write_safetensors if form == "safetensors" else write)(folder / place, shard)
+
+    for place, own in names.items():
+        write_shard(place, own)
+    assert checkpoint.transformer_sizes(str(folder), "") == BERT_SIZES
+    checkpoint.initialise(model, "pretrained", bert=str(folder), resnet=str(resnet))
+    expected = {n: t for n, t in source.state_dict().items() if "_visual" not in n and "projection" not in n}
+    assert same({n: t for n, t in model.state_dict().items() if n in expected}, expected)
+    files = {path.name: path for path in folder.iterdir()}
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda bert, name: fake_hub(name, files))
+    assert checkpoint.transformer_sizes("some/bert", "") == BERT_SIZES
+    write_shard(second.name, names[second.name][1:])
+    says = rf"lists {len(tensors)} tensors, but its files lack 1, as '.{{9,90}}'$"
+    check_refusal(tmp_path, index, says, lambda: checkpoint.transformer_sizes(str(folder), ""))
+    second.unlink()
+    check_refusal(tmp_path, second.name, "bert: no part-1", lambda: checkpoint.transformer_sizes(str(folder), ""))
+    index.write_text(json.dumps({"weight_map": {"a": "../a.bin"}}))
+    says = "expected names of files in the same folder"
+    check_refusal(tmp_path, index, says, lambda: checkpoint.transformer_sizes(str(folder), ""))
+
+
+FIT = [(2112, 2105), (2176, 2105), (2105, 2105)]
+
+
+@pytest.mark.parametrize("rows, words", [*FIT, (2112, 2047), (2108, 2105), (2105, 2112)])
+def test_padded_word_tables(tmp_path, rows, words):
+    """Rows that pad the table to a multiple of 8 to 128 are left out. Any other two numbers are said."""
+    folder, resnet = tmp_path / "bert", tmp_path / "resnet.pth"
+    source = bert_file(folder, "bin", rows=rows)
+    torch.save(image_part(source), resnet)
+    model = small(("mlm",), vocab_size=words)
+    start = lambda: checkpoint.initialise(model, "pretrained", bert=str(folder), resnet=str(resnet))  # noqa: E731
+    if (rows, words) in FIT:
+        report = start()
+        assert (f"padding of the word table ({rows - words})" in report[1]) == (rows > words)
+        for name in (WORDS, formats.DECODER, "heads.mlm.decoder.bias"):
+            assert torch.equal(model.state_dict()[name], source.state_dict()[name][:words])
+    else:
+        says = f"{rows} rows in the word table, but {words} words in the vocabulary"
+        check_refusal(tmp_path, folder / "pytorch_model.bin", says, start)
+
+
+CASED = "expected True: our tokenizer is lower-case WordPiece; take an uncased BERT$"
+NORMALIZER = {"type": "BertNormalizer", "lowercase": True, "strip_accents": None, "handle_chinese_chars": True}
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("tokenizer_config.json", {"do_lower_case": False}, f"do_lower_case: found False, {CASED}"),
+        ("tokenizer_config.json", {"strip_accents": False}, f"strip_accents: found False, {CASED}"),
+        ("tokenizer_config.json", {"tokenize_chinese_chars": False}, f"tokenize_chinese_chars: found False, {CASED}"),
+        ("tokenizer_config.json", {"tokenizer_class": "RobertaTokenizer"}, "found 'RobertaTokenizer', expected 'BertT"),
+        ("config.json", {"tokenizer_class": "BertJapaneseTokenizer"}, "tokenizer_class: found 'BertJapaneseTokenizer'"),
+        ("tokenizer.json", {"normalizer": {**NORMALIZER, "lowercase": False}}, f"normalizer.lowercase: .*, {CASED}"),
+        ("tokenizer.json", {"normalizer": {**NORMALIZER, "strip_accents": False}}, f"normalizer.strip_acc.*, {CASED}"),
+        ("tokenizer.json", {"normalizer": None}, "normalizer.type: found None, expected 'BertNormalizer'"),
+        ("tokenizer.json", {"pre_tokenizer": {"type": "ByteLevel"}}, "pre_tokenizer.type: found 'ByteLevel'"),
+        ("tokenizer.json", {"model": {"type": "BPE"}}, "model.type: found 'BPE', expected 'WordPiece'"),
+        ("tokenizer.json", [1], "cannot be read"),
+        (
+            "tokenizer.json",
+            {"added_tokens": [{"id": 3, "content": "x"}]},
+            "'x': found number 3, .* vocabulary's 3 words",
+        ),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"content": "x"}}}, "'x': found number 3, "),
+        ("added_tokens.json", {"x": 3, "y": 4}, "added token 'x': found number 3, expected less than the .* 3 words"),
+        ("vocab.txt", "[PAD]\nDress\n", "found the word 'Dress', expected lower-case words alone"),
+        (
+            "tokenizer_config.json",
+            {"do_lower_case": True, "strip_accents": None, "tokenizer_class": "BertTokenizer"},
+            "",
+        ),
+        ("tokenizer.json", {"normalizer": NORMALIZER, "added_tokens": [{"id": 0, "content": "[PAD]"}]}, ""),
+    ],
+)
+def test_tokenizer_settings_of_a_bert_folder(tmp_path, name, content, says):
+    """A folder whose texts are read otherwise is refused, for its vocabulary and for its weights."""
+    folder = tmp_path / "bert"
+    bert_file(folder, "safetensors", rows=3)
+    (folder / "vocab.txt").write_text("[PAD]\ndress\n##es\n")
+    (folder / name).write_text(content if name == "vocab.txt" else json.dumps(content))
+    if not says:
+        assert vocabulary(bert=folder) == "[PAD]\ndress\n##es\n"
+        return
+    check_refusal(tmp_path, folder / name, says, lambda: vocabulary(bert=folder))
+    if name != "vocab.txt":
+        model = small(("mlm",), vocab_size=3)
+        check_refusal(
+            tmp_path, folder / name, says, lambda: checkpoint.initialise(model, "pretrained", str(folder), "random")
+        )
 
 
 def test_command_line_ends_in_one_line(tmp_path):

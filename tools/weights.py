@@ -5,9 +5,6 @@ python -m tools.weights --convert IN OUT     the tensors alone of a file that ho
 
 import argparse
 import dataclasses
-import pickle
-import zipfile
-from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -18,10 +15,6 @@ from common import replacing, run
 from formats import is_zip, read_weights, reading, shown
 from settings import InputError
 
-STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16}
-STORAGES |= {"DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32}
-STORAGES |= {"ShortStorage": torch.int16, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
-
 
 class Inert(dict):
     """Stands for any object of a pickle: keeps dict entries, swallows everything else, runs nothing."""
@@ -29,31 +22,8 @@ class Inert(dict):
     def __init__(self, *args):
         pass
 
-    def _swallow(self, *args):
-        return self
-
-    __call__ = __setstate__ = append = extend = _swallow
+    __setstate__ = append = extend = __init__
     __hash__ = object.__hash__
-
-
-class Entry(tuple):
-    """What a pickle says of a tensor: ((_, dtype, storage key, _, _), offset, size, stride, ...)."""
-
-
-class TensorsOnly(pickle._Unpickler):  # Python's own, as C's memo grows to the largest index that a file names
-    """Unpickler that imports nothing: `Entry` for tensors, containers and numbers as they are, `Inert` for all else."""
-
-    def find_class(self, module, name):
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
-            return (lambda *args: Entry(args)) if name == "_rebuild_tensor_v2" else (lambda tensor, *rest: tensor)
-        if (module, name) != ("collections", "OrderedDict"):
-            self.strangers.add(f"{module}.{name}")
-        return Inert
-
-    def persistent_load(self, pid):
-        return pid
 
 
 def convert(source, target):
@@ -64,25 +34,18 @@ def convert(source, target):
         raise InputError(f"{target}: exists, expected a new name")
     if not is_zip(source):
         raise InputError(f"{source}: not a zip of torch.save (torch 1.6 or newer); no other file is converted")
-    storages, tensors = {}, {}
-    with reading(source, "cannot be converted"), zipfile.ZipFile(source) as archive:
-        entry = next(name for name in archive.namelist() if Path(name).name == "data.pkl")
-        unpickler = TensorsOnly(BytesIO(archive.read(entry)))
-        unpickler.strangers = set()
-        content = unpickler.load()
+    with reading(source, "cannot be converted"):
+        # torch's own safe reader takes `Inert` for every class and function that it would refuse.
+        strangers = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))
+        with torch.serialization.safe_globals([(Inert, name) for name in strangers]):
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
         model = content["model"] if isinstance(content.get("model"), dict) else content
-        for name, value in model.items():
-            if type(value) is Entry:
-                (_, dtype, key, *_), offset, size, stride, *_ = value
-                if key not in storages:
-                    data = bytearray(archive.read(f"{entry.removesuffix('data.pkl')}data/{key}"))
-                    storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-                tensors[name] = storages[key].as_strided(size, stride, offset)  # raises past the storage's end
+        tensors = {name: value.detach() for name, value in model.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise InputError(f"{source}: no tensors in it, expected a state dict or {{'model': a state dict}}")
     with replacing(target) as file:
         torch.save({"model": tensors}, file)
-    left = ", ".join(map(repr, sorted(unpickler.strangers))) or "nothing foreign"
+    left = ", ".join(map(repr, strangers)) or "nothing foreign"
     return [f"{target}: {len(tensors)} tensors", f"left out: {left}, and all beside the model's tensors"]
 
 
