@@ -1,7 +1,6 @@
-"""plot.py: what it reads of a run's log, and its one-line errors."""
+"""curves.py: what it reads of a run's log, and its one-line errors."""
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -25,6 +24,10 @@ def run(tmp_path):
 
 
 EXPECTED = {
+    "lr": ([50], [1e-3]),
+    "itc_updates": ([50], [9]),
+    "memory_gb": ([100], [0.6]),
+    "samples_per_s": ([150], [100.0]),
     "itc_loss": ([50, 150], [3.5, 2]),
     "itc_acc": ([50], [0.1]),
     "itm_loss": ([100], [0.7]),
@@ -33,8 +36,7 @@ EXPECTED = {
 
 
 def test_curves(run):
-    assert curves.read_curves(run) == curves.read_curves(run / "log.jsonl") == EXPECTED
-    assert curves.order(EXPECTED) == ["itc_loss", "itm_loss", "itc_acc", "val_mean_recall"]
+    assert curves.read_curves(run) == EXPECTED
 
 
 def test_a_last_line_cut_short_is_left_out(run):
@@ -49,6 +51,7 @@ def test_a_last_line_cut_short_is_left_out(run):
         (None, "cannot be read .*expected a run folder"),
         ('{"step": 1, "loss": 2}\nnoise\n{"step": 2, "loss": 2}\n', "log.jsonl:2: found 'noise'"),
         ('{"loss": 2}\n{"step": 2, "loss": 2}\n', "log.jsonl:1"),
+        ("[1]\n[2]\n", "log.jsonl:1: found '\\[1\\]'"),
         ("", "nothing is logged yet"),
         ('{"step": 1, "lr": 0.1}\n', "nothing is logged yet"),
     ],
@@ -57,7 +60,7 @@ def test_errors_are_one_line(text, message, tmp_path):
     if text is not None:
         (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(InputError, match=message) as error:
-        curves.read_curves(tmp_path)
+        curves.main([str(tmp_path), "--out", str(tmp_path / "a.png")])
     assert "\n" not in str(error.value)
 
 
@@ -69,21 +72,19 @@ def test_without_matplotlib(run, monkeypatch):
     assert "matplotlib" in (ROOT / "requirements-dev.txt").read_text()
 
 
-def test_draws(run, tmp_path):
-    pytest.importorskip("matplotlib")
+def test_draws(run, tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn, save = [], figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda self, *args, **more: drawn.append(self) or save(self, *args, **more))
     other = tmp_path / "other"
     other.mkdir()
-    (other / "log.jsonl").write_text(json.dumps({"step": 10, "itc_loss": 1.0, "loss": 3}))
+    (other / "log.jsonl").write_text(json.dumps({"step": 10, "itc_loss": 1.0, "loss": 3}) + "\n")
     curves.main([str(run), str(other), "--out", str(tmp_path / "curves.png")])
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and not list(tmp_path.glob("*.tmp"))
-    with pytest.raises(InputError, match="cannot be written"):
+    panels = {panel.get_title(): panel for panel in drawn[0].axes}
+    assert list(panels) == ["itc_loss", "itm_loss", "loss", "itc_acc", "val_mean_recall"]
+    first, second = panels["itc_loss"].lines
+    assert first.get_xydata().tolist() == [[50, 3.5], [150, 2]] and second.get_xydata().tolist() == [[10, 1]]
+    assert (first.get_label(), second.get_label()) == (str(run), str(other))
+    with pytest.raises(InputError, match="/nowhere/a.png: cannot be saved: No such file or directory"):
         curves.main([str(run), "--out", "/nowhere/a.png"])
-
-
-def test_the_lint_hook_runs_what_ci_runs():
-    """.pre-commit-config.yaml: the version of requirements-dev.txt and the two commands of .ci/run."""
-    hook, dev = (ROOT / ".pre-commit-config.yaml").read_text(), (ROOT / "requirements-dev.txt").read_text()
-    pinned = re.search(r"^ruff==.+$", dev, re.M)[0]
-    assert set(re.findall(r"ruff==[\w.]+", hook)) == {pinned}
-    entries = re.findall(r"entry: (.+)", hook)
-    assert len(entries) == 2 and all(f"\n{entry}\n" in (ROOT / ".ci" / "run").read_text() for entry in entries)
