@@ -11,11 +11,13 @@ hit: a query is a hit at k if its rank is at most k. Recall at k (r@k) is the sh
 chance: what a random ranking, or a guess, reaches on average.
 outcomes: {set: tensor with a row for each query}, from which all metrics can be computed, also of resampled queries."""
 
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -29,9 +31,10 @@ import metrics
 import pictures
 import settings
 from model import CSANet
-from settings import InputError, setting
+from settings import COUNT, DEVICES, DTYPES, FROM_0, STRIDE, InputError, setting
 
 RETRIEVAL_KS, TGIR_KS, OCIR_KS = (1, 5, 10), (10, 50), (10, 30, 50)
+GALLERIES, SPLITS = ("original", "val"), ("disjoint", "nondisjoint")  # of FashionIQ and of Polyvore Outfits
 CROP, SCALE = "crop", "scale"  # image transforms: centre crop; for FashionIQ and Polyvore the whole image, resized
 
 
@@ -43,7 +46,7 @@ class Result:
     chance: dict
     counts: dict  # numbers of queries, gallery items, ...
     outcomes: dict
-    choices: list = None  # pictures.Choice for each query, for --show
+    choices: list = field(default_factory=list)  # pictures.Choice for each query, for --show
 
 
 # ---- protocols: embeddings and ids -> Result -------------------------------------------------------------------------
@@ -54,29 +57,36 @@ def full_gallery(image, text, image_id, text_id, ks=RETRIEVAL_KS):
 
     image (N, D), text (M, D) float32; image_id (N,), text_id (M,) int64 product ids.
     Raises as `metrics.best_ranks`. Source: docs/recipe.md "Full gallery"."""
-    i2t_sizes = (metrics.find_positives(image_id, text_id)[1].cpu(), torch.tensor(len(text)))
-    t2i_sizes = (metrics.find_positives(text_id, image_id)[1].cpu(), torch.tensor(len(image)))
-    t2i = metrics.best_ranks(text, image, text_id, image_id)  # first: its blocks of memory are large enough for i2t
-    outcomes = {"i2t": metrics.best_ranks(image, text, image_id, text_id), "t2i": t2i}
-    chance = metrics.chance_recalls({"i2t": i2t_sizes, "t2i": t2i_sizes}, ks)
+    i2t, t2i = (image, text, image_id, text_id), (text, image, text_id, image_id)
+    outcomes = {"i2t": metrics.best_ranks(*i2t), "t2i": metrics.best_ranks(*t2i)}
+    n_texts, n_images = (metrics.find_positives(*ids)[1].tolist() for ids in (i2t[2:], t2i[2:]))  # that are correct
+    sizes = {"i2t": [(n, len(text)) for n in n_texts], "t2i": [(n, len(image)) for n in n_images]}
     counts = {"images": len(image), "texts": len(text)}
-    return Result(metrics.recalls(outcomes, ks), chance, counts, outcomes)
+    return Result(metrics.recalls(outcomes, ks), metrics.chance_recalls(sizes, ks), counts, outcomes)
 
 
-def sample_100(image, text, image_id, text_id, image_group, text_group, seed=0, draws=5, ks=RETRIEVAL_KS):
+def sample_100(
+    image, text, image_id, text_id, image_group, text_group, seed=0, draws=5, n_queries=1000, ks=RETRIEVAL_KS
+):
     """ITR and TIR as Kaleido-BERT measures them: random queries rank one positive and up to 100 negatives.
 
-    As `full_gallery`, on the CPU; image_group (N,), text_group (M,) int64 sub-categories. The metrics are means over
-    all draws; outcomes and negatives are those of `metrics.sample_ranks`. Source: docs/recipe.md "Sample-100"."""
+    As `full_gallery`, on the CPU; image_group (N,), text_group (M,) int64 sub-categories; a small one has fewer
+    negatives. Each draw takes n_queries queries, or all of fewer. The metrics are means over all draws. outcomes {way:
+    (Q, draws) int64 ranks, 0 where the draw left the query out}. Source: docs/recipe.md "Sample-100"."""
     generator = torch.Generator().manual_seed(seed)  # its own, so that the global state neither counts nor changes
     outcomes, sizes, counts = {}, {}, {"images": len(image), "texts": len(text), "draws": draws, "seed": seed}
+    metrics.check_embeddings(image, text)
     images, texts = (image, image_id, image_group), (text, text_id, text_group)
-    for way, queries, gallery in (("i2t", images, texts), ("t2i", texts, images)):
-        outcomes[way], negatives = metrics.sample_ranks(*queries, *gallery, generator, draws)
-        sizes[way] = (torch.tensor(1), 1 + negatives)
+    for way, (queries, *of_queries), (gallery, *of_gallery) in (("i2t", images, texts), ("t2i", texts, images)):
+        outcomes[way], negatives = torch.zeros(len(queries), draws, dtype=torch.int64), []
+        for draw in range(draws):
+            for q in torch.randperm(len(queries), generator=generator)[:n_queries].tolist():
+                candidates = metrics.sample_candidates(q, *of_queries, *of_gallery, generator)
+                outcomes[way][q, draw] = metrics.candidate_rank(queries[q], gallery, candidates)
+                negatives.append(len(candidates) - 1)
+        sizes[way] = [(1, 1 + n) for n in negatives]
         counts[f"{way}_queries"] = len(negatives) // draws
-        counts[f"{way}_negatives_min"] = int(negatives.min())
-        counts[f"{way}_negatives_mean"] = negatives.double().mean().item()
+        counts[f"{way}_negatives_min"], counts[f"{way}_negatives_mean"] = min(negatives), statistics.fmean(negatives)
     return Result(metrics.recalls(outcomes, ks), metrics.chance_recalls(sizes, ks), counts, outcomes)
 
 
@@ -84,12 +94,11 @@ def composed_retrieval(classes, ks=TGIR_KS):
     """TGIR: each class has its own gallery, which includes the reference images; <class>_r@k and their mean.
 
     classes {name: {"queries", "gallery", "query_id", "gallery_id"}}, the arguments of `metrics.best_ranks`; ids of
-    images. Raises as that, and ValueError on a repeated one. Source: docs/recipe.md "Text-guided image retrieval"."""
+    images, each once in a gallery. Raises as that. Source: docs/recipe.md "Text-guided image retrieval"."""
     outcomes, sizes, counts = {}, {}, {}
     for name, retrieval in classes.items():
-        metrics.check_unique(retrieval["gallery_id"])
         outcomes[name] = metrics.best_ranks(**retrieval)
-        sizes[name] = (torch.tensor(1), torch.tensor(len(retrieval["gallery"])))
+        sizes[name] = [(1, len(retrieval["gallery"]))]
         counts[f"{name}_queries"], counts[f"{name}_gallery"] = len(retrieval["queries"]), len(retrieval["gallery"])
     return Result(metrics.recalls(outcomes, ks), metrics.chance_recalls(sizes, ks), counts, outcomes)
 
@@ -107,7 +116,10 @@ def classification(predictions, labels):
         predictions = predictions.argmax(dim=1)
     outcomes = {"samples": torch.stack([predictions, labels], dim=1).cpu()}
     counts = {"samples": len(labels), "classes": len(labels.unique())}
-    return Result(metrics.recognition_scores(outcomes), metrics.recognition_chance(labels.cpu()), counts, outcomes)
+    # Accuracy of always naming the most frequent class; macro-F1 of guessing with the labels' own frequencies, where
+    # precision and recall of a class are its share: 1 / C over C classes (a ratio of expectations).
+    chance = {"accuracy": labels.bincount().max().item() / len(labels), "macro_f1": 1 / counts["classes"]}
+    return Result(metrics.recognition_scores(outcomes), chance, counts, outcomes)
 
 
 def outfit_retrieval(outfit, target_id, blank, blank_id, blank_category, ks=OCIR_KS):
@@ -115,8 +127,7 @@ def outfit_retrieval(outfit, target_id, blank, blank_id, blank_category, ks=OCIR
 
     outfit (Q, D) float32: mean of the fused, scaled features of its items, not normalised again; target_id (Q,) int64.
     blank (G, D), blank_id (G,) int64, each once; blank_category (G,) int64 >= 0. All on the CPU.
-    Raises as `best_ranks`, and ValueError on a repeated blank. Source: docs/recipe.md "Outfit completion"."""
-    metrics.check_unique(blank_id)
+    Raises as `best_ranks`. Source: docs/recipe.md "Outfit completion"."""
     target, _ = metrics.find_positives(target_id, blank_id)
     category = blank_category[target[:, 0]]  # (Q,)
     ranks = torch.zeros(len(outfit), dtype=torch.int64)
@@ -124,40 +135,38 @@ def outfit_retrieval(outfit, target_id, blank, blank_id, blank_category, ks=OCIR
         rows, items = category == c, blank_category == c
         ranks[rows] = metrics.best_ranks(outfit[rows], blank[items], target_id[rows], blank_id[items])
     outcomes = {"ocir": torch.stack([ranks, category], dim=1)}
-    n_items = torch.bincount(blank_category)[category]  # (Q,)
+    n_items = torch.bincount(blank_category)[category].tolist()  # that each query ranks; one of them is right
+    shares = {
+        f"r@{k}": torch.tensor([metrics.random_recall(1, n, k) for n in n_items], dtype=torch.float64) for k in ks
+    }
+    chance = metrics.with_mean({name: metrics.category_mean(share, category) for name, share in shares.items()})
     counts = {"queries": len(outfit), "gallery": len(blank), "categories": len(category.unique())}
-    return Result(
-        metrics.category_recalls(outcomes, ks), metrics.category_chance(n_items, category, ks), counts, outcomes
-    )
-
-
-# ---- embedding -------------------------------------------------------------------------------------------------------
+    return Result(metrics.category_recalls(outcomes, ks), chance, counts, outcomes)
 
 
 @torch.no_grad()
-def embed(encode, items, tokenizer, config, processes, transform=CROP, max_tokens=data.MAX_TOKENS, progress=False):
+def embed(encode, items, tokenizer, config, processes, fit=CROP, max_tokens=data.MAX_TOKENS, progress=False):
     """`encode(batch)` of every item once, in the order of the items: (len(items), ...) float32 on every process's CPU.
 
     items: as data.Samples takes them; the processes share them. max_tokens: where config.max_tokens is 0. config needs
     image_size, max_tokens, eval_batch_size, workers, dtype; in tasks also task, data_root, seed, split and gallery."""
     # Neighbours have texts of similar length, so that batches hold little padding.
     order = sorted(range(len(items)), key=lambda i: len(items[i].get("text", "")))
-    own = order[processes.rank :: processes.world_size]
-    transform = data.image_transform(transform, config.image_size, train=False)
-    dataset = data.Samples([items[i] for i in own], tokenizer, transform, config.max_tokens or max_tokens)
+    own = [items[i] for i in order[processes.rank :: processes.world_size]]
+    transform = data.image_transform(fit, config.image_size, train=False)
+    dataset = data.Samples(own, tokenizer, transform, config.max_tokens or max_tokens)
     # A process of a gloo group has threads, and a fork beside them hung once in 20 minutes of tests/soak.py.
     workers = 0 if common.in_group() and processes.device.type == "cpu" else config.workers
     share = {"num_workers": workers, "worker_init_fn": data.leave_group, "collate_fn": data.collate}
     rows = []
-    with tqdm(total=len(own), unit=" items", disable=not progress) as bar:
-        for batch in DataLoader(dataset, config.eval_batch_size, **share):
-            with common.autocast(processes.device, config.dtype):
-                rows.append(encode(data.to_device(batch, processes.device)).float())
-            bar.update(len(rows[-1]))
+    for batch in tqdm(DataLoader(dataset, config.eval_batch_size, **share), unit=" batches", disable=not progress):
+        with common.autocast(processes.device, config.dtype):
+            rows.append(encode(data.to_device(batch, processes.device)).float())
     # Every process receives all rows, and puts them into the order of the items.
-    rows = common.gather_rows(torch.cat(rows)).cpu()
-    out = torch.empty_like(rows)
-    out[common.gather_rows(torch.tensor(own, device=processes.device)).cpu()] = rows
+    rows = torch.cat(rows).cpu()
+    out = rows.new_empty(len(items), *rows.shape[1:])
+    for rank, part in enumerate(common.gather_objects(rows)):
+        out[order[rank :: processes.world_size]] = part
     return out
 
 
@@ -221,46 +230,56 @@ def evaluate_retrieval(model, tokenizer, config, processes):
     return results
 
 
+class Garment(NamedTuple):  # one class of FashionIQ val, as far as its images are there
+    queries: list  # as annotations.FashionIQ has them
+    gallery: dict  # {name: path} of the images to search in
+    left_out: dict  # counts of what is not there
+
+
+def load_garment(name, config):
+    """The `Garment` of one of FASHIONIQ_CLASSES. Raises InputError where no query has its images."""
+    queries, gallery = annotations.load_fashioniq(config.data_root, name, "val", config.gallery)
+    gallery = {image: annotations.fashioniq_image(config.data_root, name, image, name) for image in gallery}
+    paths = [query[key] for query in queries for key in ("image", "image2")]
+    broken = data.leave_out([*gallery.values(), *paths], config, f"FashionIQ {name}")
+    kept = [query for query in queries if not {query["image"], query["image2"]} & broken]
+    if not kept:
+        raise InputError(f"FashionIQ {name}: no query has both its images, expected some under {config.data_root}")
+    kept_gallery = {image: path for image, path in gallery.items() if path not in broken}
+    sizes = {f"{name}_queries": (len(queries), len(kept)), f"{name}_gallery": (len(gallery), len(kept_gallery))}
+    return Garment(kept, kept_gallery, left_out(config, **sizes))
+
+
 def evaluate_fashioniq(model, tokenizer, config, processes):
     """TGIR on FashionIQ val with the gallery `config.gallery`: each gallery image and each query is embedded once."""
     share = (tokenizer, config, processes, SCALE, data.FASHIONIQ_MAX_TOKENS)
-    classes, cells, choices, missing = {}, {}, [], {}
-    for garment in annotations.FASHIONIQ_CLASSES:
-        queries, names = annotations.load_fashioniq(config.data_root, garment, "val", config.gallery)
-        path_of = {name: annotations.fashioniq_image(config.data_root, garment, name, garment) for name in names}
-        both = [query[key] for query in queries for key in ("image", "image2")]
-        broken = data.leave_out([*path_of.values(), *both], config, f"FashionIQ {garment}")
-        kept = [query for query in queries if not {query["image"], query["image2"]} & broken]
-        if not kept:
-            raise InputError(
-                f"FashionIQ {garment}: no query has both its images, expected some under {config.data_root}"
-            )
-        names = [name for name in names if path_of[name] not in broken]
-        sizes = {f"{garment}_queries": (len(queries), len(kept)), f"{garment}_gallery": (len(path_of), len(names))}
-        missing |= left_out(config, **sizes)
-        queries, paths = kept, [path_of[name] for name in names]
+    garments = {name: load_garment(name, config) for name in annotations.FASHIONIQ_CLASSES}
+    classes = {}
+    for name, (queries, gallery, _) in garments.items():
         items = [{key: query[key] for key in ("image", "text", "name")} for query in queries]
-        place = {name: i for i, name in enumerate(names)}
-        classes[garment] = {
-            "gallery": embed(partial(embed_batch, model), image_items(paths), *share),
+        place = {image: i for i, image in enumerate(gallery)}
+        classes[name] = {
+            "gallery": embed(partial(embed_batch, model), image_items(gallery.values()), *share),
             "queries": embed(partial(embed_batch, model), items, *share),
             "query_id": torch.tensor([place[query["target"]] for query in queries]),
-            "gallery_id": torch.arange(len(names)),
+            "gallery_id": torch.arange(len(gallery)),
         }
-        query_cells = [pictures.Cell([item["image"]], item["text"]) for item in items]
-        gallery_cells = [pictures.Cell([path], name) for path, name in zip(paths, names, strict=True)]
-        cells[garment] = {"query_cells": query_cells, "gallery_cells": gallery_cells}
     result = composed_retrieval(classes)
-    result.counts |= missing
-    for garment, ranks in result.outcomes.items():
-        choices += pictures.ranked_choices(ranks, **cells[garment], **classes[garment])
-    return {f"gallery {config.gallery}": replace(result, choices=choices)}
+    for name, (queries, gallery, counts) in garments.items():
+        result.counts |= counts
+        query_cells = [pictures.Cell([query["image"]], query["text"]) for query in queries]
+        gallery_cells = [pictures.Cell([path], image) for image, path in gallery.items()]
+        result.choices += pictures.ranked_choices(result.outcomes[name], query_cells, gallery_cells, **classes[name])
+    return {f"gallery {config.gallery}": result}
 
 
-def class_name(config, label):
-    """Name of a class from labels.json of the data root, or its number."""
-    names = [name for names in annotations.label_names(config.data_root, config.task).values() for name in names]
-    return names[label] if label < len(names) else f"class {label}"
+def recognition_row(config, path, prediction, label):
+    """The pictures.Row of one image with the names of its classes, from labels.json of the data root, or numbers."""
+    (names,) = annotations.label_names(config.data_root, config.task).values() or [[]]
+    names = dict(enumerate(names))
+    true, predicted = (names.get(number, f"class {number}") for number in (label, prediction))
+    frame = pictures.RIGHT if prediction == label else pictures.WRONG
+    return pictures.Row(pictures.Cell([path], label=f"true: {true}"), [pictures.Cell(text=predicted, frame=frame)])
 
 
 def evaluate_recognition(model, tokenizer, config, processes):
@@ -277,55 +296,53 @@ def evaluate_recognition(model, tokenizer, config, processes):
     logits = embed(model.classify, items, tokenizer, config, processes)
     result = classification(logits, torch.tensor([item["label"] for item in items]))
     result.counts |= left_out(config, samples=(sum(len(product.images) for product in every), len(items)))
-    row = partial(pictures.labelled_row, name_of=partial(class_name, config))
-    result.choices = [
-        pictures.Choice(prediction != label, partial(row, item["image"], prediction, label))
-        for item, (prediction, label) in zip(items, result.outcomes["samples"].tolist(), strict=True)
-    ]
+    for item, (prediction, label) in zip(items, result.outcomes["samples"].tolist(), strict=True):
+        row = partial(recognition_row, config, item["image"], prediction, label)
+        result.choices.append(pictures.Choice(prediction != label, row))
     return {"every image": result}
 
 
 @torch.no_grad()
+def embed_outfits(model, outfits, embed_items):
+    """Each outfit as `outfit_retrieval` takes it: (Q, D) float32. embed_items(encode, items): `embed` of the task."""
+    # The wanted category counts only after the image encoder, so each image is encoded once for all categories.
+    paths = list({path: None for outfit in outfits for path, _ in outfit["items"]})
+    encoded = embed_items(lambda batch: model.encode_item(batch["image"]), image_items(paths))
+    row_of, device = {path: i for i, path in enumerate(paths)}, model.logit_scale.device
+    queries = []
+    for outfit in outfits:
+        items = encoded[[row_of[path] for path, _ in outfit["items"]]].to(device)
+        category = torch.tensor([category for _, category in outfit["items"]], device=device)
+        fused = model.fuse(items, category, torch.full_like(category, outfit["blank_item"][1]))
+        queries.append(fused.mean(0).cpu())
+    return torch.stack(queries)
+
+
 def evaluate_polyvore(model, tokenizer, config, processes):
     """OCIR on Polyvore Outfits test, split `config.split`. The blank is the item that a row takes out of its outfit."""
-    outfits, n_categories = annotations.load_polyvore(config.data_root, config.split, "test")
+    every, n_categories = annotations.load_polyvore(config.data_root, config.split, "test")
     if n_categories != model.n_categories:
         found = f"{n_categories} categories, but the checkpoint's CSA-Net has {model.n_categories}"
         raise InputError(f"{config.data_root}: {found}")
-    share, every = (tokenizer, config, processes, SCALE), outfits
-    paths = [path for outfit in outfits for path, _ in [*outfit["items"], outfit["blank_item"]]]
+    paths = [path for outfit in every for path, _ in [*outfit["items"], outfit["blank_item"]]]
     broken = data.leave_out(paths, config, f"Polyvore {config.split} test")
-    outfits = [o for o in every if not {path for path, _ in [*o["items"], o["blank_item"]]} & broken]
-    sizes = len(every), len(outfits)  # rows marked as fake included
+    rows = [o for o in every if not {path for path, _ in [*o["items"], o["blank_item"]]} & broken]
     # The gallery has every blank once, also the blanks of rows marked as fake, which are no queries.
-    blanks = {outfit["blank"]: outfit["blank_item"] for outfit in outfits}
-    outfits = [outfit for outfit in outfits if not outfit["fake"]]
-    blank = embed(partial(embed_batch, model), image_items(path for path, _ in blanks.values()), *share)
-    # The wanted category counts only after the image encoder, so each image is encoded once for all categories.
-    paths = list({path: None for outfit in outfits for path, _ in outfit["items"]})
-    encoded = embed(lambda batch: model.encode_item(batch["image"]), image_items(paths), *share)
-    encoded = dict(zip(paths, encoded.to(processes.device), strict=True))
-    queries = []
-    for outfit in outfits:
-        items = torch.stack([encoded[path] for path, _ in outfit["items"]])
-        category = torch.tensor([category for _, category in outfit["items"]], device=processes.device)
-        fused = model.fuse(items, category, torch.full_like(category, outfit["blank_item"][1]))
-        queries.append(fused.mean(0).cpu())
-    queries, blank_id = torch.stack(queries), torch.arange(len(blank))
+    blanks = {row["blank"]: row["blank_item"] for row in rows}
+    outfits = [row for row in rows if not row["fake"]]
+    embed_items = partial(embed, tokenizer=tokenizer, config=config, processes=processes, fit=SCALE)
+    blank = embed_items(partial(embed_batch, model), image_items(path for path, _ in blanks.values()))
+    queries, blank_id = embed_outfits(model, outfits, embed_items), torch.arange(len(blank))
     blank_category = torch.tensor([category for _, category in blanks.values()])
     place = {name: i for i, name in enumerate(blanks)}
     target = torch.tensor([place[outfit["blank"]] for outfit in outfits])
     result = outfit_retrieval(queries, target, blank, blank_id, blank_category)
-    result.counts |= left_out(config, outfits=sizes)
+    result.counts |= left_out(config, outfits=(len(every), len(rows)))  # rows marked as fake included
     ranks, category = result.outcomes["ocir"].unbind(dim=1)
-    outfit_cells = [pictures.Cell([path for path, _ in o["items"]], "what goes with these?") for o in outfits]
+    cells = [pictures.Cell([path for path, _ in o["items"]], "what goes with these?") for o in outfits]
     blank_cells = [pictures.Cell([path], name) for name, (path, _) in blanks.items()]
-    result.choices = []
-    for c in category.unique():
-        rows, items = (category == c).nonzero().flatten(), (blank_category == c).nonzero().flatten()
-        cells = [outfit_cells[i] for i in rows], [blank_cells[i] for i in items]
-        tensors = queries[rows], blank[items], target[rows], blank_id[items]
-        result.choices += pictures.ranked_choices(ranks[rows], *cells, *tensors)
+    tensors = queries, blank, target, blank_id
+    result.choices = pictures.ranked_choices(ranks, cells, blank_cells, *tensors, (category, blank_category))
     return {f"{config.split}, same category": result}
 
 
@@ -354,32 +371,32 @@ def selecting(results):
     return next(iter(results.values()))
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class EvalConfig:
     """Settings of `python evaluate.py`."""
 
-    task: str = setting("", "fashiongen_retrieval, fashioniq, fashiongen_category, fashiongen_subcategory or polyvore")
+    task: str = setting("", ", ".join(EVALUATIONS), choices=tuple(EVALUATIONS), group="task")
     checkpoint: str = setting("", "ours or a released one")
     baseline: str = setting("", "another checkpoint: adds the difference to it on the same queries")
-    data_root: str = setting("data/datasets", "folder that holds FashionGen/, FashionIQ/, PolyvoreOutfits/")
-    vocab: str = setting("", "WordPiece vocab.txt; empty: the checkpoint's own, else as in training")
-    image_size: int = setting(0, "pixels a side; 0: the checkpoint's own, 224 for a released one")
+    split: str = setting("disjoint", "polyvore: disjoint or nondisjoint", choices=SPLITS)
+    gallery: str = setting("original", "fashioniq: original (split file) or val (references, targets)", None, GALLERIES)
+
+    data_root: str = setting("data/datasets", "folder that holds FashionGen/, FashionIQ/, ...", group="data")
     missing: str = setting("stop", data.MISSING, choices=("stop", "skip"))
-    max_tokens: int = setting(0, "longest text; 0: the checkpoint's own, else the recipe's 75, for fashioniq 50")
-    split: str = setting("disjoint", "polyvore: disjoint or nondisjoint")
-    gallery: str = setting("original", "fashioniq: original (split file) or val (references and targets)")
-    bootstrap: bool = setting(False, "add 95 % intervals over queries")
-    eval_batch_size: int = setting(64, "images or texts a process embeds at a time")
-    workers: int = setting(2, "data loader workers per process")
-    dtype: str = setting("float32", "float32, bfloat16 or float16 (autocast)")
-    device: str = setting("auto", "auto, cpu or cuda")
-    seed: int = setting(0, "of sample-100's candidates and of the bootstrap")
+    vocab: str = setting("", "WordPiece vocab.txt; empty: the checkpoint's own, else as in training")
     bert: str = setting("", "BERT folder or hub name for the vocabulary of a released checkpoint")
-    show: int = setting(0, "draw this many queries with their best results as a page; 0: none")
+    image_size: int = setting(0, "pixels a side; 0: the checkpoint's own, 224 for a released one")
+    max_tokens: int = setting(0, "longest text; 0: the checkpoint's own, else the paper's 75, for fashioniq 50", FROM_0)
+
+    bootstrap: bool = setting(False, "add 95 % intervals over queries", group="results")
+    show: int = setting(0, "draw this many queries with their best results as a page; 0: none", FROM_0)
     out: str = setting("", "JSON to write, with --show the page, a .png; empty: CHECKPOINT.TASK.json or .png")
+    seed: int = setting(0, "of sample-100's candidates, of the bootstrap and of the queries that --show draws", FROM_0)
+
+    eval_batch_size: int = setting(64, "images or texts a process embeds at a time", COUNT, group="machine")
+    workers: int = setting(2, "data loader workers per process", FROM_0)
+    dtype: str = setting("float32", "float32, bfloat16 or float16 (autocast)", choices=DTYPES)
+    device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES)
 
 
 def read_tokenizer(path, model, config):
@@ -407,6 +424,11 @@ def evaluate_checkpoint(path, config, processes):
     return evaluation.run(model, tokenizer, config, processes)
 
 
+def percent(x):
+    """A difference of two metrics, or an interval, as text."""
+    return f"{100 * x[0]:.1f} to {100 * x[1]:.1f}" if isinstance(x, tuple) else f"{100 * x:+.1f}"
+
+
 def report(results, config, path, out, seconds, baseline=None, intervals=False):
     """Print a table for each protocol, chance beside every metric, and write all of it as JSON to `out`.
 
@@ -426,12 +448,9 @@ def report(results, config, path, out, seconds, baseline=None, intervals=False):
         print(f"\n{config.task}, {protocol} ({counts}; seed {config.seed}; {path})")
         print(f"{'%':>16} {'ours':>7} {'chance':>7}", *(f"{name.replace('_', ' '):>19}" for name in more))
         for name, value in result.metrics.items():
-            line = f"{name:>16} {100 * value:7.1f} {100 * result.chance[name]:7.1f}"
-            for column in more.values():
-                x = column[name]
-                text = f"{100 * x[0]:.1f} to {100 * x[1]:.1f}" if isinstance(x, tuple) else f"{100 * x:+.1f}"
-                line += f" {text:>19}"
-            print(line)
+            texts = [percent(column[name]) for column in more.values()]
+            ours, chance = 100 * value, 100 * result.chance[name]
+            print(f"{name:>16} {ours:7.1f} {chance:7.1f}", *(f"{text:>19}" for text in texts))
     common.write_json(out, rows)
     print(f"written: {out}")
 
@@ -439,16 +458,10 @@ def report(results, config, path, out, seconds, baseline=None, intervals=False):
 def main():
     # All settings are checked before anything is loaded.
     config = settings.load_config(EvalConfig, description=__doc__)
-    if config.task not in EVALUATIONS:
-        raise InputError(f"task: found {config.task!r}, expected one of {', '.join(EVALUATIONS)}")
+    settings.check_limits(replace(config, image_size=config.image_size or STRIDE))  # 0: it is read from the checkpoint
     if not config.checkpoint:
         raise InputError("checkpoint: none given, expected --checkpoint=FILE")
-    if config.missing not in ("stop", "skip"):
-        raise InputError(f"missing: found {config.missing!r}, expected stop or skip")
-    if config.show < 0:
-        raise InputError(f"show: found {config.show}, expected a number of queries, or 0 for no page")
     out = config.out or f"{config.checkpoint}.{config.task}{'.png' if config.show else '.json'}"
-    table = str(Path(out).with_suffix(".json")) if config.show else out
     if config.show:
         pictures.check_page(out)
     processes = common.start_processes(config.device)
@@ -456,11 +469,11 @@ def main():
     results = evaluate_checkpoint(config.checkpoint, config, processes)
     baseline = evaluate_checkpoint(config.baseline, config, processes) if config.baseline else None
     if processes.is_main:
-        seconds = time.perf_counter() - started
+        seconds, table = time.perf_counter() - started, str(Path(out).with_suffix(".json")) if config.show else out
         report(results, config, config.checkpoint, table, seconds, baseline, config.bootstrap)
-        if config.show:
-            name = f"{config.task}, {next(iter(results))}"
-            pictures.draw_choices(out, name, selecting(results).choices, config.show, config.seed)
+    if processes.is_main and config.show:
+        name = f"{config.task}, {next(iter(results))}"
+        pictures.draw_choices(out, name, selecting(results).choices, config.show, config.seed)
 
 
 if __name__ == "__main__":

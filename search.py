@@ -6,14 +6,14 @@
     python search.py --checkpoint O --gallery DIR --outfit a.jpg b.jpg --category shoes                # goes with them
 
 O is of finetune.py --task=polyvore. DIR is any folder of images; a data set's own folders have titles, too. Scores are
-cosines. The images' vectors stay beside DIR (DIR.index.npy, .json) until checkpoint or files change."""
+cosines. The images' vectors stay beside DIR, in DIR.index.pt, until checkpoint or files change."""
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import os
 import sys
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,70 +27,79 @@ import common
 import data
 import evaluate
 import pictures
-from settings import InputError
+import settings
+from settings import COUNT, DEVICES, FROM_0, InputError, setting
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".avif")
 RERANKED = 50  # best results that --rerank scores again
 
 
+@dataclass
+class SearchConfig:
+    """Settings of `python search.py`, and what `search` takes."""
+
+    checkpoint: str = setting("", "ours or a released one", group="where to search")
+    gallery: str = setting("", "folder of images")
+
+    text: str = setting("", "what to look for, or with --image the change", group="query")
+    image: str = setting("", "an image")
+    outfit: dict = setting({}, "images of an outfit, each FILE or FILE=CATEGORY, with spaces between them")
+    category: str = setting("", "what shall go with the outfit: a name or an id of polyvore_item_metadata.json")
+
+    top: int = setting(10, "number of results", COUNT, group="results")
+    rerank: bool = setting(False, f"let the ITM head order a text's best {RERANKED} again")
+    json: bool = setting(False, "print JSON")
+    out: str = setting("", "page of pictures to draw, a .png")
+
+    index: str = setting("", "file in which the images' vectors are kept; empty: GALLERY.index.pt", group="data")
+    missing: str = setting("stop", data.MISSING, choices=("stop", "skip"))
+    vocab: str = setting("", "vocab.txt of a released checkpoint")
+    data_root: str = setting("", "folder that holds PolyvoreOutfits/; empty: the checkpoint's own")
+
+    workers: int = setting(2, "processes that read images", FROM_0, group="machine")
+    device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES)
+
+
 def list_images(folder):
     """{path below `folder`: [bytes, time of change in ns]} of its images, at any depth, sorted; InputError if none."""
-    if not Path(folder).is_dir():
-        raise InputError(f"gallery: found {str(folder)!r}, expected a folder of images")
-    paths, seen = [], set()
+    files, seen = {}, set()
     for base, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(base) in seen:  # a link to a folder that was seen before
             folders.clear()
             continue
         seen.add(os.path.realpath(base))
-        paths += [Path(base, name) for name in names if not name.startswith(".")]
-    paths = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.exists())
-    if not paths:
-        raise InputError(f"gallery: {folder}: no images in it, expected files that end in {' '.join(IMAGE_SUFFIXES)}")
-    return {str(p.relative_to(folder)): [p.stat().st_size, p.stat().st_mtime_ns] for p in paths}
-
-
-def opens(path):
-    """Whether a file can be read as an image; stderr says why it cannot."""
-    try:
-        data.open_image(path)
-        return True
-    except InputError as error:
-        print(f"left out: {error}", file=sys.stderr)
-        return False
+        for path in (Path(base, name) for name in names):
+            if path.suffix.lower() in IMAGE_SUFFIXES and path.exists() and not path.name.startswith("."):
+                files[str(path.relative_to(folder))] = [path.stat().st_size, path.stat().st_mtime_ns]
+    if not files:
+        raise InputError(f"gallery: no images in {str(folder)!r}, expected a folder of {' '.join(IMAGE_SUFFIXES)}")
+    return dict(sorted(files.items()))
 
 
 def open_index(path, folder, fingerprint, embed, missing="stop"):
-    """(unit vectors (N, D) float32, mapped from `path`.npy; the names of their images in `folder`).
+    """(unit vectors (N, D) float32, mapped from the file `path`; the names of their images in `folder`).
 
-    `embed(items)` (N, D) makes them where they are missing or stale. `path`.json says what they were made from; it does
-    not exist while they change, so that the two agree. Raises InputError before the work if they cannot be written."""
-    vectors, note, files = Path(f"{path}.npy"), Path(f"{path}.json"), list_images(folder)
+    `embed(items)` (N, D) makes them where that file is not there, damaged, or made from other images or with another
+    `fingerprint`. missing: as in SearchConfig. Raises InputError where they cannot be written, before the work."""
+    files = list_images(folder)
     try:
-        old, found = json.loads(note.read_text()), np.load(vectors, mmap_mode="r")
-        if (old["fingerprint"], old["files"], len(old["ids"])) == (fingerprint, files, len(found)):
-            return found, old["ids"]
-        why = f"stale ({'files added, removed or changed' if old['fingerprint'] == fingerprint else 'new checkpoint'})"
-    except (OSError, ValueError, KeyError, TypeError):
-        why = "not there yet" if not note.exists() else "damaged"
-    print(f"index {vectors}: {why}; embedding {len(files)} images", file=sys.stderr)
-    aside = Path(f"{vectors}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            ids = [name for name in files if missing == "stop" or opens(f"{folder}/{name}")]
-            if not ids:
-                raise InputError(f"{folder}: none of {len(files)} images can be read")
-            rows = embed(evaluate.image_items(f"{folder}/{name}" for name in ids))
-            np.save(file, F.normalize(rows, dim=-1).numpy())
-        note.unlink(missing_ok=True)
-        aside.replace(vectors)
-        common.write_json(note, {"fingerprint": fingerprint, "ids": ids, "files": files})
-    except OSError as error:
-        raise InputError(f"{vectors}: cannot be written ({error.strerror}); set --index=PATH to where it can") from None
-    finally:
-        if aside.exists():
-            aside.unlink()
-    return np.load(vectors, mmap_mode="r"), ids
+        index = torch.load(path, mmap=True, weights_only=True)
+        if (index["fingerprint"], index["files"]) == (fingerprint, files):
+            return index["vectors"].numpy(), index["names"]
+        why = "stale"
+    except Exception:  # torch.load raises nearly anything on a damaged file
+        why = "damaged" if Path(path).exists() else "not there yet"
+    if not os.access(Path(path).parent, os.W_OK) or not Path(path).parent.is_dir():
+        raise InputError(f"{path}: cannot be written there; set --index=FILE to where it can")
+    names = [name for name in files if missing == "stop" or data.is_readable(f"{folder}/{name}")]
+    if not names:
+        raise InputError(f"{folder}: none of {len(files)} images can be read")
+    numbers = f"embedding {len(names)} images; {len(files) - len(names)} cannot be read and are left out"
+    print(f"index {path}: {why}; {numbers}", file=sys.stderr)
+    vectors = F.normalize(embed(evaluate.image_items(f"{folder}/{name}" for name in names)), dim=-1)
+    with common.replacing(path) as file:
+        torch.save({"fingerprint": fingerprint, "files": files, "names": names, "vectors": vectors}, file)
+    return vectors.numpy(), names
 
 
 class PolyvoreCategories:
@@ -106,25 +115,34 @@ class PolyvoreCategories:
             raise InputError(f"{folder}: {found}; expected the folder of its training")
 
     def numbers(self, name):
-        """The sorted numbers that a name or id stands for. "shoe" and "shoes" are one name.
+        """The sorted numbers of a category's name or id. Polyvore's coarse names have several.
 
-        Polyvore's coarse names stand for several. Raises InputError, with all names, for a name that no item has."""
-        known = {}  # name: its numbers
+        "shoe" and "Shoes" are one name. Raises InputError, with all names, for a name that no item has."""
+        found, known = set(), set()
         for row in self.metadata.values():
-            for alike in (row["category_id"], str(row.get("semantic_category", row["category_id"]))):
-                known.setdefault(alike, set()).add(self.number[int(row["category_id"])])
-        singular = name.lower().removesuffix("s")
-        found = [numbers for alike, numbers in known.items() if alike.lower().removesuffix("s") == singular]
+            names = {row["category_id"], str(row.get("semantic_category", row["category_id"]))}
+            known |= names
+            if name.lower().removesuffix("s") in {alike.lower().removesuffix("s") for alike in names}:
+                found.add(self.number[int(row["category_id"])])
         if not found:
             shown = sorted(n for n in known if not n.isdigit()) or sorted(known, key=int)
             raise InputError(f"category: found {name!r}, expected one of {', '.join(shown)}, or an id of {self.folder}")
-        return sorted(set().union(*found))
+        return sorted(found)
 
     def of_image(self, path):
-        """The number of the item that an image, a path as os.path.realpath gives it, shows; -1: not in images/."""
-        folder, name = os.path.split(path)
+        """The number of the item whose photo a file of images/ is; -1 for other files."""
+        folder, name = os.path.split(os.path.realpath(path))
         item = self.metadata.get(os.path.splitext(name)[0]) if folder == f"{self.folder}/images" else None
         return self.number[int(item["category_id"])] if item else -1
+
+
+def parse_outfit(words):
+    """FILE or FILE=CATEGORY, where a file's own name may hold a "=" -> {path: name of its category, or ""}."""
+    outfit = {}
+    for word in words:
+        path, _, name = word.rpartition("=")
+        outfit |= {word: ""} if Path(word).exists() or not path else {path: name}
+    return outfit
 
 
 def fuse_outfit(model, features, outfit, wanted, categories):
@@ -134,7 +152,7 @@ def fuse_outfit(model, features, outfit, wanted, categories):
     stands for several categories counts as their mean. Source: docs/recipe.md "Outfit completion"."""
     queries = []
     for feature, (path, name) in zip(features, outfit.items(), strict=True):
-        own = categories.numbers(name) if name else [categories.of_image(os.path.realpath(path))]
+        own = categories.numbers(name) if name else [categories.of_image(path)]
         if own[0] < 0:
             raise InputError(f"outfit: {path}: not in {categories.folder}/images, so say what it is: {path}=CATEGORY")
         pairs = torch.cartesian_prod(torch.tensor(wanted), torch.tensor(own)).to(features.device)  # (W x own, 2)
@@ -155,138 +173,106 @@ def best(scores, top):
     return order[np.isfinite(scores[order])].tolist()
 
 
+def check_query(config):
+    """Raise InputError for a query that is none, and for settings that do not go together."""
+    settings.check_limits(config)
+    for name in ("checkpoint", "gallery"):
+        if not getattr(config, name):
+            raise InputError(f"{name}: none given, expected --{name}=PATH")
+    outfit = bool(config.outfit)
+    if outfit == bool(config.text or config.image) or outfit != bool(config.category):
+        raise InputError("query: expected --text, --image, both of them, or --outfit FILES --category NAME")
+    if config.rerank and (config.image or outfit):
+        raise InputError("rerank: the ITM head compares a text with an image, expected --text alone")
+    if config.out:
+        pictures.check_page(config.out)
+
+
 @torch.no_grad()
-def search(given):
-    """`given` of `parse` -> [{"rank", "score", "itm" if --rerank, "id", "title", "path"}], best first.
+def search(config):
+    """The best images for the query of a SearchConfig, best first, without the query's own files.
 
-    The query's own files are no results. Raises InputError for whatever is wrong with `given`."""
-    folder, processes = Path(given.gallery).resolve(), common.start_processes(given.device)
-    # The kind of query says what the checkpoint must have.
-    needs = ("csa_net",) if given.outfit else ("contrastive", "itm") if given.rerank else ("contrastive",)
-    model, info = checkpoint.load_model(given.checkpoint, processes.device, needs)
+    [{"rank", "score", "itm" if config.rerank, "id", "title", "path"}]. Raises InputError for whatever is wrong."""
+    check_query(config)
+    folder, processes = Path(config.gallery).resolve(), common.start_processes(config.device)
+    # The query says what the checkpoint must have.
+    needs = ("csa_net",) if config.outfit else ("contrastive", "itm") if config.rerank else ("contrastive",)
+    model, info = checkpoint.load_model(config.checkpoint, processes.device, needs)
     trained = info["config"] or {}  # a released checkpoint has none
-    config = evaluate.EvalConfig(vocab=given.vocab, workers=0)
-    config.data_root = given.data_root or trained.get("data_root", "data/datasets")
-    config.image_size, config.max_tokens = trained.get("image_size", 224), trained.get("max_tokens", 0)
-    tokenizer = evaluate.read_tokenizer(given.checkpoint, model, config) if given.text else None
+    own = evaluate.EvalConfig(vocab=config.vocab, workers=0)
+    own.data_root = config.data_root or trained.get("data_root", "data/datasets")
+    own.image_size, own.max_tokens = trained.get("image_size", 224), trained.get("max_tokens", 0)
+    tokenizer = evaluate.read_tokenizer(config.checkpoint, model, own) if config.text else None
     # FashionIQ and Polyvore have images and texts of their own kind: docs/recipe.md "Images" and "Texts".
-    cut, transform, longest = "crop", evaluate.CROP, data.MAX_TOKENS
-    if given.outfit or info["task"] == "fashioniq":
-        cut, transform, longest = "scale", evaluate.SCALE, data.FASHIONIQ_MAX_TOKENS
+    whole = bool(config.outfit) or info["task"] == "fashioniq"
+    kind = (evaluate.SCALE, data.FASHIONIQ_MAX_TOKENS) if whole else (evaluate.CROP, data.MAX_TOKENS)
 
-    def embed(encode, items, config=config, progress=False):
-        return evaluate.embed(encode, items, tokenizer, config, processes, transform, longest, progress)
+    def embed(encode, items, config=own, progress=False):
+        return evaluate.embed(encode, items, tokenizer, config, processes, *kind, progress)
 
     # A query is one vector; an outfit has one for each category that the wanted name stands for.
     embed_batch = partial(evaluate.embed_batch, model)
-    query = {key: value for key, value in (("text", given.text), ("image", given.image)) if value}
-    if given.outfit:
+    query = {key: value for key, value in (("text", config.text), ("image", config.image)) if value}
+    if config.outfit:
         places = [place for place in (folder, folder.parent) if (place / annotations.POLYVORE_ITEMS).exists()]
-        places.append(Path(config.data_root, "PolyvoreOutfits"))
+        places.append(Path(own.data_root, "PolyvoreOutfits"))
         categories = PolyvoreCategories(places[0], model.n_categories)
         ours = {"Polyvore categories": [str(category) for category in categories.number]}
-        checkpoint.check_labels(given.checkpoint, info["labels"], ours)
-        features = embed(lambda batch: model.encode_item(batch["image"]), evaluate.image_items(given.images))
-        wanted = categories.numbers(given.category)
-        queries = fuse_outfit(model, features.to(processes.device), given.outfit, wanted, categories).cpu().numpy()
+        checkpoint.check_labels(config.checkpoint, info["labels"], ours)
+        features = embed(lambda batch: model.encode_item(batch["image"]), evaluate.image_items(config.outfit))
+        wanted = categories.numbers(config.category)
+        queries = fuse_outfit(model, features.to(processes.device), config.outfit, wanted, categories).cpu().numpy()
     else:
         queries = F.normalize(embed(embed_batch, [{**query, "name": "query"}]), dim=-1).numpy()
     # The vectors of the gallery come from its index. They are made anew where it is missing or stale.
-    digest = hashlib.sha256(np.memmap(given.checkpoint, mode="r")).hexdigest()
-    fingerprint, place = f"{digest} {cut} {config.image_size}", given.index.removesuffix(".npy") or f"{folder}.index"
-    config = dataclasses.replace(config, workers=given.workers)
-    embed_gallery = partial(embed, embed_batch, config=config, progress=True)
-    vectors, ids = open_index(place, folder, fingerprint, embed_gallery, given.missing)
-    scores = vectors @ queries.T  # (N, W)
-    if given.outfit:  # an image answers the query for its own category, or all if its category is unknown
-        category = np.array([categories.of_image(f"{folder}/{name}") for name in ids])[:, None]  # (N, 1)
+    digest = hashlib.sha256(np.memmap(config.checkpoint, mode="r")).hexdigest()
+    path, fingerprint = config.index or f"{folder}.index.pt", f"{digest} {whole} {own.image_size}"
+    embed_gallery = partial(embed, embed_batch, config=replace(own, workers=config.workers), progress=True)
+    vectors, names = open_index(path, folder, fingerprint, embed_gallery, config.missing)
+    scores, paths = vectors @ queries.T, [f"{folder}/{name}" for name in names]  # (N, W)
+    if config.outfit:  # an image answers the query for its own category, or all if its category is unknown
+        category = np.array([categories.of_image(path) for path in paths])[:, None]  # (N, 1)
         scores = np.where((category == wanted) | (category < 0), scores, -np.inf)
-    scores, own_images = scores.max(1), {os.path.realpath(path) for path in given.images}
-    scores[[i for i, name in enumerate(ids) if str(folder / name) in own_images]] = -np.inf
+    scores, own_images = scores.max(1), {os.path.realpath(path) for path in (*config.outfit, config.image) if path}
+    scores[[path in own_images for path in paths]] = -np.inf
     # The ITM head orders the best results again.
-    order, itm = best(scores, max(given.top, RERANKED) if given.rerank else given.top), {}
-    if given.rerank:
+    order, itm = best(scores, max(config.top, RERANKED if config.rerank else 0)), {}
+    if config.rerank:
         first = order[:RERANKED]
-        found = embed(partial(match, model), [{**query, "image": f"{folder}/{ids[i]}"} for i in first])
-        itm = dict(zip(first, found.tolist(), strict=True))
-        order = sorted(first, key=lambda i: -itm[i]) + order[RERANKED:]
+        found = embed(partial(match, model), [{**query, "image": paths[i]} for i in first])
+        itm = {i: {"itm": value} for i, value in zip(first, found.tolist(), strict=True)}
+        order = sorted(first, key=lambda i: -itm[i]["itm"]) + order[RERANKED:]
     # Results of a data set's own folder have their ids and titles, others the names of their files.
     titles, rows = annotations.load_titles(folder), []
-    for rank, i in enumerate(order[: given.top], 1):
-        name, title = titles.get(str(folder / ids[i]), (str(Path(ids[i]).with_suffix("")), ""))
-        more = {"itm": itm[i]} if i in itm else {}
-        path = str(Path(given.gallery, ids[i]))
-        rows.append({"rank": rank, "score": float(scores[i]), **more, "id": name, "title": title, "path": path})
+    for rank, i in enumerate(order[: config.top], 1):
+        name, title = titles.get(paths[i], (os.path.splitext(names[i])[0], ""))
+        row = {"rank": rank, "score": float(scores[i]), **itm.get(i, {}), "id": name, "title": title}
+        rows.append({**row, "path": str(Path(config.gallery, names[i]))})
     return rows
 
 
-def parse_outfit(words):
-    """FILE or FILE=CATEGORY, where a file's own name may hold a "=" -> {path: name of its category, or ""}."""
-    outfit = {}
-    for word in words:
-        path, _, name = word.rpartition("=")
-        outfit |= {word: ""} if Path(word).exists() or not path else {path: name}
-    return outfit
-
-
-def parse(argv=None):
-    """The command line -> Namespace; `outfit` as of `parse_outfit`, `images`: the query's files. Raises InputError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def stop(message):
-        raise InputError(message)
-
-    parser.error = stop
-    parser.add_argument("--checkpoint", required=True, help="ours or a released one")
-    parser.add_argument("--gallery", required=True, help="folder of images")
-    parser.add_argument("--outfit", nargs="+", default=[], metavar="FILE[=CATEGORY]", help="images of an outfit")
-    for name, default, meaning in (
-        ("text", "", "what to look for, or with --image the change"),
-        ("image", "", "an image"),
-        ("category", "", "what shall go with the outfit: a name or an id of polyvore_item_metadata.json"),
-        ("top", 10, "number of results"),
-        ("rerank", False, f"let the ITM head order a text's best {RERANKED} again"),
-        ("json", False, "print JSON"),
-        ("out", "", "page of pictures to draw, a .png"),
-        ("index", "", "where the vectors are kept; empty: GALLERY.index"),
-        ("missing", "stop", data.MISSING),
-        ("vocab", "", "vocab.txt of a released checkpoint"),
-        ("data_root", "", "holds PolyvoreOutfits/; empty: the checkpoint's own"),
-        ("workers", 2, "processes that read images"),
-        ("device", "auto", "auto, cpu or cuda"),
-    ):
-        kind = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
-        parser.add_argument(f"--{name}", help=f"{meaning} [{default!r}]", **kind)
-    same = {"action": "store_const", "const": "skip", "dest": "missing", "default": "stop"}
-    parser.add_argument("--skip_broken_images", help="the same as --missing=skip", **same)
-    given = parser.parse_args(argv)
-    if bool(given.outfit) == bool(given.text or given.image) or bool(given.outfit) != bool(given.category):
-        raise InputError("query: expected --text, --image, both of them, or --outfit FILES --category NAME")
-    if given.rerank and (given.image or given.outfit):
-        raise InputError("rerank: the ITM head compares a text with an image, expected --text alone")
-    if given.missing not in ("stop", "skip"):
-        raise InputError(f"missing: found {given.missing!r}, expected stop or skip")
-    if given.top < 1:
-        raise InputError(f"top: found {given.top}, expected at least 1")
-    if given.out:
-        pictures.check_page(given.out)
-    given.outfit = parse_outfit(given.outfit)
-    given.images = [path for path in (*given.outfit, given.image) if path]
-    return given
+def read_config(argv=None):
+    """The command line -> SearchConfig. Raises InputError. `--help` exits."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--outfit", nargs="*", default=())  # the only setting of several words
+    given, others = parser.parse_known_args(argv)
+    config = settings.load_config(SearchConfig, others, description=__doc__)
+    return replace(config, outfit=config.outfit | parse_outfit(given.outfit))
 
 
 def main(argv=None):
-    given = parse(argv)
-    rows = search(given)
+    config = read_config(argv)
+    rows = search(config)
     lines, cells = [], []
     for r in rows:
         itm = f"  match {r['itm']:.2f}" if "itm" in r else ""
         lines.append(f"{r['rank']:3}  {r['score']:6.3f}{itm}  {r['id']:12}  {r['title'][:50]:50}  {r['path']}")
         cells.append(pictures.Cell([r["path"]], r["title"] or r["id"], f"{r['rank']}  {r['score']:.2f}{itm}"))
-    print(json.dumps(rows, indent=1) if given.json else "\n".join(lines))
-    if given.out:
-        query = pictures.Cell(given.images, f"wanted: {given.category}" if given.outfit else given.text, "query")
-        pictures.draw_page(given.out, f"best {len(rows)} of {given.gallery}", [pictures.Row(query, cells)])
+    print(json.dumps(rows, indent=1) if config.json else "\n".join(lines))
+    if config.out:
+        text = f"wanted: {config.category}" if config.outfit else config.text
+        query = pictures.Cell(list(config.outfit) or [path for path in [config.image] if path], text, "query")
+        pictures.draw_page(config.out, f"best {len(rows)} of {config.gallery}", [pictures.Row(query, cells)])
 
 
 if __name__ == "__main__":

@@ -243,8 +243,6 @@ def test_recalls_leave_out_what_was_not_asked():
     assert metrics.recalls(outcomes, (1, 10)) == pytest.approx(
         {"a_r@1": 2 / 5, "a_r@10": 4 / 5, "b_r@1": 0, "b_r@10": 1, "mean_recall": (0.4 + 0.8 + 0 + 1) / 4}
     )
-    with pytest.raises(ValueError, match="'c'"):
-        metrics.recalls({"c": torch.zeros(3, dtype=torch.int64)}, (1,))
 
 
 # ---- sample-100 ------------------------------------------------------------------------------------------------------
@@ -311,22 +309,15 @@ def test_every_positive_and_every_set_of_negatives_is_as_likely():
 
 def test_draws_come_from_their_own_seed():
     texts, images = catalogue()
-    queries, gallery = torch.randn(60, 4), torch.randn(len(images[0]), 4)
+    image, text = torch.randn(len(images[0]), 4), torch.randn(60, 4)
+    inputs = image, text, images[0], texts[0], images[1], texts[1]
     state = torch.get_rng_state()
-    ranks = [
-        metrics.sample_ranks(queries, *texts, gallery, *images, torch.Generator().manual_seed(seed), 3, 40)[0]
-        for seed in (1, 1, 2)
-    ]
+    results = [evaluate.sample_100(*inputs, seed=seed, draws=3, n_queries=40) for seed in (1, 1, 2)]
+    ranks = [result.outcomes["t2i"] for result in results]
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(ranks[0], ranks[1]) and not torch.equal(ranks[0], ranks[2])
     assert not torch.equal(ranks[0] > 0, ranks[2] > 0)  # other queries
     assert not torch.equal(ranks[0][:, 0], ranks[0][:, 1])  # and every draw is another
-
-
-def test_a_product_outside_its_sub_category_is_an_error_with_its_id():
-    ids = torch.tensor([10, 4711])
-    with pytest.raises(ValueError, match=r"id 4711.*sub-category 3"):
-        metrics.sample_candidates(1, ids, torch.tensor([2, 3]), ids, torch.tensor([2, 2]), torch.Generator())
 
 
 def test_candidate_ranks_by_hand():
@@ -365,8 +356,6 @@ def test_composed_retrieval_keeps_galleries_apart():
     assert result.metrics == pytest.approx(expected)
     assert result.chance["dress_r@1"] == pytest.approx(1 / 2) and result.chance["shirt_r@2"] == pytest.approx(2 / 3)
     assert result.counts == {"dress_queries": 1, "dress_gallery": 2, "shirt_queries": 2, "shirt_gallery": 3}
-    with pytest.raises(ValueError, match="2 rows holds only 1"):
-        evaluate.composed_retrieval({"dress": retrieval(ONE, line([1, 2]), torch.tensor([5]), torch.tensor([5, 5]))})
 
 
 def test_ocir_averages_over_categories_and_ranks_within_them():
@@ -377,8 +366,6 @@ def test_ocir_averages_over_categories_and_ranks_within_them():
     assert result.outcomes["ocir"].tolist() == [[3, 0], [2, 0], [1, 0], [2, 4]]
     assert result.metrics == pytest.approx({"r@1": (1 / 3 + 0) / 2, "r@2": (2 / 3 + 1) / 2, "mean_recall": 0.5})
     assert result.chance == pytest.approx({"r@1": (1 / 3 + 1 / 2) / 2, "r@2": (2 / 3 + 1) / 2, "mean_recall": 0.625})
-    with pytest.raises(ValueError, match="5 rows holds only 4"):
-        evaluate.outfit_retrieval(torch.ones(4, 1), target_id, blank, torch.tensor([10, 11, 12, 21, 21]), category)
 
 
 def test_recognition_counts_a_class_absent_from_the_truth_and_not_one_absent_from_both():
@@ -411,7 +398,7 @@ def test_random_recall_equals_all_orders():
             ranks = [min(order[:positives]) + 1 for order in itertools.permutations(range(gallery))]
             for k in (1, 2, 5, 10):
                 expected = sum(rank <= k for rank in ranks) / len(ranks)
-                got = metrics.random_recall(torch.tensor(positives), torch.tensor(gallery), k).item()
+                got = metrics.random_recall(positives, gallery, k)
                 assert got == pytest.approx(expected, abs=1e-12)
 
 
@@ -434,7 +421,7 @@ def test_chance_is_what_random_embeddings_get():
 
 def test_recognition_chance():
     labels = torch.tensor([0] * 60 + [1] * 30 + [5] * 10)
-    chance = metrics.recognition_chance(labels)
+    chance = evaluate.classification(labels, labels).chance
     assert chance["accuracy"] == evaluate.classification(torch.zeros_like(labels), labels).metrics["accuracy"] == 0.6
     labels = labels.repeat(100)
     guess = labels[torch.randint(len(labels), labels.shape, generator=torch.Generator().manual_seed(0))]

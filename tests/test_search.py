@@ -58,7 +58,8 @@ def gallery(catalogue, tmp_path):
 
 
 def rows(checkpoint, gallery, *words):
-    return search.search(search.parse(["--checkpoint", checkpoint, "--gallery", str(gallery), "--workers=0", *words]))
+    words = ["--checkpoint", checkpoint, "--gallery", str(gallery), "--workers=0", *words]
+    return search.search(search.read_config(words))
 
 
 def by_hand(path, kind="crop"):
@@ -166,54 +167,48 @@ def test_index_is_reused_and_remade(files, gallery, capsys):
         rows(files["C"], gallery, "--text=red", *words)
         return capsys.readouterr().err
 
-    index = Path(f"{gallery}.index.npy")
-    assert "not there yet; embedding 12 images" in said()
+    index = Path(f"{gallery}.index.pt")
+    assert "not there yet; embedding 12 images; 0 cannot be read" in said()
     kept = index.stat().st_mtime_ns
     assert said() == "" and index.stat().st_mtime_ns == kept
     (gallery / "new.png").write_bytes(next((gallery / "below").iterdir()).read_bytes())
-    assert "stale (files added, removed or changed); embedding 13" in said() and said() == ""
+    assert "stale; embedding 13 images" in said() and said() == ""
     (gallery / "new.png").unlink()
-    assert "stale (files" in said() and said() == ""
+    assert "stale; embedding 12 images" in said() and said() == ""
     os.utime(next(gallery.glob("*.jpg")), ns=(1, 1))
-    assert "stale (files" in said() and said() == ""
+    assert "stale; " in said() and said() == ""
     torch.manual_seed(1)
     model, info = checkpoint.load_model(files["C"])
     torch.nn.init.normal_(model.bert.embeddings.projection.weight)
     other = save(gallery.parent / "other.pt", model, "pretrain", info["vocab"])
     rows(other, gallery, "--text=red")
-    assert "stale (new checkpoint)" in capsys.readouterr().err
-    assert "stale (new checkpoint)" in said()
-    Path(f"{gallery}.index.json").write_text("{")
-    assert "damaged" in said() and said() == ""
-    index.write_bytes(index.read_bytes()[:200])
-    assert "damaged" in said() and said() == ""
-    assert np.load(index).shape == (12, 64)
-    assert sorted(p.name for p in gallery.parent.iterdir() if "index" in p.name) == [
-        "my photos.index.json",
-        "my photos.index.npy",
-    ]
+    assert "stale; " in capsys.readouterr().err
+    assert "stale; " in said()
+    for content in (b"", b"{", index.read_bytes()[:2000]):
+        index.write_bytes(content)
+        assert "damaged; embedding 12 images" in said() and said() == ""
+    assert torch.load(index, weights_only=True)["vectors"].shape == (12, 64)
+    assert [p.name for p in gallery.parent.iterdir() if "index" in p.name] == ["my photos.index.pt"]
 
 
 def test_interrupted_index_is_not_half_there(files, gallery, monkeypatch, capsys):
     rows(files["C"], gallery, "--text=red")
     (gallery / "new.jpg").write_bytes(next((gallery / "below").iterdir()).read_bytes())
     with monkeypatch.context() as patch:
-        patch.setattr(search.common, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(search.torch, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             rows(files["C"], gallery, "--text=red")
     capsys.readouterr()
     assert len(rows(files["C"], gallery, "--text=red", "--top=99")) == 13
-    assert "not there yet" in capsys.readouterr().err
+    assert "stale; embedding 13" in capsys.readouterr().err
     assert not list(gallery.parent.glob("*.tmp"))
 
 
 def test_index_elsewhere(files, gallery, tmp_path):
-    for name in ("kept", "kept.npy"):
-        rows(files["C"], gallery, "--text=red", f"--index={tmp_path / name}")
-    assert (tmp_path / "kept.npy").exists() and (tmp_path / "kept.json").exists()
-    assert not Path(f"{gallery}.index.npy").exists()
-    for place in (tmp_path / "nowhere" / "index", tmp_path / "kept.npy" / "index"):
-        with pytest.raises(InputError, match="cannot be written .*set --index=PATH"):
+    rows(files["C"], gallery, "--text=red", f"--index={tmp_path / 'kept'}")
+    assert (tmp_path / "kept").exists() and not Path(f"{gallery}.index.pt").exists()
+    for place in (tmp_path / "nowhere" / "index", tmp_path / "kept" / "index"):
+        with pytest.raises(InputError, match="cannot be written .*set --index=FILE"):
             rows(files["C"], gallery, "--text=red", f"--index={place}")
 
 
@@ -257,9 +252,9 @@ def test_broken_images_stop_it_or_are_left_out(files, gallery, capsys):
     (gallery / "broken.jpg").write_bytes(b"no JPEG")
     with pytest.raises(InputError, match="broken.jpg.*--missing=skip"):
         rows(files["C"], gallery, "--text=red")
-    assert not Path(f"{gallery}.index.json").exists()
+    assert not Path(f"{gallery}.index.pt").exists()
     found = rows(files["C"], gallery, "--text=red", "--skip_broken_images", "--top=99")
-    assert len(found) == 12 and "left out" in capsys.readouterr().err
+    assert len(found) == 12 and "12 images; 1 cannot be read and are left out" in capsys.readouterr().err
     assert rows(files["C"], gallery, "--text=red", "--skip_broken_images", "--top=99") == found
     assert capsys.readouterr().err == ""
 
@@ -286,13 +281,15 @@ WRONG = {
     "outfit and text": (["C", "G", "--text=a", "--outfit", "a.jpg", "--category=shoes"], "query: expected"),
     "rerank of an image": (["C", "G", "--image=a.jpg", "--rerank"], "rerank: the ITM head"),
     "no results": (["C", "G", "--text=a", "--top=0"], "top: found 0"),
-    "no number": (["C", "G", "--text=a", "--top=x"], "--top"),
+    "no number": (["C", "G", "--text=a", "--top=x"], "--top: found 'x', expected int"),
+    "no gallery": (["C", "", "--text=a"], "gallery: none given"),
+    "neither way": (["C", "G", "--text=a", "--missing=skpi"], "missing: found 'skpi', expected one of stop, skip"),
     "unknown": (["C", "G", "--text=a", "--colour=red"], "colour"),
     "sheet of another kind": (["C", "G", "--text=a", "--out=a.gif"], "ends in|name of a .png"),
     "sheet nowhere": (["C", "G", "--text=a", "--out=/nowhere/a.png"], "folder that exists"),
     "missing image": (["C", "G", "--image=/nowhere.jpg"], "/nowhere.jpg: image cannot be read"),
-    "missing gallery": (["C", "/nowhere", "--text=a"], "gallery: found '/nowhere'"),
-    "empty gallery": (["C", "E", "--text=a"], "no images in it"),
+    "missing gallery": (["C", "/nowhere", "--text=a"], "gallery: no images in '/nowhere'"),
+    "empty gallery": (["C", "E", "--text=a"], "no images in '"),
     "missing checkpoint": (["/nowhere.pt", "G", "--text=a"], "/nowhere.pt"),
     "text for an outfit model": (["O", "G", "--text=a"], "expected one trained for a task with contrastive"),
     "outfit for a text model": (["C", "G", "--outfit", "a.jpg", "--category=shoe"], "with csa_net"),

@@ -1,7 +1,5 @@
 """Pages of pictures: which queries stand on the page, what is framed, and the drawing itself."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -51,19 +49,22 @@ def test_a_failure_is_always_among_them(n, monkeypatch, capsys):
         assert len({row.query.text for row in pages[-1]}) == len(pages[-1])
 
 
-def test_recognition_shows_both_labels(tmp_path, monkeypatch):
+def test_recognition_shows_both_labels(tmp_path):
     (tmp_path / "labels.json").write_text('{"categories": ["dresses", "shirts"]}')
     config = evaluate.EvalConfig(task="fashiongen_category", data_root=str(tmp_path))
-    row = partial(pictures.labelled_row, name_of=partial(evaluate.class_name, config))
-    expected = Cell(["b.jpg"], label="predicted: class 5", text="true: shirts", frame=pictures.WRONG)
-    assert row("b.jpg", 5, 1) == Row(None, [expected])
-    assert row("a.jpg", 0, 0).results[0].frame == pictures.RIGHT
-    right = pictures.Choice(False, partial(row, "a.jpg", 0, 0))
-    wrong = pictures.Choice(True, partial(row, "b.jpg", 5, 1))
-    pages = []
-    monkeypatch.setattr(pictures, "draw_page", lambda path, title, rows: pages.append(rows))
-    pictures.draw_choices("a.png", "x", [right] * 3 + [wrong], 4, 0)
-    assert len(pages[0]) == 1 and len(pages[0][0].results) == 4  # beside each other
+    wrong = [Cell(text="class 5", frame=pictures.WRONG)]
+    assert evaluate.recognition_row(config, "b.jpg", 5, 1) == Row(Cell(["b.jpg"], label="true: shirts"), wrong)
+    (right,) = evaluate.recognition_row(config, "a.jpg", 0, 0).results
+    assert right == Cell(text="dresses", frame=pictures.RIGHT)
+
+
+def test_a_query_shows_only_items_of_its_category():
+    tensors = torch.eye(4), torch.eye(4), torch.arange(4), torch.arange(4)
+    category = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 0, 1])
+    ranks = torch.tensor([1, 1, 1, 1])
+    choices = pictures.ranked_choices(ranks, numbered(4, "query"), numbered(4, "item"), *tensors, category)
+    query, cells = choices[2].make()
+    assert query.label == "right one: rank 1 of 2" and [cell.text for cell in cells] == ["item 2", "item 0"]
 
 
 @pytest.mark.parametrize(
@@ -71,8 +72,8 @@ def test_recognition_shows_both_labels(tmp_path, monkeypatch):
 )
 def test_wrapped_text_fits(text):
     font = ImageFont.load_default(15)
-    lines = pictures.wrap(text, font, 120, 3)
-    assert 1 <= len(lines) <= 3 and all(font.getlength(line) <= 120 for line in lines)
+    lines = pictures.wrap(text, font, 120, 3).splitlines()
+    assert len(lines) <= 3 and all(font.getlength(line) <= 120 for line in lines)
     assert "".join(lines) == text.replace(" ", "") or lines[-1].endswith("...") or text == " ".join(lines)
 
 
