@@ -17,8 +17,7 @@ from pathlib import Path
 
 import torch
 
-from common import replacing
-from files import not_the_file
+from files import not_the_file, replacing
 from formats import DECODER, FORMAT, MODELS, WORDS, cause_of, read_file, read_index, read_weights, reading, shown
 from model import HEADS, RESNETS, SIZES, CSANet, FashionViL, ModelConfig
 from settings import InputError

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from files import replacing, write_json, writing  # noqa: F401
 from settings import DEVICES, InputError
 
 EXIT_STOPPED = 75  # exit code of a run that was stopped and has saved: "try again" in sysexits.h

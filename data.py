@@ -14,8 +14,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import annotations
-from images import *  # noqa
-from images import image_transform, leave_out, leave_out_of_products, normalize, open_image, stack_images
+from imaging import (
+    image_transform,
+    leave_out,
+    leave_out_of_products,
+    normalize,
+    open_image,
+    resize_then_crop,
+    stack_images,
+)
 from settings import STRIDE, InputError
 
 MAX_TOKENS, FASHIONIQ_MAX_TOKENS = 75, 50  # [CLS] and [SEP] included
@@ -176,7 +183,7 @@ class ProductSamples(Dataset):
 
     def __init__(self, products, config):
         self.products, self.seed, self.missing = products, config.seed, config.missing
-        self.transform = image_transform("crop", config.image_size, train=True)
+        self.transform = image_transform(resize_then_crop, config.image_size, train=True)
 
     def __len__(self):
         return len(self.products)

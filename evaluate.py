@@ -27,15 +27,17 @@ import annotations
 import checkpoint
 import common
 import data
+import imaging
 import metrics
 import pictures
 import settings
+from files import write_json
+from imaging import crop_then_resize
 from model import CSANet
 from settings import COUNT, DEVICES, DTYPES, FROM_0, STRIDE, InputError, setting
 
 RETRIEVAL_KS, TGIR_KS, OCIR_KS = (1, 5, 10), (10, 50), (10, 30, 50)
 GALLERIES, SPLITS = ("original", "val"), ("disjoint", "nondisjoint")  # of FashionIQ and of Polyvore Outfits
-CROP, SCALE = "crop", "scale"  # image transforms: centre crop; for FashionIQ and Polyvore the whole image, resized
 
 
 @dataclass
@@ -145,7 +147,16 @@ def outfit_retrieval(outfit, target_id, blank, blank_id, blank_category, ks=OCIR
 
 
 @torch.no_grad()
-def embed(encode, items, tokenizer, config, processes, fit=CROP, max_tokens=data.MAX_TOKENS, progress=False):
+def embed(
+    encode,
+    items,
+    tokenizer,
+    config,
+    processes,
+    fit=imaging.resize_then_crop,
+    max_tokens=data.MAX_TOKENS,
+    progress=False,
+):
     """`encode(batch)` of every item once, in the order of the items: (len(items), ...) float32 on every process's CPU.
 
     items: as data.Samples takes them; the processes share them. max_tokens: where config.max_tokens is 0. config needs
@@ -153,7 +164,7 @@ def embed(encode, items, tokenizer, config, processes, fit=CROP, max_tokens=data
     # Neighbours have texts of similar length, so that batches hold little padding.
     order = sorted(range(len(items)), key=lambda i: len(items[i].get("text", "")))
     own = [items[i] for i in order[processes.rank :: processes.world_size]]
-    transform = data.image_transform(fit, config.image_size, train=False)
+    transform = imaging.image_transform(fit, config.image_size, train=False)
     dataset = data.Samples(own, tokenizer, transform, config.max_tokens or max_tokens)
     # A process of a gloo group has threads, and a fork beside them hung once in 20 minutes of tests/soak.py.
     workers = 0 if common.in_group() and processes.device.type == "cpu" else config.workers
@@ -211,7 +222,7 @@ def left_out(config, **numbers):
 def evaluate_retrieval(model, tokenizer, config, processes):
     """ITR and TIR on FashionGen val: full gallery, and sample-100 where the products have sub-categories."""
     every = annotations.load_products(config.data_root, "FashionGen", "val")
-    products = data.leave_out_of_products(every, config, "FashionGen val")
+    products = imaging.leave_out_of_products(every, config, "FashionGen val")
     embeddings = image, text, image_id, text_id = embed_retrieval(model, products, tokenizer, config, processes)
     result = full_gallery(*embeddings)
     missing = left_out(config, images=(sum(len(p.images) for p in every), len(image)), texts=(len(every), len(text)))
@@ -241,7 +252,7 @@ def load_garment(name, config):
     queries, gallery = annotations.load_fashioniq(config.data_root, name, "val", config.gallery)
     gallery = {image: annotations.fashioniq_image(config.data_root, name, image, name) for image in gallery}
     paths = [query[key] for query in queries for key in ("image", "image2")]
-    broken = data.leave_out([*gallery.values(), *paths], config, f"FashionIQ {name}")
+    broken = imaging.leave_out([*gallery.values(), *paths], config, f"FashionIQ {name}")
     kept = [query for query in queries if not {query["image"], query["image2"]} & broken]
     if not kept:
         raise InputError(f"FashionIQ {name}: no query has both its images, expected some under {config.data_root}")
@@ -252,7 +263,7 @@ def load_garment(name, config):
 
 def evaluate_fashioniq(model, tokenizer, config, processes):
     """TGIR on FashionIQ val with the gallery `config.gallery`: each gallery image and each query is embedded once."""
-    share = (tokenizer, config, processes, SCALE, data.FASHIONIQ_MAX_TOKENS)
+    share = (tokenizer, config, processes, crop_then_resize, data.FASHIONIQ_MAX_TOKENS)
     garments = {name: load_garment(name, config) for name in annotations.FASHIONIQ_CLASSES}
     classes = {}
     for name, (queries, gallery, _) in garments.items():
@@ -285,7 +296,7 @@ def recognition_row(config, path, prediction, label):
 def evaluate_recognition(model, tokenizer, config, processes):
     """CR or SCR on FashionGen val: every image with its product's text is one sample."""
     every = annotations.load_products(config.data_root, "FashionGen", "val")
-    products = data.leave_out_of_products(every, config, "FashionGen val")
+    products = imaging.leave_out_of_products(every, config, "FashionGen val")
     key = annotations.RECOGNITION_LABELS[config.task]
     annotations.count_labels(products, key, model.config.n_classes)
     items = [
@@ -325,12 +336,12 @@ def evaluate_polyvore(model, tokenizer, config, processes):
         found = f"{n_categories} categories, but the checkpoint's CSA-Net has {model.n_categories}"
         raise InputError(f"{config.data_root}: {found}")
     paths = [path for outfit in every for path, _ in [*outfit["items"], outfit["blank_item"]]]
-    broken = data.leave_out(paths, config, f"Polyvore {config.split} test")
+    broken = imaging.leave_out(paths, config, f"Polyvore {config.split} test")
     rows = [o for o in every if not {path for path, _ in [*o["items"], o["blank_item"]]} & broken]
     # The gallery has every blank once, also the blanks of rows marked as fake, which are no queries.
     blanks = {row["blank"]: row["blank_item"] for row in rows}
     outfits = [row for row in rows if not row["fake"]]
-    embed_items = partial(embed, tokenizer=tokenizer, config=config, processes=processes, fit=SCALE)
+    embed_items = partial(embed, tokenizer=tokenizer, config=config, processes=processes, fit=crop_then_resize)
     blank = embed_items(partial(embed_batch, model), image_items(path for path, _ in blanks.values()))
     queries, blank_id = embed_outfits(model, outfits, embed_items), torch.arange(len(blank))
     blank_category = torch.tensor([category for _, category in blanks.values()])
@@ -382,7 +393,7 @@ class EvalConfig:
     gallery: str = setting("original", "fashioniq: original (split file) or val (references, targets)", None, GALLERIES)
 
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, FashionIQ/, ...", group="data")
-    missing: str = setting("stop", data.MISSING, choices=("stop", "skip"))
+    missing: str = setting("stop", imaging.MISSING, choices=("stop", "skip"))
     vocab: str = setting("", "WordPiece vocab.txt; empty: the checkpoint's own, else as in training")
     bert: str = setting("", "BERT folder or hub name for the vocabulary of a released checkpoint")
     image_size: int = setting(0, "pixels a side; 0: the checkpoint's own, 224 for a released one")
@@ -451,7 +462,7 @@ def report(results, config, path, out, seconds, baseline=None, intervals=False):
             texts = [percent(column[name]) for column in more.values()]
             ours, chance = 100 * value, 100 * result.chance[name]
             print(f"{name:>16} {ours:7.1f} {chance:7.1f}", *(f"{text:>19}" for text in texts))
-    common.write_json(out, rows)
+    write_json(out, rows)
     print(f"written: {out}")
 
 

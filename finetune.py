@@ -21,9 +21,11 @@ import checkpoint
 import common
 import data
 import evaluate
+import imaging
 import losses
 import runs
 import settings
+from imaging import crop_then_resize, resize_then_crop
 from model import RESNETS, SIZES, CSANet, FashionViL, ModelConfig
 from settings import COUNT, DEVICES, DTYPES, FROM_0, SHARE, setting
 
@@ -38,17 +40,19 @@ class Task:
     heads: tuple
     load_items: Callable  # (config) -> (items, sizes), in data.py
     pick: Callable | None  # what a visit takes of an item; None: all of it
-    transform: str = "crop"  # as data.image_transform has them
+    fit: Callable = resize_then_crop  # how an image gets the size of the model
     max_tokens: int = data.MAX_TOKENS
 
 
 RECOGNITION = Task(losses.recognition, ("recognition",), data.recognition_items, data.pick_image)
 TASKS = {
     "fashiongen_retrieval": Task(losses.itc, ("contrastive",), data.retrieval_items, data.pick_image),
-    "fashioniq": Task(losses.tgir, ("contrastive",), data.fashioniq_items, None, "scale", data.FASHIONIQ_MAX_TOKENS),
+    "fashioniq": Task(
+        losses.tgir, ("contrastive",), data.fashioniq_items, None, crop_then_resize, data.FASHIONIQ_MAX_TOKENS
+    ),
     "fashiongen_category": RECOGNITION,
     "fashiongen_subcategory": RECOGNITION,
-    "polyvore": Task(losses.ocir, (), data.polyvore_items, data.pick_pair, "scale"),
+    "polyvore": Task(losses.ocir, (), data.polyvore_items, data.pick_pair, crop_then_resize),
 }
 
 
@@ -63,7 +67,7 @@ class FinetuneConfig:
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, FashionIQ/, ...", group="data")
     vocab: str = setting("", "WordPiece vocab.txt; empty: the checkpoint's, DATA_ROOT/vocab.txt, BERT's or the hub's")
     image_size: int = setting(224, "pixels a side, a multiple of 32")
-    missing: str = setting("stop", data.MISSING, choices=("stop", "skip"))
+    missing: str = setting("stop", imaging.MISSING, choices=("stop", "skip"))
     max_tokens: int = setting(0, "longest text, [CLS] and [SEP] included; 0: the paper's 75, for fashioniq 50", FROM_0)
 
     init: str = setting("pretrained", "a checkpoint, pretrained (ImageNet ResNet + BERT) or random", group="model")
@@ -136,7 +140,7 @@ def train(config, processes):
     run = runs.Run(config, processes, model, optimizer, contents)
 
     # The batches of the updates that are left, and the model that averages gradients over processes.
-    transform = data.image_transform(task.transform, config.image_size, train=True)
+    transform = imaging.image_transform(task.fit, config.image_size, train=True)
     dataset = data.Samples(items, tokenizer, transform, config.max_tokens or task.max_tokens, task.pick, config.seed)
     order = data.Batches(len(items), config, processes, run.start, lambda step: config.task)
     loader = iter(data.train_loader(dataset, order, config, device))

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-import data
-from common import replacing
+import imaging
+from files import replacing
 from settings import InputError
 
 CELL, GAP, LINE = 200, 18, 19  # pixels: side of a picture, space between cells, height of a text line
@@ -77,7 +77,7 @@ def draw_cell(page, x, y, cell):
     tiles = math.ceil(math.sqrt(len(cell.images)))  # along each side of the square
     for i, path in enumerate(cell.images):
         side = CELL // tiles
-        picture = ImageOps.pad(data.open_image(path), (side, side), color="white")
+        picture = ImageOps.pad(imaging.open_image(path), (side, side), color="white")
         page.paste(picture, (x + i % tiles * side, y + i // tiles * side))
     if cell.images:
         draw.text((x, y + CELL + 2 * LINE), wrap(cell.text, small, CELL, TEXT_LINES), (70, 70, 70), small)

@@ -23,7 +23,8 @@ from tqdm import tqdm
 import checkpoint
 import common
 import health
-from common import gather_objects, replacing, writing
+from common import gather_objects
+from files import replacing, write_json, writing
 from settings import InputError
 
 
@@ -265,7 +266,7 @@ def open_folder(config, start, validating=False):
             for name in old:
                 os.replace(folder / name, folder / f"{name}.before")
             print(f"{folder}: holds an older run, kept as *.before (--resume=auto would have gone on with it)")
-    common.write_json(folder / "run.json", describe_run(config))
+    write_json(folder / "run.json", describe_run(config))
     cut_log(folder / "log.jsonl", start, validating)
 
 

@@ -26,8 +26,11 @@ import checkpoint
 import common
 import data
 import evaluate
+import imaging
 import pictures
 import settings
+from files import replacing
+from imaging import crop_then_resize, resize_then_crop
 from settings import COUNT, DEVICES, FROM_0, InputError, setting
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".avif")
@@ -52,7 +55,7 @@ class SearchConfig:
     out: str = setting("", "page of pictures to draw, a .png")
 
     index: str = setting("", "file in which the images' vectors are kept; empty: GALLERY.index.pt", group="data")
-    missing: str = setting("stop", data.MISSING, choices=("stop", "skip"))
+    missing: str = setting("stop", imaging.MISSING, choices=("stop", "skip"))
     vocab: str = setting("", "vocab.txt of a released checkpoint")
     data_root: str = setting("", "folder that holds PolyvoreOutfits/; empty: the checkpoint's own")
 
@@ -91,13 +94,13 @@ def open_index(path, folder, fingerprint, embed, missing="stop"):
         why = "damaged" if Path(path).exists() else "not there yet"
     if not os.access(Path(path).parent, os.W_OK) or not Path(path).parent.is_dir():
         raise InputError(f"{path}: cannot be written there; set --index=FILE to where it can")
-    names = [name for name in files if missing == "stop" or data.is_readable(f"{folder}/{name}")]
+    names = [name for name in files if missing == "stop" or imaging.is_readable(f"{folder}/{name}")]
     if not names:
         raise InputError(f"{folder}: none of {len(files)} images can be read")
     numbers = f"embedding {len(names)} images; {len(files) - len(names)} cannot be read and are left out"
     print(f"index {path}: {why}; {numbers}", file=sys.stderr)
     vectors = F.normalize(embed(evaluate.image_items(f"{folder}/{name}" for name in names)), dim=-1)
-    with common.replacing(path) as file:
+    with replacing(path) as file:
         torch.save({"fingerprint": fingerprint, "files": files, "names": names, "vectors": vectors}, file)
     return vectors.numpy(), names
 
@@ -205,7 +208,7 @@ def search(config):
     tokenizer = evaluate.read_tokenizer(config.checkpoint, model, own) if config.text else None
     # FashionIQ and Polyvore have images and texts of their own kind: docs/recipe.md "Images" and "Texts".
     whole = bool(config.outfit) or info["task"] == "fashioniq"
-    kind = (evaluate.SCALE, data.FASHIONIQ_MAX_TOKENS) if whole else (evaluate.CROP, data.MAX_TOKENS)
+    kind = (crop_then_resize, data.FASHIONIQ_MAX_TOKENS) if whole else (resize_then_crop, data.MAX_TOKENS)
 
     def embed(encode, items, config=own, progress=False):
         return evaluate.embed(encode, items, tokenizer, config, processes, *kind, progress)

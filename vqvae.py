@@ -24,9 +24,11 @@ import annotations
 import common
 import data
 import formats
+import imaging
 import runs
 import settings
 from common import all_mean, gather_rows
+from files import replacing
 from settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,7 +344,7 @@ class VQVAEConfig:
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, ...", group="data")
     sets: tuple = setting(tuple(annotations.SETS), "data sets to train on")
     image_size: int = setting(224, "pixels a side, a multiple of 32")
-    missing: str = setting("stop", data.MISSING, choices=("stop", "skip"))
+    missing: str = setting("stop", imaging.MISSING, choices=("stop", "skip"))
     eval_images: int = setting(1_000, "FashionGen-val images held out to measure on, at most", COUNT)
 
     ch: int = setting(128, "channels of the first level", COUNT, group="model")
@@ -394,7 +396,7 @@ class Photos(data.Pretraining):
 
     def __init__(self, products, config):
         self.products, self.seed, self.missing = products, config.seed, config.missing
-        self.transform = data.image_transform("crop", config.image_size, train=True)
+        self.transform = imaging.image_transform(imaging.resize_then_crop, config.image_size, train=True)
 
     def sample(self, epoch, index, objective):
         rng = np.random.default_rng([self.seed, epoch, index])
@@ -407,8 +409,8 @@ def load_held_out(config):
     """At most `eval_images` FashionGen-val images, uint8 (n, 3, S, S)."""
     products = annotations.load_products(config.data_root, "FashionGen", "val")
     paths = [path for product in products for path in product.images][: config.eval_images]
-    transform = data.image_transform("crop", config.image_size, train=False)
-    return data.stack_images([transform(data.open_image(path)) for path in paths])
+    transform = imaging.image_transform(imaging.resize_then_crop, config.image_size, train=False)
+    return imaging.stack_images([transform(imaging.open_image(path)) for path in paths])
 
 
 def usage(counts):
@@ -422,10 +424,10 @@ def validate(model, images, device, chunk=64):
     """Held-out metrics on images uint8 (n, 3, S, S): code usage, and L1 in units of the normalised pixel, beside it
     those of two trivial answers: the images' mean image, and each image's own mean colour."""
     model.eval()
-    mean_image = sum(data.normalize(part.to(device)).sum(0) for part in images.split(chunk)) / len(images)
+    mean_image = sum(imaging.normalize(part.to(device)).sum(0) for part in images.split(chunk)) / len(images)
     sums, counts = dict.fromkeys(("l1", "l1_mean_image", "l1_mean_colour"), 0.0), 0
     for part in images.split(chunk):
-        part = data.normalize(part.to(device))
+        part = imaging.normalize(part.to(device))
         reconstruction, _, _, codes = model(part)
         guesses = (reconstruction, mean_image, part.mean((2, 3), keepdim=True))
         for name, guess in zip(sums, guesses, strict=True):
@@ -441,12 +443,12 @@ def draw_reconstructions(model, images, path, device, columns=8, rows=2):
     model.eval()
     columns = min(columns, len(images))
     rows = min(rows, len(images) // columns)
-    original = data.normalize(images[torch.linspace(0, len(images) - 1, rows * columns).long()].to(device))
+    original = imaging.normalize(images[torch.linspace(0, len(images) - 1, rows * columns).long()].to(device))
     both = torch.stack([original, model(original)[0]])  # (2, n, 3, S, S)
-    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (data.MEAN, data.STD))
+    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (imaging.MEAN, imaging.STD))
     both = ((both * std + mean).clamp(0, 1) * 255).round().byte().cpu().unflatten(1, (rows, columns))
     sheet = both.permute(1, 0, 4, 2, 5, 3)  # (rows, 2, S, columns, S, 3)
-    with common.replacing(path) as file:
+    with replacing(path) as file:
         Image.fromarray(sheet.flatten(3, 4).flatten(0, 2).contiguous().numpy()).save(file, "PNG")
 
 

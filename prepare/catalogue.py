@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import imaging
+
 sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py and data.py stand one folder up
 
 from layout import number_labels, place, read_labels, write_together, written_aside  # noqa: E402
@@ -27,7 +29,6 @@ from rows import COLUMNS, FIELD, image_file, image_names, plain_text, read_rows 
 
 import annotations  # noqa: E402
 import common  # noqa: E402
-import data  # noqa: E402
 import settings  # noqa: E402
 from settings import InputError, setting  # noqa: E402
 from tools.check_data import content_keys  # noqa: E402
@@ -180,7 +181,7 @@ def read_products(config):
             if items.get(key, texts)["title"] != texts["title"]:
                 raise ValueError(f"id {key} stood before with another title; rows of one id are one product")
             for path in paths:
-                data.open_image(path)
+                imaging.open_image(path)
             item = items.setdefault(key, {"id": key, "images": [], **texts, "attributes_id": []})
             item["images"] = list(dict.fromkeys([*item["images"], *paths]))
         except ValueError as error:  # open_image's InputError is one

@@ -16,6 +16,7 @@ from PIL import Image
 
 import annotations
 import data
+import imaging
 from common import Processes
 from settings import InputError
 from tools import check_data
@@ -324,7 +325,9 @@ def test_sampling_leaves_the_callers_generator_alone(root):
     expected = torch.rand(3)
     torch.manual_seed(5)
     samples(root)[0, 0, "mvc"]
-    data.image_transform("scale", 32, train=True)(Image.new("RGB", (40, 40)), np.random.default_rng(0))
+    imaging.image_transform(imaging.crop_then_resize, 32, train=True)(
+        Image.new("RGB", (40, 40)), np.random.default_rng(0)
+    )
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -368,8 +371,8 @@ def test_a_broken_image_names_file_and_product_or_is_counted(root):
 
 def test_normalisation_by_hand():
     image = torch.full((1, 3, 2, 2), 100, dtype=torch.uint8)
-    expected = [(100 / 255 - m) / s for m, s in zip(data.MEAN, data.STD, strict=True)]
-    assert data.normalize(image)[0, :, 0, 0].tolist() == pytest.approx(expected, rel=1e-5)
+    expected = [(100 / 255 - m) / s for m, s in zip(imaging.MEAN, imaging.STD, strict=True)]
+    assert imaging.normalize(image)[0, :, 0, 0].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_images_of_every_mode(tmp_path):
@@ -382,37 +385,37 @@ def test_images_of_every_mode(tmp_path):
     }
     for name, image in files.items():
         image.save(tmp_path / name)
-        opened = data.open_image(tmp_path / name)
+        opened = imaging.open_image(tmp_path / name)
         assert opened.mode == "RGB" and opened.size == (20, 10)
         if "grey" not in name:
             assert np.abs(np.asarray(opened, int)[5, 5] - [200, 30, 40]).max() < 6, name
     Image.fromarray(np.full((10, 20), 40_000, np.uint16)).save(tmp_path / "deep.png")
-    assert np.asarray(data.open_image(tmp_path / "deep.png"))[0, 0].tolist() == [156] * 3  # 40000 / 256
+    assert np.asarray(imaging.open_image(tmp_path / "deep.png"))[0, 0].tolist() == [156] * 3  # 40000 / 256
     frames = [Image.new("RGB", (8, 8), c) for c in ((250, 0, 0), (0, 250, 0))]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    assert np.asarray(data.open_image(tmp_path / "moving.gif"))[0, 0, 0] > 200  # its first frame
+    assert np.asarray(imaging.open_image(tmp_path / "moving.gif"))[0, 0, 0] > 200  # its first frame
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     xmp = b'<rdf:Description tiff:Orientation="6"/>'
     for name, more in {"turned.jpg": {"exif": exif}, "turned.png": {"exif": exif}, "xmp.jpg": {"xmp": xmp}}.items():
         red.save(tmp_path / name, **more)
-        assert data.open_image(tmp_path / name).size == (10, 20), name
+        assert imaging.open_image(tmp_path / name).size == (10, 20), name
 
 
 def test_transforms_crop_and_scale():
     grid = np.zeros((100, 100, 3), np.uint8)
     grid[:, 50:] = 255
     image = Image.fromarray(grid)
-    centre = data.image_transform("crop", 64, train=False)(image)
+    centre = imaging.image_transform(imaging.resize_then_crop, 64, train=False)(image)
     assert centre.shape == (64, 64, 3) and centre[0, 0, 0] == 0 and centre[0, -1, 0] == 255
-    whole = data.image_transform("scale", 64, train=False)(image)
+    whole = imaging.image_transform(imaging.crop_then_resize, 64, train=False)(image)
     assert [int((x[0, :, 0] > 127).sum()) for x in (centre, whole)] == [32, 32]
-    for kind in ("crop", "scale"):
-        train, rng = data.image_transform(kind, 64, train=True), np.random.default_rng(0)
+    for fit in (imaging.resize_then_crop, imaging.crop_then_resize):
+        train, rng = imaging.image_transform(fit, 64, train=True), np.random.default_rng(0)
         views = [train(image, rng) for _ in range(40)]
         assert 8 < sum(bool(v[0, 0, 0] > 127) for v in views) < 32  # half are flipped
         assert len({v.tobytes() for v in views}) > 5  # parts differ
-    batch = data.stack_images([centre, whole])
+    batch = imaging.stack_images([centre, whole])
     assert batch.shape == (2, 3, 64, 64) and batch.is_contiguous(memory_format=torch.channels_last)
     assert np.array_equal(batch[0, :, 5, 7], centre[5, 7])
 
@@ -428,9 +431,9 @@ def test_resize_then_crop_in_one_step_has_torchvisions_pixels(size, off, width, 
     whole = v2.Resize((large, large))(image)
     left, top = np.random.default_rng(1).integers(large - size + 1, size=2).tolist()
     pairs = [
-        (data.resize_then_crop(image, size, None), v2.CenterCrop(size)(whole)),
+        (imaging.resize_then_crop(image, size, None), v2.CenterCrop(size)(whole)),
         (
-            data.resize_then_crop(image, size, np.random.default_rng(1)),
+            imaging.resize_then_crop(image, size, np.random.default_rng(1)),
             v2.functional.crop(whole, top, left, size, size),
         ),
     ]
@@ -553,12 +556,12 @@ def test_images_to_leave_out(tmp_path, capsys):
     (tmp_path / "page.png").write_text("<html>")
     sound, empty, page, gone = (str(tmp_path / f"{name}.png") for name in ("sound", "empty", "page", "gone"))
     skip, stop = SimpleNamespace(missing="skip", workers=2), SimpleNamespace(missing="stop")
-    assert data.leave_out([sound, sound, empty, page, gone], skip, "val") == {empty, page, gone}
+    assert imaging.leave_out([sound, sound, empty, page, gone], skip, "val") == {empty, page, gone}
     assert "val: 3 of 4 images cannot be read" in capsys.readouterr().out
     with pytest.raises(InputError, match="empty.png: image is missing; 2 of 4 images of val.*--missing=skip"):
-        data.leave_out([sound, empty, page, gone], stop, "val")
+        imaging.leave_out([sound, empty, page, gone], stop, "val")
     products = [annotations.Product(str(i), images, "", []) for i, images in enumerate(([sound, gone], [page]))]
-    (kept,) = data.leave_out_of_products(products, skip, "val")
+    (kept,) = imaging.leave_out_of_products(products, skip, "val")
     assert (kept.name, kept.images) == ("0", [sound])
 
 
@@ -573,13 +576,17 @@ def test_transparent_parts_are_white(tmp_path):
     images["palette"] = (palette, {"transparency": palette.getpixel((0, 0))})
     for name, (image, more) in images.items():
         image.save(tmp_path / f"{name}.png", **more)
-        opened = np.asarray(data.open_image(tmp_path / f"{name}.png")).astype(int)
+        opened = np.asarray(imaging.open_image(tmp_path / f"{name}.png")).astype(int)
         assert opened[0, 0].tolist() == [255] * 3, name
         expected = [cut_out.convert("L").getpixel((40, 40))] * 3 if name == "grey" else [200, 30, 40]
         assert np.abs(opened[40, 40] - expected).max() < 6, name
     half = np.full((8, 8, 4), (200, 0, 0, 128), np.uint8)
     Image.fromarray(half).save(tmp_path / "half.png")
-    assert np.asarray(data.open_image(tmp_path / "half.png"))[0, 0].tolist() == [227, 127, 127]  # 200 a + 255 (1 - a)
+    assert np.asarray(imaging.open_image(tmp_path / "half.png"))[0, 0].tolist() == [
+        227,
+        127,
+        127,
+    ]  # 200 a + 255 (1 - a)
 
 
 @pytest.mark.parametrize("denominator", [0, -1])
@@ -593,6 +600,6 @@ def test_odd_metadata_do_not_hide_a_sound_photo(tmp_path, denominator):
         exif = b"Exif\0\0" + exif
         head = b"\xff\xd8\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
         (tmp_path / "odd.jpg").write_bytes(head + photo.getvalue()[2:])
-        opened = data.open_image(tmp_path / "odd.jpg")
+        opened = imaging.open_image(tmp_path / "odd.jpg")
         assert size is None or opened.size == size
         assert np.abs(np.asarray(opened)[5, 5].astype(int) - [200, 30, 40]).max() < 6

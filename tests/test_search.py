@@ -15,6 +15,7 @@ from PIL import Image
 import annotations
 import checkpoint
 import data
+import imaging
 import search
 from model import SIZES, CSANet, FashionViL, ModelConfig
 from settings import InputError
@@ -62,15 +63,19 @@ def rows(checkpoint, gallery, *words):
     return search.search(search.read_config(words))
 
 
-def by_hand(path, kind="crop"):
-    return data.normalize(data.stack_images([data.image_transform(kind, 64, train=False)(data.open_image(path))]))
+WHOLE = imaging.crop_then_resize
 
 
-def brute_force(query, gallery, model, encode, kind="crop"):
+def by_hand(path, fit=imaging.resize_then_crop):
+    image = imaging.image_transform(fit, 64, train=False)(imaging.open_image(path))
+    return imaging.normalize(imaging.stack_images([image]))
+
+
+def brute_force(query, gallery, model, encode, fit=imaging.resize_then_crop):
     """{path: cosine}, the query (1, D) against each image embedded alone."""
     paths = sorted(p for p in gallery.rglob("*.jpg") if not p.name.startswith("."))
     with torch.no_grad():
-        return {str(p): torch.cosine_similarity(query, encode(by_hand(p, kind))).item() for p in paths}
+        return {str(p): torch.cosine_similarity(query, encode(by_hand(p, fit))).item() for p in paths}
 
 
 def check_ranking(found, expected):
@@ -113,14 +118,14 @@ def test_outfit_ranks_the_wanted_category(files, catalogue, tmp_path):
     wanted = category[outfit[0].stem]
     with torch.no_grad():
         parts = [
-            model.fuse(model.encode_item(by_hand(p, "scale")), *torch.tensor([[category[p.stem]], [wanted]])) / 4
+            model.fuse(model.encode_item(by_hand(p, WHOLE)), *torch.tensor([[category[p.stem]], [wanted]])) / 4
             for p in outfit
         ]
         query = torch.stack(parts).mean(0)
         expected = {}
         for path in (folder / "images").glob("*.jpg"):
             if category[path.stem] == wanted and path not in outfit:
-                item = torch.nn.functional.normalize(model.encode_item(by_hand(path, "scale")))
+                item = torch.nn.functional.normalize(model.encode_item(by_hand(path, WHOLE)))
                 expected[str(path)] = float((query * item).sum())
     index = f"--index={tmp_path / 'index'}"
     line = [index, "--top=9999", "--category", f"{name.upper()}s", "--outfit"]  # plural and case do not matter

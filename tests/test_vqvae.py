@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import common
-import data
 import formats
+import imaging
 import pretrain
 import runs
 import settings
@@ -221,7 +221,7 @@ def test_validate_counts_what_it_says():
     model = make_vqvae().eval()
     images = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
     metrics = vqvae.validate(model, images, torch.device("cpu"), chunk=2)
-    x = data.normalize(images)
+    x = imaging.normalize(images)
     with torch.no_grad():
         reconstruction, _, _, codes = model(x)
     expected = {
@@ -351,8 +351,8 @@ def test_the_stage_writes_a_tokenizer_and_a_picture(data_root, tmp_path):
     assert sheet.shape == (128, 192, 3)  # three originals in a row, below them their reconstructions
     held_out = vqvae.load_held_out(make_config(data_root, ""))
     assert np.abs(sheet[:64, 64:128].transpose(2, 0, 1) - held_out[1].numpy().astype(float)).max() <= 1
-    reconstruction = model(data.normalize(held_out[1:2]))[0][0]
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (data.MEAN, data.STD))
+    reconstruction = model(imaging.normalize(held_out[1:2]))[0][0]
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (imaging.MEAN, imaging.STD))
     below = ((reconstruction.detach() * std + mean).clamp(0, 1) * 255).permute(1, 2, 0).numpy()
     assert np.abs(sheet[64:, 64:128] - below).max() <= 1
 

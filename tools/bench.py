@@ -23,9 +23,11 @@ import common
 import data
 import evaluate
 import finetune
+import imaging
 import pretrain
 import runs
 import settings
+from files import write_json
 from losses import OBJECTIVES
 from settings import COUNT, InputError, setting
 from tools.bare import Bare
@@ -100,7 +102,7 @@ class Ours:
             words = data.wordpiece(checkpoint.vocabulary(own, own.init))
             task = finetune.TASKS[name]
             self.objective, (items, sizes) = task.objective, task.load_items(own)
-            transform = data.image_transform(task.transform, own.image_size, train=True)
+            transform = imaging.image_transform(task.fit, own.image_size, train=True)
             self.dataset = data.Samples(items, words, transform, own.max_tokens or task.max_tokens, task.pick)
             build = partial(finetune.build_model, own, task.heads, words.get_vocab_size(), **sizes)
         with torch.device("meta" if shapes_only else self.device):
@@ -163,7 +165,7 @@ def measure_data(config, n_images=64):
     dataset.products = [replace(product, images=product.images[:1]) for product in dataset.products]
     n = 5 * config.pairs  # for a run is short
     rows = np.random.default_rng(0).integers(len(dataset), size=(n, n_images)).tolist()
-    side = round(dataset.side * settings.STRIDE * data.RESIZED / data.CROPPED)  # pixels before the crop
+    side = round(dataset.side * settings.STRIDE * imaging.RESIZED / imaging.CROPPED)  # pixels before the crop
 
     def ours(i):
         data.collate([dataset[data.Key(0, row, "itc")] for row in rows[i]])
@@ -209,7 +211,7 @@ def main():
         results.setdefault(part, []).append(row)
         figures = (f"{key} {value:.4g}" if type(value) is float else f"{key} {value}" for key, value in row.items())
         print(f"{part}: ", "  ".join(figures), flush=True)
-    common.write_json(config.out, results)
+    write_json(config.out, results)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import common
+from files import replacing
 from settings import InputError
 
 LEFT_OUT = ("lr", "samples_per_s", "memory_gb", "skipped_images", "updates")  # they show nothing of learning
@@ -54,7 +55,7 @@ def draw(runs, path):
         for label, curves in runs.items():
             panel.plot(*curves.get(name, ([], [])), ".-", label=label)  # a run without the number keeps its colour
         panel.legend(fontsize="small")
-    with common.replacing(path) as file:
+    with replacing(path) as file:
         figure.savefig(file, format="png", dpi=100)
 
 

@@ -15,6 +15,7 @@ import annotations
 import common
 import data
 import formats
+import imaging
 import vqvae
 from losses import OBJECTIVES
 from tools.curves import read_curves
@@ -41,7 +42,7 @@ def trivial_answer(name, curves, config, vocab):
     elif Path(config["image_tokenizer"]).is_file():
         image_tokenizer = vqvae.load_image_tokenizer(config["image_tokenizer"])
         paths = [product.images[0] for product in products[:: max(1, 10 * len(products) // SAMPLE)]]
-        ids = np.concatenate([image_tokenizer.encode(data.load_images([p], config["image_size"]))[0] for p in paths])
+        ids = np.concatenate([image_tokenizer.encode(imaging.load_images([p], config["image_size"]))[0] for p in paths])
     else:  # the run had random codes
         return math.nan, math.nan
     counts = np.unique(ids, return_counts=True)[1]

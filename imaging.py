@@ -97,12 +97,11 @@ def leave_out_of_products(products, config, what):
     return [product for product in kept if product.images]
 
 
-def image_transform(kind, size, train):
+def image_transform(fit, size, train):
     """A function (PIL image, np.random.Generator) -> uint8 array (size, size, 3). Source: docs/recipe.md "Images".
 
-    kind: "crop" is `resize_then_crop` (pre-training, FashionGen), "scale" `crop_then_resize` (FashionIQ, OCIR).
-    In training the crop is random and half of the images are flipped; else no generator is needed."""
-    fit = {"crop": resize_then_crop, "scale": crop_then_resize}[kind]
+    fit: `resize_then_crop` (pre-training, FashionGen) or `crop_then_resize` (FashionIQ, OCIR). In training the part is
+    random and half of the images are flipped; else no generator is needed."""
     return functools.partial(_transform, fit, size, train)
 
 
@@ -155,5 +154,5 @@ def normalize(images):
 
 def load_images(paths, size):
     """Image files -> normalised float32 (B, 3, size, size), fitted as in the validation of pre-training."""
-    transform = image_transform("crop", size, train=False)
+    transform = image_transform(resize_then_crop, size, train=False)
     return normalize(stack_images([transform(open_image(path)) for path in paths]))
