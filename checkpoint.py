@@ -305,8 +305,8 @@ def _check_tokenizer(bert, n_words):
             content = json.loads(path.read_text(encoding="utf-8-sig"))
             said = dict(content)
             for part, inner in content.items():
-                inner = {"type": None} if inner is None else inner
-                said |= {f"{part}.{key}": value for key, value in inner.items()} if isinstance(inner, dict) else {}
+                if inner is None or isinstance(inner, dict):  # "normalizer": null is a tokenizer without one
+                    said |= {f"{part}.{key}": value for key, value in (inner or {"type": None}).items()}
             added = content if path.name == "added_tokens.json" else {}
             added |= {token["content"]: token["id"] for token in content.get("added_tokens", [])}
             added |= {token["content"]: int(i) for i, token in content.get("added_tokens_decoder", {}).items()}

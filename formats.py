@@ -171,9 +171,9 @@ def _add_unwritten(state):
 
 
 def read_file(path):
-    """The dict in a file of torch.save, ours (checked against FIELDS) or another; its tensors stay in the file.
+    """The dict in a file of torch.save, ours (checked against FIELDS) or another: what `read_weights` is made from.
 
-    The file must not change while they are in use. Nothing in the file is run."""
+    Its tensors stay in the file, which must not change while they are in use. Nothing in the file is run."""
     zipped = is_zip(path)
     with reading(path, "not a checkpoint (a file of torch.save), or damaged"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of unusual pickles

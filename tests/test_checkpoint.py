@@ -695,20 +695,20 @@ def laughs():
     return nest
 
 
-def edited(model, edit, **more):
-    """Our checkpoint of `model` with its state dict changed in place by `edit`."""
-    file = ours(model, **more)
-    file["model"] = dict(file["model"])
+def released(heads=("contrastive",), **tensors):
+    """A released file of a small model, with changes."""
+    return {**to_original(small(heads).state_dict()), **tensors}
+
+
+def own(edit=lambda state: None, heads=("contrastive",), **fields):
+    """Our checkpoint of a small model, with other fields, its state dict changed by `edit`."""
+    file = ours(small(heads))
     edit(file["model"])
-    return {"format": 1, **file}
-
-
-def original(heads=("contrastive",)):
-    return to_original(small(heads).state_dict())
+    return {"format": 1, **file, **fields}
 
 
 GIGA = 1 << 33
-QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+QUERY, BIAS = "bert.encoder.layer.0.attention.self.query.weight", "bert.pooler.dense.bias"
 SCALE = "model.norm_layer.norm_s"
 
 
@@ -725,7 +725,7 @@ def claim(path, *changes, old=False):
 
 
 def cut(path, size, old=False):
-    write(path, original(), old)
+    write(path, released(), old)
     os.truncate(path, size)
 
 
@@ -739,7 +739,7 @@ def pickled(marker, *names):
 
 
 # (what reads it, what the one line must say, write a bad file at path `p` that may try to make the file `m`)
-TORCH = "not a checkpoint"
+TORCH = "not a checkpoint .*, or damaged"
 FILES = [
     ("read", "No such file", lambda p, m: None),
     ("read", "a folder, expected a checkpoint file", lambda p, m: p.mkdir()),
@@ -767,35 +767,9 @@ FILES = [
     ("convert", "cannot be converted", lambda p, m: pickle_alone(p, "ctorch._utils\n_rebuild_tensor_v2\n(NtR}b.")),
     # shapes and storages that claim gigabytes
     ("convert", "cannot be converted", lambda p, m: claim(p, (b"K@\x85", b"J\0\0\0\x10\x85"))),
-    (
-        "read",
-        "not a checkpoint .*, or damaged",
-        lambda p, m: claim(p, (b"K@tq", b"J\0\0\0\x10tq"), (b"K@\x85", b"J\0\0\0\x10\x85")),
-    ),
-    (
-        "read",
-        "not a checkpoint .*, or damaged",
-        lambda p, m: claim(p, (b"K@N", b"J\0\0\0\x7fN"), (b"K@\x85", b"J\0\0\0\x7f\x85"), old=True),
-    ),
+    ("read", TORCH, lambda p, m: claim(p, (b"K@tq", b"J\0\0\0\x10tq"), (b"K@\x85", b"J\0\0\0\x10\x85"))),
+    ("read", TORCH, lambda p, m: claim(p, (b"K@N", b"J\0\0\0\x7fN"), (b"K@\x85", b"J\0\0\0\x7f\x85"), old=True)),
 ]
-
-
-def bare(**more):
-    """A released file of a small model, with changes."""
-    return {**original(), **more}
-
-
-def dented(edit, heads=("contrastive",), **sizes):
-    """Our checkpoint of a small model with its state dict changed by `edit`."""
-    return edited(small(heads, **sizes), edit)
-
-
-def with_fields(**fields):
-    return {"format": 1, **ours(small(), **fields)}
-
-
-def heads_of(value):
-    return with_fields(model_config={"num_attention_heads": value})
 
 
 def drop_block(state):
@@ -805,48 +779,39 @@ def drop_block(state):
 
 # (what the one line must say, content of the file)
 CONTENTS = [
-    ("claim more bytes than the file", lambda: bare(**{f"model.{WORDS}": torch.ones(1, 1).expand(GIGA, 64)})),
-    (f"{SCALE} is not a plain tensor", lambda: bare(**{SCALE: torch.ones(1, device="meta")})),
-    (f"{SCALE} is not a plain tensor", lambda: bare(**{SCALE: torch.ones(1).to_sparse()})),
-    ("found 'lr', a int, expected", lambda: bare(lr=3)),
-    (r"'a\\nb', a Tensor", lambda: bare(**{"a\nb": torch.ones(1)})),
-    ("checkpoint format", lambda: {"format": laughs(), "model": {}}),
-    ("config: found .{80}, expected a dict", lambda: with_fields(config=laughs())),
-    ("vocab: found .'word'., expected a str", lambda: with_fields(vocab=["word"])),
-    (r"bert.pooler.dense.bias integers \(64,\), expected \(64,\)", lambda: {n: t.char() for n, t in bare().items()}),
+    ("claim more bytes than the file", lambda: released(**{f"model.{WORDS}": torch.ones(1, 1).expand(GIGA, 64)})),
+    (f"{SCALE} is not a plain tensor", lambda: released(**{SCALE: torch.ones(1, device="meta")})),
+    (f"{SCALE} is not a plain tensor", lambda: released(**{SCALE: torch.ones(1).to_sparse()})),
+    ("found 'lr', a int, expected", lambda: released(lr=3)),
+    (r"'a\\nb', a Tensor", lambda: released(**{"a\nb": torch.ones(1)})),
+    (
+        r"bert.pooler.dense.bias integers \(64,\), expected \(64,\)",
+        lambda: {n: t.char() for n, t in released().items()},
+    ),
+    ("1 left over: model.heads.new.weight$", lambda: released(**{"model.heads.new.weight": torch.ones(2)})),
+    ("bias differ", lambda: released(("contrastive", "mlm"), **{"model.heads.mlm.bias": torch.ones(100)})),
+    ("heads of 96 units", lambda: to_original(small(hidden_size=96).state_dict())),
     ("found lstm.weight, expected", lambda: {"lstm.weight": torch.ones(2)}),
-    ("checkpoint format 99, expected 1", lambda: {**with_fields(), "format": 99}),
-    (r"checkpoint format \[1\]", lambda: {**with_fields(), "format": [1]}),
-    ("kind 'gan', expected fashionvil or csa_net or image_tokenizer", lambda: with_fields(kind="gan")),
-    ("'image_encoder.conv1.weight' is missing", lambda: {**with_fields(), "model": {}}),
-    (
-        rf"2 missing: {QUERY}, bert.pooler.dense.bias$",
-        lambda: dented(lambda state: (state.pop(QUERY), state.pop("bert.pooler.dense.bias"))),
-    ),
-    ("1 left over: model.heads.new.weight$", lambda: bare(**{"model.heads.new.weight": torch.ones(2)})),
-    (
-        rf"1 of other shapes: {QUERY} \(64, 65\), expected \(64, 64\)$",
-        lambda: dented(lambda state: state.update({QUERY: torch.ones(64, 65)})),
-    ),
-    ("no model has these sizes", lambda: dented(lambda state: state.update({WORDS: torch.ones(64)}))),
-    (r"found '\(2, 2, 1, 2\) blocks a stage', expected one of resnet18", lambda: dented(drop_block)),
-    ("num_attention_heads '4'", lambda: heads_of("4")),
-    ("num_attention_heads .{80}$", lambda: heads_of(laughs())),
-    ("hidden size 64 does not divide into 7 heads", lambda: heads_of(7)),
-    (
-        "nothing says the number of attention heads of 96 units",
-        lambda: to_original(small(hidden_size=96).state_dict()),
-    ),
-    ("vocabulary of 101 words, but 100 word embeddings", lambda: with_fields(vocab="word\n" * 101)),
-    (
-        f"decoder.weight and {WORDS} differ",
-        lambda: dented(lambda state: state.update({formats.DECODER: torch.ones(100, 64)}), ("mlm",)),
-    ),
-    (
-        "another name of heads.mlm.decoder.bias differ",
-        lambda: original(("contrastive", "mlm")) | {"model.heads.mlm.bias": torch.ones(100)},
-    ),
     ("resnet weights, expected fashionvil or csa_net", lambda: torchvision_resnet("resnet18").state_dict()),
+    ("checkpoint format", lambda: {"format": laughs(), "model": {}}),
+    ("checkpoint format 99, expected 1", lambda: own(format=99)),
+    (r"checkpoint format \[1\]", lambda: own(format=[1])),
+    ("config: found .{80}, expected a dict", lambda: own(config=laughs())),
+    ("vocab: found .'word'., expected a str", lambda: own(vocab=["word"])),
+    ("vocabulary of 101 words, but 100 word embeddings", lambda: own(vocab="word\n" * 101)),
+    ("kind 'gan', expected fashionvil or csa_net or image_tokenizer", lambda: own(kind="gan")),
+    ("'image_encoder.conv1.weight' is missing", lambda: own(model={})),
+    ("num_attention_heads '4'", lambda: own(model_config={"num_attention_heads": "4"})),
+    ("num_attention_heads .{80}$", lambda: own(model_config={"num_attention_heads": laughs()})),
+    ("64 does not divide into 7 heads", lambda: own(model_config={"num_attention_heads": 7})),
+    (rf"2 missing: {QUERY}, {BIAS}$", lambda: own(lambda state: [state.pop(name) for name in (QUERY, BIAS)])),
+    (
+        rf"{QUERY} \(64, 65\), expected \(64, 64\)$",
+        lambda: own(lambda state: state.update({QUERY: torch.ones(64, 65)})),
+    ),
+    ("no model has these sizes", lambda: own(lambda state: state.update({WORDS: torch.ones(64)}))),
+    (r"found '\(2, 2, 1, 2\) blocks a stage', expected one of resnet18", lambda: own(drop_block)),
+    (f"{WORDS} differ", lambda: own(lambda state: state.update({formats.DECODER: torch.ones(100, 64)}), ("mlm",))),
 ]
 TENSORS = {"a": torch.ones(4, 4), "b": torch.zeros(3)}
 
@@ -901,7 +866,7 @@ def test_broken_contents(tmp_path, says, content):
 
 def test_files_of_another_task_or_kind(tmp_path):
     path = tmp_path / "bad.pt"
-    write(path, original())
+    write(path, released())
     says = "a checkpoint of contrastive.*, expected one trained for a task with recognition"
     check_refusal(tmp_path, path, says, lambda: checkpoint.load_model(path, needs=("recognition",)))
     saved(path, small(vocab_size=90))
