@@ -381,7 +381,7 @@ class Photos(data.ProductSamples):
 
 
 def load_held_out(config):
-    """The first `eval_images` FashionGen-val images that can be opened, uint8 (n, 3, S, S)."""
+    """The first `eval_images` FashionGen-val images, uint8 (n, 3, S, S), less those that config.missing leaves out."""
     products = annotations.load_products(config.data_root, "FashionGen", "val")
     paths = [str(path) for product in products for path in product.images][: config.eval_images]
     broken = data.leave_out(paths, config, "FashionGen val")
