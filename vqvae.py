@@ -1,13 +1,11 @@
-"""Stage 0: the image tokenizer, a VQ-VAE whose codes MPFC asks for (van den Oord et al. 2017, Esser et al. 2021).
+"""Stage 0: the image tokenizer, a VQ-VAE whose codes MPFC predicts (van den Oord et al. 2017, Esser et al. 2021).
 
     python vqvae.py configs/vqvae_demo.py                                    # CPU or one GPU
     torchrun --nproc_per_node=8 vqvae.py configs/vqvae_fashionall.py         # eight GPUs
 
-Writes <out_dir>/last.pt, log.jsonl and reconstructions.png. Pre-training needs the encoder and the codebook only:
-`load_image_tokenizer(path)` takes them from our file or from a released one, `encode` turns images into codes.
-
-Parameters are named as in the released file, so that loading is copying. Letters in shape comments: B batch, P patches
-(7 x 7 = 49 at 224 px), N = B P, C channels, D width of latents and codes (256), K codes (1024)."""
+Writes run.json, log.jsonl and last.pt. Pre-training needs the encoder and the codebook alone: `load_image_tokenizer`
+takes them from last.pt or from the released file, whose names the parameters have.
+Letters in shapes: B batch, P patches (7 x 7 = 49 at 224 px), C channels, D width of latents and codes, K codes."""
 
 import dataclasses
 import math
@@ -17,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 import annotations
@@ -28,28 +25,21 @@ import imaging
 import runs
 import settings
 from common import all_mean, gather_rows
-from files import replacing
 from settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
 
-# ---------------------------------------------------------------------------------------------------------------------
-# model
+# ---- model -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class ImageTokenizerConfig:
-    """Everything that decides shapes. The map shrinks by 2 between levels: six levels make patches of 32 pixels."""
+    """Everything that decides shapes; VQVAEConfig says what each means. The defaults are the released file's sizes."""
 
-    ch: int = 128  # channels of the first level
-    ch_mult: tuple = (1, 1, 2, 2, 4, 4)  # channels of level i are ch * ch_mult[i]
-    n_blocks: int = 2  # residual blocks a level of the encoder; the decoder has one more
-    latent_dim: int = 256  # channels of the latents and of the codes
+    ch: int = 128
+    ch_mult: tuple = (1, 1, 2, 2, 4, 4)
+    n_blocks: int = 2
+    latent_dim: int = 256
     n_codes: int = 1024
-    # Squares of this many pixels become channels before the first convolution, and pixels again after the last one.
-    # 1 as released; the small configs take 4 and two levels less, for most of the time goes into the largest maps.
     unshuffle: int = 1
-
-    def __post_init__(self):
-        self.ch_mult = tuple(self.ch_mult)
 
     @property
     def stride(self):
@@ -67,16 +57,13 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.norm1 = group_norm(c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = group_norm(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
         y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        return self.conv2(F.silu(self.norm2(y))) + self.nin_shortcut(x)
 
 
 class Attention(nn.Module):
@@ -95,22 +82,17 @@ class Attention(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where asked (only the smallest map)."""
+    """The residual blocks of one resolution, each followed by attention where the map is the smallest."""
 
-    def __init__(self, c_in, c, n_blocks, attention):
+    def __init__(self, c_in, c, n_blocks, is_smallest):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c if i else c_in, c) for i in range(n_blocks))
-        self.attn = nn.ModuleList(Attention(c) for _ in range(n_blocks if attention else 0))
+        self.attn = nn.ModuleList(Attention(c) if is_smallest else nn.Identity() for _ in range(n_blocks))
 
     def forward(self, x):
-        for i, block in enumerate(self.block):
-            x = self.attn[i](block(x)) if self.attn else block(x)
+        for block, attention in zip(self.block, self.attn, strict=True):
+            x = attention(block(x))
         return x
-
-
-def middle(c):
-    """What stands at the smallest map of encoder and decoder alike."""
-    return named(block_1=ResBlock(c, c), attn_1=Attention(c), block_2=ResBlock(c, c))
 
 
 def named(**modules):
@@ -118,8 +100,23 @@ def named(**modules):
     return nn.Sequential(OrderedDict(modules))
 
 
+def middle(c):
+    """What stands at the smallest map of encoder and decoder alike."""
+    return named(block_1=ResBlock(c, c), attn_1=Attention(c), block_2=ResBlock(c, c))
+
+
+def halve(c):
+    """A convolution with stride 2. It pads right and bottom only."""
+    return named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
+
+
+def double(c):
+    """Twice the height and width, then a convolution."""
+    return named(larger=nn.Upsample(scale_factor=2, mode="nearest"), conv=nn.Conv2d(c, c, 3, padding=1))
+
+
 class Encoder(nn.Module):
-    """VQGAN's encoder: levels `down.0` (full resolution) to the last one, between them a stride-2 convolution."""
+    """VQGAN's: (B, 3, H, W) -> (B, D, H/32, W/32). `down.0` is the level of the full resolution."""
 
     def __init__(self, config):
         super().__init__()
@@ -128,16 +125,13 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3 * config.unshuffle**2, config.ch, 3, padding=1)
         self.down = nn.ModuleList()
         for i, c in enumerate(widths):
-            level = Level(widths[i - 1] if i else config.ch, c, config.n_blocks, attention=i == last)
-            pad = nn.ZeroPad2d((0, 1, 0, 1))  # right and bottom only
-            level.downsample = named(pad=pad, conv=nn.Conv2d(c, c, 3, stride=2)) if i < last else nn.Identity()
+            level = Level(widths[i - 1] if i else config.ch, c, config.n_blocks, is_smallest=i == last)
+            level.downsample = halve(c) if i < last else nn.Identity()
             self.down.append(level)
-        self.mid = middle(c)
-        self.norm_out = group_norm(c)
+        self.mid, self.norm_out = middle(c), group_norm(c)
         self.conv_out = nn.Conv2d(c, config.latent_dim, 3, padding=1)
 
     def forward(self, x):
-        """(B, 3, H, W) -> (B, D, H/32, W/32)."""
         x = self.conv_in(self.unshuffle(x))
         for level in self.down:
             x = level.downsample(level(x))
@@ -145,25 +139,22 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The encoder's mirror: one block more a level, nearest-neighbour upsampling; `up.0` is the full resolution."""
+    """The encoder's mirror, with a block more in each level: (B, D, H/32, W/32) -> (B, 3, H, W)."""
 
     def __init__(self, config):
         super().__init__()
         widths, last = [config.ch * m for m in config.ch_mult], len(config.ch_mult) - 1
         self.conv_in = nn.Conv2d(config.latent_dim, widths[last], 3, padding=1)
-        self.mid = middle(widths[last])
-        self.up = nn.ModuleList()
+        self.mid, self.up = middle(widths[last]), nn.ModuleList()
         for i, c in enumerate(widths):
-            level = Level(widths[min(i + 1, last)], c, config.n_blocks + 1, attention=i == last)
-            larger = nn.Upsample(scale_factor=2, mode="nearest")
-            level.upsample = named(larger=larger, conv=nn.Conv2d(c, c, 3, padding=1)) if i else nn.Identity()
+            level = Level(widths[min(i + 1, last)], c, config.n_blocks + 1, is_smallest=i == last)
+            level.upsample = double(c) if i else nn.Identity()
             self.up.append(level)
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3 * config.unshuffle**2, 3, padding=1)
         self.shuffle = nn.PixelShuffle(config.unshuffle)
 
     def forward(self, z):
-        """(B, D, H/32, W/32) -> (B, 3, H, W)."""
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level.upsample(level(x))
@@ -171,8 +162,8 @@ class Decoder(nn.Module):
 
 
 class Codebook(nn.Module):
-    """K codes of width D as running averages: per code the sum `embed_avg` and the number `cluster_size` of the
-    latents that chose it, hence `weight` = sum / number. Nothing here has a gradient."""
+    """K codes of width D without gradient. `weight` is `embed_avg` / `cluster_size`: running averages of the sum of the
+    latents that chose a code, and of their number."""
 
     def __init__(self, n_codes, dim):
         super().__init__()
@@ -205,7 +196,7 @@ class ImageTokenizer(nn.Module):
         return self.quantize["embedding"]
 
     def latents(self, images):
-        """(B, 3, H, W), normalised with the data's mean and std -> (B, P, D) before quantising, patches in row order.
+        """(B, 3, H, W), normalised -> (B, P, D) before quantising, patches in row order.
 
         Raises ValueError where H or W is not a multiple of the patch size."""
         stride = self.config.stride
@@ -248,9 +239,8 @@ class VQVAE(ImageTokenizer):
 
     def decode(self, e, size):
         """Code vectors (B, P, D) and the image's (H, W) -> (B, 3, H, W)."""
-        grid = [n // self.config.stride for n in size]
-        e = e.transpose(1, 2).unflatten(2, grid)  # (B, D, H/32, W/32)
-        return self.decoder(self.post_quant_conv(e))
+        grid = e.transpose(1, 2).unflatten(2, [n // self.config.stride for n in size])  # (B, D, H/32, W/32)
+        return self.decoder(self.post_quant_conv(grid))
 
     @torch.no_grad()
     def update_codebook(self, z, codes, reseed_after):
@@ -283,23 +273,20 @@ class VQVAE(ImageTokenizer):
         return counts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# files
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 INSIDE = "model.image_tokenizer."  # prefix of the tokenizer's names inside the original's pre-training files
 TRAINING_ONLY = ("decoder.", "post_quant_conv.", "idle")  # parts of our file that `ImageTokenizer` does without
 
 
 def random_image_tokenizer(config):
-    """A frozen Tokenizer of a ImageTokenizerConfig with random weights, in eval mode; its codes mean nothing."""
+    """A frozen ImageTokenizer of an ImageTokenizerConfig with random weights, in eval mode; its codes mean nothing."""
     return ImageTokenizer(config).requires_grad_(False).eval()
 
 
 def load_image_tokenizer(path, device="cpu"):
-    """The Tokenizer of a file, frozen, in eval mode: ours (`last.pt` of this stage), a released encoder, or a
-    pre-training file with the tokenizer inside. Sizes are read from the tensors.
-
-    Raises InputError where the file holds no tokenizer, or not all of one, or more than one."""
+    """The ImageTokenizer of a file, frozen, in eval mode: ours (last.pt), a released encoder, or a pre-training file of
+    the original, which has one inside. The tensors tell the sizes. Raises InputError where one is missing."""
     file = formats.read_file(path)
     state = file["model"] if isinstance(file.get("model"), dict) else file
     state = {str(name).removeprefix("module."): value for name, value in state.items() if torch.is_tensor(value)}
@@ -307,34 +294,27 @@ def load_image_tokenizer(path, device="cpu"):
         state = {name.removeprefix(INSIDE): value for name, value in state.items() if name.startswith(INSIDE)}
     state = {name: value for name, value in state.items() if not name.startswith(TRAINING_ONLY)}
     try:
-        tokenizer = ImageTokenizer(read_sizes(state))
+        tokenizer = random_image_tokenizer(read_sizes(state))
         tokenizer.load_state_dict(state)
     except KeyError as error:
         raise InputError(f"{path}: no image tokenizer in it: {error.args[0]} is missing") from None
     except RuntimeError as error:  # load_state_dict: a line for each kind of mismatch
         raise InputError(f"{path}: not an image tokenizer: {str(error).splitlines()[1].strip():.300}") from None
-    return tokenizer.requires_grad_(False).eval().to(device)
+    return tokenizer.to(device)
 
 
 def read_sizes(state):
-    """The sizes that the tensors of a state dict tell. Raises KeyError with the name that is missing."""
+    """The ImageTokenizerConfig of a state dict's tensors. Raises KeyError with the name that is missing."""
     conv_in = state["encoder.conv_in.weight"]  # (ch, 3 unshuffle^2, 3, 3)
     n_codes, latent_dim = state["quantize.embedding.weight"].shape
-    levels = {name.split(".")[2] for name in state if name.startswith("encoder.down.")}
-    blocks = {name.split(".")[4] for name in state if name.startswith("encoder.down.0.block.")}
-    widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(len(levels))]
-    return ImageTokenizerConfig(
-        ch=conv_in.shape[0],
-        ch_mult=tuple(width // conv_in.shape[0] for width in widths),
-        n_blocks=len(blocks),
-        latent_dim=latent_dim,
-        n_codes=n_codes,
-        unshuffle=math.isqrt(conv_in.shape[1] // 3),
-    )
+    n_levels = len({name.split(".")[2] for name in state if name.startswith("encoder.down.")})
+    n_blocks = len({name.split(".")[4] for name in state if name.startswith("encoder.down.0.block.")})
+    widths = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(n_levels)]
+    ch, unshuffle = len(conv_in), math.isqrt(conv_in.shape[1] // 3)
+    return ImageTokenizerConfig(ch, tuple(width // ch for width in widths), n_blocks, latent_dim, n_codes, unshuffle)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# training
+# ---- training --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -391,12 +371,8 @@ def check_config(config):
     return sizes
 
 
-class Photos(data.Pretraining):
+class Photos(data.ProductSamples):
     """The training images alone: one of the product's at random, under the pre-training transform."""
-
-    def __init__(self, products, config):
-        self.products, self.seed, self.missing = products, config.seed, config.missing
-        self.transform = imaging.image_transform(imaging.resize_then_crop, config.image_size, train=True)
 
     def sample(self, epoch, index, objective):
         rng = np.random.default_rng([self.seed, epoch, index])
@@ -406,60 +382,49 @@ class Photos(data.Pretraining):
 
 
 def load_held_out(config):
-    """At most `eval_images` FashionGen-val images, uint8 (n, 3, S, S)."""
+    """The first `eval_images` FashionGen-val images, uint8 (n, 3, S, S), less those that config.missing leaves out."""
     products = annotations.load_products(config.data_root, "FashionGen", "val")
-    paths = [path for product in products for path in product.images][: config.eval_images]
+    paths = [str(path) for product in products for path in product.images][: config.eval_images]
+    broken = imaging.leave_out(paths, config, "FashionGen val")
+    if len(broken) == len(set(paths)):
+        raise InputError("FashionGen val: none of its images can be read, expected some to measure on")
     transform = imaging.image_transform(imaging.resize_then_crop, config.image_size, train=False)
-    return imaging.stack_images([transform(imaging.open_image(path)) for path in paths])
+    return imaging.stack_images([transform(imaging.open_image(path)) for path in paths if path not in broken])
 
 
 def usage(counts):
-    """How often each code was chosen (K,) -> (perplexity, 1..K: the exponential of the entropy; codes used, int)."""
+    """How often each code was chosen (K,) -> {"perplexity": exponential of the entropy, 1..K; "codes_used": int}."""
     share = counts.double() / counts.sum().clamp(min=1)
-    return float(torch.special.entr(share).sum().exp()), int((counts > 0).sum())
+    return {"perplexity": float(torch.special.entr(share).sum().exp()), "codes_used": int((counts > 0).sum())}
 
 
 @torch.no_grad()
 def validate(model, images, device, chunk=64):
-    """Held-out metrics on images uint8 (n, 3, S, S): code usage, and L1 in units of the normalised pixel, beside it
-    those of two trivial answers: the images' mean image, and each image's own mean colour."""
+    """Metrics on images uint8 (n, 3, S, S): code usage, and L1 in units of the normalised pixel.
+
+    l1_mean_image is the L1 of a trivial answer, the mean image."""
     model.eval()
     mean_image = sum(imaging.normalize(part.to(device)).sum(0) for part in images.split(chunk)) / len(images)
-    sums, counts = dict.fromkeys(("l1", "l1_mean_image", "l1_mean_colour"), 0.0), 0
+    l1, l1_mean_image, counts = 0.0, 0.0, 0
     for part in images.split(chunk):
         part = imaging.normalize(part.to(device))
         reconstruction, _, _, codes = model(part)
-        guesses = (reconstruction, mean_image, part.mean((2, 3), keepdim=True))
-        for name, guess in zip(sums, guesses, strict=True):
-            sums[name] += float((guess - part).abs().mean()) * len(part)
+        l1 += float(F.l1_loss(reconstruction, part)) * len(part) / len(images)
+        l1_mean_image += float((mean_image - part).abs().mean()) * len(part) / len(images)
         counts += torch.bincount(codes.flatten(), minlength=model.config.n_codes)
-    perplexity, used = usage(counts)
-    return {name: total / len(images) for name, total in sums.items()} | {"perplexity": perplexity, "codes_used": used}
-
-
-@torch.no_grad()
-def draw_reconstructions(model, images, path, device, columns=8, rows=2):
-    """PNG from images uint8 (n, 3, S, S), spread evenly over n: rows of originals, below each their reconstructions."""
-    model.eval()
-    columns = min(columns, len(images))
-    rows = min(rows, len(images) // columns)
-    original = imaging.normalize(images[torch.linspace(0, len(images) - 1, rows * columns).long()].to(device))
-    both = torch.stack([original, model(original)[0]])  # (2, n, 3, S, S)
-    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (imaging.MEAN, imaging.STD))
-    both = ((both * std + mean).clamp(0, 1) * 255).round().byte().cpu().unflatten(1, (rows, columns))
-    sheet = both.permute(1, 0, 4, 2, 5, 3)  # (rows, 2, S, columns, S, 3)
-    with replacing(path) as file:
-        Image.fromarray(sheet.flatten(3, 4).flatten(0, 2).contiguous().numpy()).save(file, "PNG")
+    return {"l1": l1, "l1_mean_image": l1_mean_image, **usage(counts)}
 
 
 def train(config, processes):
     """The whole stage on this process. Returns (model, held-out metrics of the main process, {} on others)."""
-    is_main, device = processes.is_main, processes.device
-    sizes = check_config(config)
-    products = annotations.load_pretraining(config.data_root, config.sets)
-    held_out = load_held_out(config) if is_main else None
-
+    sizes, is_main, device = check_config(config), processes.is_main, processes.device
     torch.manual_seed(config.seed)  # every process starts from the same weights
+
+    # The data: products to train on, and images to measure on.
+    products = annotations.load_pretraining(config.data_root, config.sets)
+    held_out = load_held_out(config) if is_main else []
+
+    # The model. Its optimizer has encoder and decoder; the codebook has no gradient.
     model = VQVAE(sizes).to(device)
     optimizer = common.make_optimizer(model, config.lr, config.weight_decay)
 
@@ -469,48 +434,50 @@ def train(config, processes):
     contents = {"kind": "image_tokenizer", "image_tokenizer_config": dataclasses.asdict(sizes)}
     run = runs.Run(config, processes, model, optimizer, contents, {"counts": counts})
 
+    # The order of the samples, and their batches for the updates that are left.
     order = data.Batches(len(products), config, processes, run.start, lambda step: "reconstruction")
     loader = iter(data.train_loader(Photos(products, config), order, config, device))
+
+    # What the user sees at the start.
+    n = sum(p.numel() for p in model.parameters())
+    report = f"{len(products)} products, {len(held_out)} images held out, {n:,} parameters, {sizes}"
+    run.open(order, lambda row: products[row].name, [report])
+
+    # The model that is compiled where that is set, and that averages gradients over processes. DDP also copies the
+    # codebook of the main process to all before every forward, so it does not drift by rounding.
     if config.compile:
         model.encoder.compile()
         model.decoder.compile()
-    # DDP also copies rank 0's buffers, the codebook among them, to all before every forward: no drift by rounding
     ddp = common.distribute(model, processes)
-    n = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in ("encoder", "decoder")}
-    report = f"{len(products)} products, {len(held_out) if is_main else 0} images held out; parameters: {n}; {sizes}"
-    run.open(order, lambda row: products[row].name, [report])
 
-    def reconstruct():
+    def measure():
         metrics = validate(model, held_out, device) if is_main else {}
         run.keep_best(metrics)
         if is_main:
-            run.bar.write(
-                f"step {run.done}, {len(held_out)} FashionGen-val images: L1 {metrics['l1']:.3f} "
-                f"(mean image {metrics['l1_mean_image']:.3f}, own mean colour {metrics['l1_mean_colour']:.3f}), "
-                f"perplexity {metrics['perplexity']:.0f}, {metrics['codes_used']} of {sizes.n_codes} codes used"
-            )
-            draw_reconstructions(model, held_out, run.folder / "reconstructions.png", device)
+            run.bar.write(f"step {run.done}: " + "  ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
 
     # The earlier run may have ended while it validated.
     if run.validating:
-        reconstruct()
+        measure()
 
     for step in run.steps():
         # The batches of this update. A run that was asked to stop, or lost a loader worker, saves and ends here.
         batches = run.next_batches(loader)
 
-        # Every process draws as rank 0 does, for codes must be seeded anew alike everywhere.
+        # The learning rate follows from the update's number alone. So does what is picked at random, as rank 0 picks
+        # it, for all processes must seed the same codes anew.
         common.set_lr(optimizer, step, config.warmup, config.milestones)
         common.seed_step(config.seed, step, 0)
         model.train()
         optimizer.zero_grad()
 
-        latents, chosen = [], []  # of the micro-batches
+        latents, chosen = [], []  # of the micro-batches: (N, D) and (N,)
         for micro, batch in enumerate(batches):
+            # One micro-batch goes to the device.
             run.skipped_images += int(batch["skipped"].sum())
             images = data.to_device(batch, device)["image"]  # (B, 3, S, S)
 
-            # Reconstruct the images and compute the gradients, averaged over processes in the last micro-batch.
+            # The loss of one micro-batch, then its gradients, averaged over processes in the last micro-batch.
             with common.averaging(ddp, micro == config.grad_accum - 1):
                 with common.autocast(device, config.dtype):
                     reconstruction, commitment, z, codes = ddp(images)
@@ -521,21 +488,22 @@ def train(config, processes):
             latents.append(z.flatten(0, 1))
             chosen.append(codes.flatten())
 
-        # The update of encoder and decoder, then that of the codebook, which has no gradient.
+        # The update itself. The scaler divides the gradients by its scale first; only float16 has one.
         run.scaler.step(optimizer)
         run.scaler.update()
+
+        # The update of the codebook.
         counts += model.update_codebook(torch.cat(latents), torch.cat(chosen), config.reseed_after)
 
         # What is due after this update: a log line, a checkpoint, a validation.
         run.end_update(step)
         if run.logging:
-            perplexity, codes_used = usage(counts)
-            run.log(perplexity=perplexity, codes_used=codes_used)
+            run.log(**usage(counts))
             counts.zero_()
         if run.saving:
             run.save()
         if run.validating:
-            reconstruct()
+            measure()
     return model, run.metrics
 
 
@@ -544,7 +512,7 @@ def main():
     processes = common.start_processes(config.device, config.deterministic)
     train(config, processes)
     if processes.is_main:
-        print(f"written: {config.out_dir}/last.pt, log.jsonl, reconstructions.png")
+        print(f"written: {config.out_dir}/last.pt, log.jsonl")
 
 
 if __name__ == "__main__":
