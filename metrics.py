@@ -13,7 +13,7 @@ import torch.nn.functional as F
 def check_embeddings(queries, gallery):
     """Raise ValueError for embeddings of other shapes or dtypes, and where a score could be NaN or infinite.
 
-    The norms tell the last without a pass over the (Q, G) scores, because |q . g| <= |q| |g|."""
+    |q . g| <= |q| |g|, so the norms tell the last without a pass over the (Q, G) scores."""
     found = f"queries {tuple(queries.shape)} {queries.dtype}, gallery {tuple(gallery.shape)} {gallery.dtype}"
     two_d = queries.dim() == gallery.dim() == 2
     same_dtype = queries.dtype == gallery.dtype and queries.dtype in (torch.float32, torch.float64)
@@ -79,8 +79,7 @@ def sample_candidates(q, query_id, query_group, gallery_id, gallery_group, gener
 def candidate_rank(query, gallery, candidates):
     """Rank of candidates[0] among the candidates (c,), int64 gallery indices; query (D,), gallery (G, D)."""
     scores = (gallery[candidates] * query).sum(dim=1)
-    before = (scores > scores[0]) | ((scores == scores[0]) & (candidates < candidates[0]))
-    return 1 + int(before.sum())
+    return 1 + int(((scores > scores[0]) | ((scores == scores[0]) & (candidates < candidates[0]))).sum())
 
 
 def with_mean(recall):
@@ -89,9 +88,7 @@ def with_mean(recall):
 
 
 def recalls(outcomes, ks):
-    """Share of hits in each query set: {"<set>_r@<k>", ..., "mean_recall"}.
-
-    outcomes {set: ranks (Q,) or (Q, draws) int64}; rank 0 means that the draw left the query out: it does not count."""
+    """Share of hits in each query set: {"<set>_r@<k>", ..., "mean_recall"}; outcomes {set: ranks}, 0 does not count."""
     ranks = {name: table[table > 0] for name, table in outcomes.items()}
     return with_mean({f"{name}_r@{k}": (ranks[name] <= k).double().mean().item() for name in ranks for k in ks})
 
@@ -112,9 +109,9 @@ def chance_recalls(sizes, ks):
 
 
 def category_mean(values, category):
-    """values (N,), category (N,) int64 >= 0 -> mean over the categories present of each category's mean."""
-    n, total = torch.bincount(category), torch.bincount(category, weights=values.double())
-    return (total[n > 0] / n[n > 0]).mean().item()
+    """Mean over the categories present of each category's mean; values (N,) or a list, category (N,) int64 >= 0."""
+    values, n = torch.as_tensor(values, dtype=torch.float64), torch.bincount(category)
+    return (torch.bincount(category, weights=values)[n > 0] / n[n > 0]).mean().item()
 
 
 def category_recalls(outcomes, ks):

@@ -44,8 +44,8 @@ class Choice(NamedTuple):  # a row that a page can show
 def ranked_choices(ranks, query_cells, gallery_cells, queries, gallery, query_id, gallery_id, category=None):
     """A Choice for every query: its SHOWN best gallery items; it failed if none of them is right.
 
-    ranks (Q,) as metrics.best_ranks returns them for the four tensors; the cells are lists of Cell.
-    category: the pair (Q,), (G,) of categories where a query ranks only the items of its own."""
+    ranks: metrics.best_ranks of the four tensors; cells: lists of Cell. category: (Q,), (G,) int64; a query then
+    ranks only the items of its own."""
 
     def make(i):
         scores, n = gallery @ queries[i], len(gallery)
