@@ -57,11 +57,11 @@ def full_gallery(image, text, image_id, text_id, ks=ITR_KS):
 
     image (N, D), text (M, D) float32; image_id (N,), text_id (M,) int64 product ids.
     Raises as `metrics.best_ranks`. Source: docs/recipe.md "Full gallery"."""
-    i2t, t2i = (image, text, image_id, text_id), (text, image, text_id, image_id)
-    outcomes = {"i2t": metrics.best_ranks(*i2t), "t2i": metrics.best_ranks(*t2i)}
-    n_texts, n_images = (metrics.find_positives(*ids)[1].tolist() for ids in (i2t[2:], t2i[2:]))  # that are correct
-    sizes = {"i2t": [(n, len(text)) for n in n_texts], "t2i": [(n, len(image)) for n in n_images]}
-    counts = {"images": len(image), "texts": len(text)}
+    i2t, t2i = metrics.best_ranks(image, text, image_id, text_id), metrics.best_ranks(text, image, text_id, image_id)
+    outcomes, counts = {"i2t": i2t, "t2i": t2i}, {"images": len(image), "texts": len(text)}
+    _, texts = metrics.find_positives(image_id, text_id)  # how many texts are correct for each image
+    _, images = metrics.find_positives(text_id, image_id)
+    sizes = {"i2t": [(n, len(text)) for n in texts.tolist()], "t2i": [(n, len(image)) for n in images.tolist()]}
     return Result(metrics.recalls(outcomes, ks), metrics.chance_recalls(sizes, ks), counts, outcomes)
 
 
@@ -110,7 +110,7 @@ def classification(predictions, labels):
         raise ValueError(f"predictions {tuple(predictions.shape)}, labels {tuple(labels.shape)}")
     if predictions.dim() == 2:
         if predictions.isnan().any():
-            raise ValueError(f"NaN logits in sample {predictions.isnan().any(dim=1).nonzero()[0].item()}")
+            raise ValueError(f"NaN logits in sample {predictions.isnan().nonzero()[0, 0].item()}")
         predictions = predictions.argmax(dim=1)
     outcomes = {"samples": torch.stack([predictions, labels], dim=1).cpu()}
     counts = {"samples": len(labels), "classes": len(labels.unique())}
@@ -285,11 +285,10 @@ def evaluate_recognition(model, tokenizer, config, processes):
     products = data.leave_out_of_products(every, config, "FashionGen val")
     key = annotations.RECOGNITION_LABELS[config.task]
     annotations.count_labels(products, key, model.config.n_classes)
-    items = [
-        {"image": path, "text": product.text, "label": getattr(product, key), "name": product.name}
-        for product in products
-        for path in product.images
-    ]
+    items = []
+    for product in products:
+        item = {"text": product.text, "label": getattr(product, key), "name": product.name}
+        items += [{"image": path, **item} for path in product.images]
     logits = embed(model.classify, items, tokenizer, config, processes)
     result = classification(logits, torch.tensor([item["label"] for item in items]))
     result.counts |= left_out(config, samples=(sum(len(product.images) for product in every), len(items)))
@@ -416,11 +415,6 @@ def evaluate_checkpoint(path, config, processes):
     return evaluation.run(model, tokenizer, config, processes)
 
 
-def percent(x):
-    """A difference of two metrics, or an interval, as text."""
-    return f"{100 * x[0]:.1f} to {100 * x[1]:.1f}" if isinstance(x, tuple) else f"{100 * x:+.1f}"
-
-
 def report(results, config, path, out, seconds, baseline=None, intervals=False):
     """Print a table for each protocol, chance beside every metric, and write all of it as JSON to `out`.
 
@@ -440,9 +434,11 @@ def report(results, config, path, out, seconds, baseline=None, intervals=False):
         print(f"\n{config.task}, {protocol} ({counts}; seed {config.seed}; {path})")
         print(f"{'%':>16} {'ours':>7} {'chance':>7}", *(f"{name.replace('_', ' '):>19}" for name in more))
         for name, value in result.metrics.items():
-            texts = [percent(column[name]) for column in more.values()]
-            ours, chance = 100 * value, 100 * result.chance[name]
-            print(f"{name:>16} {ours:7.1f} {chance:7.1f}", *(f"{text:>19}" for text in texts))
+            line = f"{name:>16} {100 * value:7.1f} {100 * result.chance[name]:7.1f}"
+            for x in (column[name] for column in more.values()):
+                text = f"{100 * x[0]:.1f} to {100 * x[1]:.1f}" if isinstance(x, tuple) else f"{100 * x:+.1f}"
+                line += f" {text:>19}"
+            print(line)
     common.write_json(out, rows)
     print(f"written: {out}")
 
@@ -453,7 +449,7 @@ def main():
     settings.check_limits(replace(config, image_size=config.image_size or STRIDE))
     if not config.checkpoint:
         raise InputError("checkpoint: none given, expected --checkpoint=FILE")
-    out = config.out or f"{config.checkpoint}.{config.task}{'.png' if config.show else '.json'}"
+    out = config.out or f"{config.checkpoint}.{config.task}.{'png' if config.show else 'json'}"
     if config.show:
         pictures.check_page(out)
     processes = common.start_processes(config.device)

@@ -1,7 +1,6 @@
 """Ranks, metrics, chance and intervals: tensors in, numbers out. evaluate.py defines the words and the protocols.
 
-Embeddings: queries (Q, D), gallery (G, D), float32 or float64. Ids and groups: query_* (Q,), gallery_* (G,) int64.
-An item of the gallery is correct for a query that has the same id."""
+queries (Q, D), gallery (G, D) float32 or float64; query_* (Q,), gallery_* (G,) int64. Of the same id means correct."""
 
 import math
 import statistics
@@ -35,8 +34,8 @@ def find_positives(query_id, gallery_id):
     count = torch.searchsorted(sorted_id, query_id, right=True) - start
     missing = (count == 0).nonzero().flatten().tolist()
     if missing:
-        first = f"query {missing[0]} (id {query_id[missing[0]].item()})"
-        raise ValueError(f"{first} has no correct item in the gallery of {len(gallery_id)} ({len(missing)} such)")
+        query = f"query {missing[0]} (id {query_id[missing[0]].item()}) and {len(missing) - 1} more have"
+        raise ValueError(f"{query} no correct item in the gallery of {len(gallery_id)}")
     nth = torch.arange(int(count.max()), device=count.device)
     return order[start[:, None] + torch.minimum(nth, count[:, None] - 1)], count
 
@@ -110,8 +109,8 @@ def chance_recalls(sizes, ks):
 
 def category_mean(values, category):
     """Mean over the categories present of each category's mean; values (N,) or a list, category (N,) int64 >= 0."""
-    values, n = torch.as_tensor(values, dtype=torch.float64), torch.bincount(category)
-    return (torch.bincount(category, weights=values)[n > 0] / n[n > 0]).mean().item()
+    n, total = category.bincount(), category.bincount(torch.as_tensor(values, dtype=torch.float64))
+    return (total[n > 0] / n[n > 0]).mean().item()
 
 
 def category_recalls(outcomes, ks):
@@ -127,8 +126,8 @@ def recognition_scores(outcomes):
     predictions, labels = outcomes["samples"].unbind(dim=1)
     total = torch.bincount(outcomes["samples"].flatten())
     hits = torch.bincount(labels[predictions == labels], minlength=len(total))
-    f1 = 2 * hits[total > 0].double() / total[total > 0]
-    return {"accuracy": hits.sum().item() / len(labels), "macro_f1": f1.mean().item()}
+    f1 = (2 * hits.double() / total)[total > 0].mean()
+    return {"accuracy": hits.sum().item() / len(labels), "macro_f1": f1.item()}
 
 
 def bootstrap(metrics_of, outcomes, baseline=None, draws=1000, seed=0):
