@@ -36,7 +36,7 @@ from imaging import crop_then_resize
 from model import CSANet
 from settings import COUNT, DEVICES, DTYPES, FROM_0, STRIDE, InputError, setting
 
-RETRIEVAL_KS, TGIR_KS, OCIR_KS = (1, 5, 10), (10, 50), (10, 30, 50)
+ITR_KS, TGIR_KS, OCIR_KS = (1, 5, 10), (10, 50), (10, 30, 50)
 GALLERIES, SPLITS = ("original", "val"), ("disjoint", "nondisjoint")  # of FashionIQ and of Polyvore Outfits
 
 
@@ -54,22 +54,20 @@ class Result:
 # ---- protocols: embeddings and ids -> Result -------------------------------------------------------------------------
 
 
-def full_gallery(image, text, image_id, text_id, ks=RETRIEVAL_KS):
+def full_gallery(image, text, image_id, text_id, ks=ITR_KS):
     """ITR and TIR: every image ranks all texts ("i2t"), every text all images ("t2i"); all items of its product count.
 
     image (N, D), text (M, D) float32; image_id (N,), text_id (M,) int64 product ids.
     Raises as `metrics.best_ranks`. Source: docs/recipe.md "Full gallery"."""
-    i2t, t2i = (image, text, image_id, text_id), (text, image, text_id, image_id)
-    outcomes = {"i2t": metrics.best_ranks(*i2t), "t2i": metrics.best_ranks(*t2i)}
-    n_texts, n_images = (metrics.find_positives(*ids)[1].tolist() for ids in (i2t[2:], t2i[2:]))  # that are correct
-    sizes = {"i2t": [(n, len(text)) for n in n_texts], "t2i": [(n, len(image)) for n in n_images]}
-    counts = {"images": len(image), "texts": len(text)}
+    i2t, t2i = metrics.best_ranks(image, text, image_id, text_id), metrics.best_ranks(text, image, text_id, image_id)
+    outcomes, counts = {"i2t": i2t, "t2i": t2i}, {"images": len(image), "texts": len(text)}
+    _, texts = metrics.find_positives(image_id, text_id)  # how many texts are correct for each image
+    _, images = metrics.find_positives(text_id, image_id)
+    sizes = {"i2t": [(n, len(text)) for n in texts.tolist()], "t2i": [(n, len(image)) for n in images.tolist()]}
     return Result(metrics.recalls(outcomes, ks), metrics.chance_recalls(sizes, ks), counts, outcomes)
 
 
-def sample_100(
-    image, text, image_id, text_id, image_group, text_group, seed=0, draws=5, n_queries=1000, ks=RETRIEVAL_KS
-):
+def sample_100(image, text, image_id, text_id, image_group, text_group, seed=0, draws=5, n_queries=1000, ks=ITR_KS):
     """ITR and TIR as Kaleido-BERT measures them: random queries rank one positive and up to 100 negatives.
 
     As `full_gallery`, on the CPU; image_group (N,), text_group (M,) int64 sub-categories; a small one has fewer
@@ -114,7 +112,7 @@ def classification(predictions, labels):
         raise ValueError(f"predictions {tuple(predictions.shape)}, labels {tuple(labels.shape)}")
     if predictions.dim() == 2:
         if predictions.isnan().any():
-            raise ValueError(f"NaN logits in sample {predictions.isnan().any(dim=1).nonzero()[0].item()}")
+            raise ValueError(f"NaN logits in sample {predictions.isnan().nonzero()[0, 0].item()}")
         predictions = predictions.argmax(dim=1)
     outcomes = {"samples": torch.stack([predictions, labels], dim=1).cpu()}
     counts = {"samples": len(labels), "classes": len(labels.unique())}
@@ -138,12 +136,9 @@ def outfit_retrieval(outfit, target_id, blank, blank_id, blank_category, ks=OCIR
         ranks[rows] = metrics.best_ranks(outfit[rows], blank[items], target_id[rows], blank_id[items])
     outcomes = {"ocir": torch.stack([ranks, category], dim=1)}
     n_items = torch.bincount(blank_category)[category].tolist()  # that each query ranks; one of them is right
-    shares = {
-        f"r@{k}": torch.tensor([metrics.random_recall(1, n, k) for n in n_items], dtype=torch.float64) for k in ks
-    }
-    chance = metrics.with_mean({name: metrics.category_mean(share, category) for name, share in shares.items()})
+    chance = {f"r@{k}": metrics.category_mean([metrics.random_recall(1, n, k) for n in n_items], category) for k in ks}
     counts = {"queries": len(outfit), "gallery": len(blank), "categories": len(category.unique())}
-    return Result(metrics.category_recalls(outcomes, ks), chance, counts, outcomes)
+    return Result(metrics.category_recalls(outcomes, ks), metrics.with_mean(chance), counts, outcomes)
 
 
 @torch.no_grad()
@@ -212,11 +207,11 @@ def retrieval_metrics(model, products, tokenizer, config, processes):
 
 
 def left_out(config, **numbers):
-    """Counts for a table of what misses its images, where config.missing allows that. Such a number is not the
-    published protocol's. numbers: {name: (how many there were, how many are left)}."""
-    if config.missing == "stop":
-        return {}
-    return {f"{name}_left_out": before - after for name, (before, after) in numbers.items()}
+    """Counts of what misses its images, if config.missing allows that; numbers {name: (before, after)}.
+
+    A table that says them does not stand on the published protocol."""
+    skip = config.missing == "skip"
+    return {f"{name}_left_out": before - after for name, (before, after) in numbers.items() if skip}
 
 
 def evaluate_retrieval(model, tokenizer, config, processes):
@@ -225,7 +220,8 @@ def evaluate_retrieval(model, tokenizer, config, processes):
     products = imaging.leave_out_of_products(every, config, "FashionGen val")
     embeddings = image, text, image_id, text_id = embed_retrieval(model, products, tokenizer, config, processes)
     result = full_gallery(*embeddings)
-    missing = left_out(config, images=(sum(len(p.images) for p in every), len(image)), texts=(len(every), len(text)))
+    n_images = sum(len(product.images) for product in every)
+    missing = left_out(config, images=(n_images, len(image)), texts=(len(every), len(text)))
     result.counts |= missing
     # A photo that is a query stands on a page without its text, which is the answer.
     texts = [pictures.Cell(text=product.text) for product in products]
@@ -299,11 +295,10 @@ def evaluate_recognition(model, tokenizer, config, processes):
     products = imaging.leave_out_of_products(every, config, "FashionGen val")
     key = annotations.RECOGNITION_LABELS[config.task]
     annotations.count_labels(products, key, model.config.n_classes)
-    items = [
-        {"image": path, "text": product.text, "label": getattr(product, key), "name": product.name}
-        for product in products
-        for path in product.images
-    ]
+    items = []
+    for product in products:
+        item = {"text": product.text, "label": getattr(product, key), "name": product.name}
+        items += [{"image": path, **item} for path in product.images]
     logits = embed(model.classify, items, tokenizer, config, processes)
     result = classification(logits, torch.tensor([item["label"] for item in items]))
     result.counts |= left_out(config, samples=(sum(len(product.images) for product in every), len(items)))
@@ -333,8 +328,8 @@ def evaluate_polyvore(model, tokenizer, config, processes):
     """OCIR on Polyvore Outfits test, split `config.split`. The blank is the item that a row takes out of its outfit."""
     every, n_categories = annotations.load_polyvore(config.data_root, config.split, "test")
     if n_categories != model.n_categories:
-        found = f"{n_categories} categories, but the checkpoint's CSA-Net has {model.n_categories}"
-        raise InputError(f"{config.data_root}: {found}")
+        expected = f"the {model.n_categories} of the checkpoint's CSA-Net"
+        raise InputError(f"{config.data_root}: found {n_categories} categories, expected {expected}")
     paths = [path for outfit in every for path, _ in [*outfit["items"], outfit["blank_item"]]]
     broken = imaging.leave_out(paths, config, f"Polyvore {config.split} test")
     rows = [o for o in every if not {path for path, _ in [*o["items"], o["blank_item"]]} & broken]
@@ -352,8 +347,8 @@ def evaluate_polyvore(model, tokenizer, config, processes):
     ranks, category = result.outcomes["ocir"].unbind(dim=1)
     cells = [pictures.Cell([path for path, _ in o["items"]], "what goes with these?") for o in outfits]
     blank_cells = [pictures.Cell([path], name) for name, (path, _) in blanks.items()]
-    tensors = queries, blank, target, blank_id
-    result.choices = pictures.ranked_choices(ranks, cells, blank_cells, *tensors, (category, blank_category))
+    shown = cells, blank_cells, queries, blank, target, blank_id, (category, blank_category)
+    result.choices = pictures.ranked_choices(ranks, *shown)
     return {f"{config.split}, same category": result}
 
 
@@ -369,7 +364,7 @@ class Evaluation:
 
 RECOGNITION = Evaluation(evaluate_recognition, metrics.recognition_scores, ("recognition",), "accuracy")
 EVALUATIONS = {
-    "fashiongen_retrieval": Evaluation(evaluate_retrieval, partial(metrics.recalls, ks=RETRIEVAL_KS), ("contrastive",)),
+    "fashiongen_retrieval": Evaluation(evaluate_retrieval, partial(metrics.recalls, ks=ITR_KS), ("contrastive",)),
     "fashioniq": Evaluation(evaluate_fashioniq, partial(metrics.recalls, ks=TGIR_KS), ("contrastive",)),
     "fashiongen_category": RECOGNITION,
     "fashiongen_subcategory": RECOGNITION,
@@ -391,19 +386,16 @@ class EvalConfig:
     baseline: str = setting("", "another checkpoint: adds the difference to it on the same queries")
     split: str = setting("disjoint", "polyvore: disjoint or nondisjoint", choices=SPLITS)
     gallery: str = setting("original", "fashioniq: original (split file) or val (references, targets)", None, GALLERIES)
-
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, FashionIQ/, ...", group="data")
     missing: str = setting("stop", imaging.MISSING, choices=("stop", "skip"))
     vocab: str = setting("", "WordPiece vocab.txt; empty: the checkpoint's own, else as in training")
     bert: str = setting("", "BERT folder or hub name for the vocabulary of a released checkpoint")
     image_size: int = setting(0, "pixels a side; 0: the checkpoint's own, 224 for a released one")
     max_tokens: int = setting(0, "longest text; 0: the checkpoint's own, else the paper's 75, for fashioniq 50", FROM_0)
-
     bootstrap: bool = setting(False, "add 95 % intervals over queries", group="results")
     show: int = setting(0, "draw this many queries with their best results as a page; 0: none", FROM_0)
     out: str = setting("", "JSON to write, with --show the page, a .png; empty: CHECKPOINT.TASK.json or .png")
     seed: int = setting(0, "of sample-100's candidates, of the bootstrap and of the queries that --show draws", FROM_0)
-
     eval_batch_size: int = setting(64, "images or texts a process embeds at a time", COUNT, group="machine")
     workers: int = setting(2, "data loader workers per process", FROM_0)
     dtype: str = setting("float32", "float32, bfloat16 or float16 (autocast)", choices=DTYPES)
@@ -425,19 +417,13 @@ def evaluate_checkpoint(path, config, processes):
     model, info = checkpoint.load_model(path, processes.device, evaluation.needs)
     checkpoint.check_labels(path, info["labels"], annotations.label_names(config.data_root, config.task))
     trained = info["config"] or {}  # a released checkpoint has none
-    image_size = config.image_size or trained.get("image_size", 224)
-    max_tokens = config.max_tokens or trained.get("max_tokens", 0)
-    config = replace(config, image_size=image_size, max_tokens=max_tokens)
+    image_size, max_tokens = trained.get("image_size", 224), trained.get("max_tokens", 0)
+    config = replace(config, image_size=config.image_size or image_size, max_tokens=config.max_tokens or max_tokens)
     tokenizer = None
     if config.task != "polyvore":  # a CSA-Net reads no text
         tokenizer = read_tokenizer(path, model, config)
         data.check_lengths(config, model.config.max_position_embeddings)
     return evaluation.run(model, tokenizer, config, processes)
-
-
-def percent(x):
-    """A difference of two metrics, or an interval, as text."""
-    return f"{100 * x[0]:.1f} to {100 * x[1]:.1f}" if isinstance(x, tuple) else f"{100 * x:+.1f}"
 
 
 def report(results, config, path, out, seconds, baseline=None, intervals=False):
@@ -459,30 +445,33 @@ def report(results, config, path, out, seconds, baseline=None, intervals=False):
         print(f"\n{config.task}, {protocol} ({counts}; seed {config.seed}; {path})")
         print(f"{'%':>16} {'ours':>7} {'chance':>7}", *(f"{name.replace('_', ' '):>19}" for name in more))
         for name, value in result.metrics.items():
-            texts = [percent(column[name]) for column in more.values()]
-            ours, chance = 100 * value, 100 * result.chance[name]
-            print(f"{name:>16} {ours:7.1f} {chance:7.1f}", *(f"{text:>19}" for text in texts))
+            line = f"{name:>16} {100 * value:7.1f} {100 * result.chance[name]:7.1f}"
+            for x in (column[name] for column in more.values()):
+                text = f"{100 * x[0]:.1f} to {100 * x[1]:.1f}" if isinstance(x, tuple) else f"{100 * x:+.1f}"
+                line += f" {text:>19}"
+            print(line)
     write_json(out, rows)
     print(f"written: {out}")
 
 
 def main():
-    # All settings are checked before anything is loaded.
     config = settings.load_config(EvalConfig, description=__doc__)
-    settings.check_limits(replace(config, image_size=config.image_size or STRIDE))  # 0: it is read from the checkpoint
+    # All settings are checked before anything is loaded. An image size of 0 is read from the checkpoint later.
+    settings.check_limits(replace(config, image_size=config.image_size or STRIDE))
     if not config.checkpoint:
         raise InputError("checkpoint: none given, expected --checkpoint=FILE")
-    out = config.out or f"{config.checkpoint}.{config.task}{'.png' if config.show else '.json'}"
+    out = config.out or f"{config.checkpoint}.{config.task}.{'png' if config.show else 'json'}"
     if config.show:
         pictures.check_page(out)
     processes = common.start_processes(config.device)
     started = time.perf_counter()
     results = evaluate_checkpoint(config.checkpoint, config, processes)
     baseline = evaluate_checkpoint(config.baseline, config, processes) if config.baseline else None
-    if processes.is_main:
-        seconds, table = time.perf_counter() - started, str(Path(out).with_suffix(".json")) if config.show else out
-        report(results, config, config.checkpoint, table, seconds, baseline, config.bootstrap)
-    if processes.is_main and config.show:
+    if not processes.is_main:
+        return
+    table, seconds = str(Path(out).with_suffix(".json")) if config.show else out, time.perf_counter() - started
+    report(results, config, config.checkpoint, table, seconds, baseline, config.bootstrap)
+    if config.show:
         name = f"{config.task}, {next(iter(results))}"
         pictures.draw_choices(out, name, selecting(results).choices, config.show, config.seed)
 

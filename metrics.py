@@ -1,7 +1,6 @@
 """Ranks, metrics, chance and intervals: tensors in, numbers out. evaluate.py defines the words and the protocols.
 
-Embeddings: queries (Q, D), gallery (G, D), float32 or float64. Ids and groups: query_* (Q,), gallery_* (G,) int64.
-An item of the gallery is correct for a query that has the same id."""
+queries (Q, D), gallery (G, D) float32 or float64; query_* (Q,), gallery_* (G,) int64. Of the same id means correct."""
 
 import math
 import statistics
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 def check_embeddings(queries, gallery):
     """Raise ValueError for embeddings of other shapes or dtypes, and where a score could be NaN or infinite.
 
-    The norms tell the last without a pass over the (Q, G) scores, because |q . g| <= |q| |g|."""
+    |q . g| <= |q| |g|, so the norms tell the last without a pass over the (Q, G) scores."""
     found = f"queries {tuple(queries.shape)} {queries.dtype}, gallery {tuple(gallery.shape)} {gallery.dtype}"
     two_d = queries.dim() == gallery.dim() == 2
     same_dtype = queries.dtype == gallery.dtype and queries.dtype in (torch.float32, torch.float64)
@@ -35,8 +34,8 @@ def find_positives(query_id, gallery_id):
     count = torch.searchsorted(sorted_id, query_id, right=True) - start
     missing = (count == 0).nonzero().flatten().tolist()
     if missing:
-        first = f"query {missing[0]} (id {query_id[missing[0]].item()})"
-        raise ValueError(f"{first} has no correct item in the gallery of {len(gallery_id)} ({len(missing)} such)")
+        query = f"query {missing[0]} (id {query_id[missing[0]].item()}) and {len(missing) - 1} more have"
+        raise ValueError(f"{query} no correct item in the gallery of {len(gallery_id)}")
     nth = torch.arange(int(count.max()), device=count.device)
     return order[start[:, None] + torch.minimum(nth, count[:, None] - 1)], count
 
@@ -79,8 +78,7 @@ def sample_candidates(q, query_id, query_group, gallery_id, gallery_group, gener
 def candidate_rank(query, gallery, candidates):
     """Rank of candidates[0] among the candidates (c,), int64 gallery indices; query (D,), gallery (G, D)."""
     scores = (gallery[candidates] * query).sum(dim=1)
-    before = (scores > scores[0]) | ((scores == scores[0]) & (candidates < candidates[0]))
-    return 1 + int(before.sum())
+    return 1 + int(((scores > scores[0]) | ((scores == scores[0]) & (candidates < candidates[0]))).sum())
 
 
 def with_mean(recall):
@@ -89,9 +87,7 @@ def with_mean(recall):
 
 
 def recalls(outcomes, ks):
-    """Share of hits in each query set: {"<set>_r@<k>", ..., "mean_recall"}.
-
-    outcomes {set: ranks (Q,) or (Q, draws) int64}; rank 0 means that the draw left the query out: it does not count."""
+    """Share of hits in each query set: {"<set>_r@<k>", ..., "mean_recall"}; outcomes {set: ranks}, 0 does not count."""
     ranks = {name: table[table > 0] for name, table in outcomes.items()}
     return with_mean({f"{name}_r@{k}": (ranks[name] <= k).double().mean().item() for name in ranks for k in ks})
 
@@ -112,8 +108,8 @@ def chance_recalls(sizes, ks):
 
 
 def category_mean(values, category):
-    """values (N,), category (N,) int64 >= 0 -> mean over the categories present of each category's mean."""
-    n, total = torch.bincount(category), torch.bincount(category, weights=values.double())
+    """Mean over the categories present of each category's mean; values (N,) or a list, category (N,) int64 >= 0."""
+    n, total = category.bincount(), category.bincount(torch.as_tensor(values, dtype=torch.float64))
     return (total[n > 0] / n[n > 0]).mean().item()
 
 
@@ -130,8 +126,8 @@ def recognition_scores(outcomes):
     predictions, labels = outcomes["samples"].unbind(dim=1)
     total = torch.bincount(outcomes["samples"].flatten())
     hits = torch.bincount(labels[predictions == labels], minlength=len(total))
-    f1 = 2 * hits[total > 0].double() / total[total > 0]
-    return {"accuracy": hits.sum().item() / len(labels), "macro_f1": f1.mean().item()}
+    f1 = (2 * hits.double() / total)[total > 0].mean()
+    return {"accuracy": hits.sum().item() / len(labels), "macro_f1": f1.item()}
 
 
 def bootstrap(metrics_of, outcomes, baseline=None, draws=1000, seed=0):

@@ -44,8 +44,8 @@ class Choice(NamedTuple):  # a row that a page can show
 def ranked_choices(ranks, query_cells, gallery_cells, queries, gallery, query_id, gallery_id, category=None):
     """A Choice for every query: its SHOWN best gallery items; it failed if none of them is right.
 
-    ranks (Q,) as metrics.best_ranks returns them for the four tensors; the cells are lists of Cell.
-    category: the pair (Q,), (G,) of categories where a query ranks only the items of its own."""
+    ranks: metrics.best_ranks of the four tensors; cells: lists of Cell. category: (Q,), (G,) int64; a query then
+    ranks only the items of its own."""
 
     def make(i):
         scores, n = gallery @ queries[i], len(gallery)
@@ -77,8 +77,8 @@ def draw_cell(page, x, y, cell):
     tiles = math.ceil(math.sqrt(len(cell.images)))  # along each side of the square
     for i, path in enumerate(cell.images):
         side = CELL // tiles
-        picture = ImageOps.pad(imaging.open_image(path), (side, side), color="white")
-        page.paste(picture, (x + i % tiles * side, y + i // tiles * side))
+        place = (x + i % tiles * side, y + i // tiles * side)
+        page.paste(ImageOps.pad(imaging.open_image(path), (side, side), color="white"), place)
     if cell.images:
         draw.text((x, y + CELL + 2 * LINE), wrap(cell.text, small, CELL, TEXT_LINES), (70, 70, 70), small)
     else:
@@ -113,7 +113,7 @@ def draw_choices(path, name, choices, n, seed):
     """Write a page of n random ones of `choices`. If any of all choices failed, one that failed is on the page."""
     order = torch.randperm(len(choices), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen, failures = order[:n], [i for i in order if choices[i].failed]
-    if failures and not any(choices[i].failed for i in chosen):
+    if failures and failures[0] not in chosen:  # then none of the chosen failed, since both are in the same order
         chosen[-1] = failures[0]
     title = f"{name}: {len(chosen)} of {len(choices)} queries, drawn at random; right ones in green"
     draw_page(path, title, [choices[i].make() for i in chosen])

@@ -43,22 +43,18 @@ class SearchConfig:
 
     checkpoint: str = setting("", "ours or a released one", group="where to search")
     gallery: str = setting("", "folder of images")
-
     text: str = setting("", "what to look for, or with --image the change", group="query")
     image: str = setting("", "an image")
-    outfit: dict = setting({}, "images of an outfit, each FILE or FILE=CATEGORY, with spaces between them")
+    outfit: dict = setting({}, "images of an outfit, FILE or FILE=CATEGORY each; in Python {FILE: CATEGORY or ''}")
     category: str = setting("", "what shall go with the outfit: a name or an id of polyvore_item_metadata.json")
-
     top: int = setting(10, "number of results", COUNT, group="results")
     rerank: bool = setting(False, f"let the ITM head order a text's best {RERANKED} again")
     json: bool = setting(False, "print JSON")
     out: str = setting("", "page of pictures to draw, a .png")
-
     index: str = setting("", "file in which the images' vectors are kept; empty: GALLERY.index.pt", group="data")
     missing: str = setting("stop", imaging.MISSING, choices=("stop", "skip"))
     vocab: str = setting("", "vocab.txt of a released checkpoint")
     data_root: str = setting("", "folder that holds PolyvoreOutfits/; empty: the checkpoint's own")
-
     workers: int = setting(2, "processes that read images", FROM_0, group="machine")
     device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES)
 
@@ -92,7 +88,8 @@ def open_index(path, folder, fingerprint, embed, missing="stop"):
         why = "stale"
     except Exception:  # torch.load raises nearly anything on a damaged file
         why = "damaged" if Path(path).exists() else "not there yet"
-    if not os.access(Path(path).parent, os.W_OK) or not Path(path).parent.is_dir():
+    place = Path(path).parent
+    if not place.is_dir() or not os.access(place, os.W_OK) or Path(path).is_dir():
         raise InputError(f"{path}: cannot be written there; set --index=FILE to where it can")
     names = [name for name in files if missing == "stop" or imaging.is_readable(f"{folder}/{name}")]
     if not names:
@@ -106,9 +103,7 @@ def open_index(path, folder, fingerprint, embed, missing="stop"):
 
 
 class PolyvoreCategories:
-    """The fine categories of a PolyvoreOutfits folder, by name and of an image, numbered as in training.
-
-    Raises InputError where there are other than `n`, the number that the checkpoint knows."""
+    """The fine categories of a PolyvoreOutfits folder, numbered as in training; `n`: how many the checkpoint knows."""
 
     def __init__(self, folder, n):
         self.folder = Path(folder).resolve()
@@ -137,15 +132,6 @@ class PolyvoreCategories:
         folder, name = os.path.split(os.path.realpath(path))
         item = self.metadata.get(os.path.splitext(name)[0]) if folder == f"{self.folder}/images" else None
         return self.number[int(item["category_id"])] if item else -1
-
-
-def parse_outfit(words):
-    """FILE or FILE=CATEGORY, where a file's own name may hold a "=" -> {path: name of its category, or ""}."""
-    outfit = {}
-    for word in words:
-        path, _, name = word.rpartition("=")
-        outfit |= {word: ""} if Path(word).exists() or not path else {path: name}
-    return outfit
 
 
 def fuse_outfit(model, features, outfit, wanted, categories):
@@ -179,9 +165,8 @@ def best(scores, top):
 def check_query(config):
     """Raise InputError for a query that is none, and for settings that do not go together."""
     settings.check_limits(config)
-    for name in ("checkpoint", "gallery"):
-        if not getattr(config, name):
-            raise InputError(f"{name}: none given, expected --{name}=PATH")
+    if not config.checkpoint or not config.gallery:
+        raise InputError("search: expected --checkpoint=FILE and --gallery=FOLDER")
     outfit = bool(config.outfit)
     if outfit == bool(config.text or config.image) or outfit != bool(config.category):
         raise InputError("query: expected --text, --image, both of them, or --outfit FILES --category NAME")
@@ -260,7 +245,10 @@ def read_config(argv=None):
     parser.add_argument("--outfit", nargs="*", default=())  # the only setting of several words
     given, others = parser.parse_known_args(argv)
     config = settings.load_config(SearchConfig, others, description=__doc__)
-    return replace(config, outfit=config.outfit | parse_outfit(given.outfit))
+    for word in given.outfit:  # FILE or FILE=CATEGORY; the name of a file may hold a "=", too
+        path, _, category = word.rpartition("=")
+        config.outfit |= {word: ""} if Path(word).exists() or not path else {path: category}
+    return config
 
 
 def main(argv=None):
@@ -274,7 +262,7 @@ def main(argv=None):
     print(json.dumps(rows, indent=1) if config.json else "\n".join(lines))
     if config.out:
         text = f"wanted: {config.category}" if config.outfit else config.text
-        query = pictures.Cell(list(config.outfit) or [path for path in [config.image] if path], text, "query")
+        query = pictures.Cell([path for path in (*config.outfit, config.image) if path], text, "query")
         pictures.draw_page(config.out, f"best {len(rows)} of {config.gallery}", [pictures.Row(query, cells)])
 
 

@@ -212,7 +212,7 @@ def test_interrupted_index_is_not_half_there(files, gallery, monkeypatch, capsys
 def test_index_elsewhere(files, gallery, tmp_path):
     rows(files["C"], gallery, "--text=red", f"--index={tmp_path / 'kept'}")
     assert (tmp_path / "kept").exists() and not Path(f"{gallery}.index.pt").exists()
-    for place in (tmp_path / "nowhere" / "index", tmp_path / "kept" / "index"):
+    for place in (tmp_path / "nowhere" / "index", tmp_path / "kept" / "index", tmp_path):
         with pytest.raises(InputError, match="cannot be written .*set --index=FILE"):
             rows(files["C"], gallery, "--text=red", f"--index={place}")
 
@@ -287,7 +287,7 @@ WRONG = {
     "rerank of an image": (["C", "G", "--image=a.jpg", "--rerank"], "rerank: the ITM head"),
     "no results": (["C", "G", "--text=a", "--top=0"], "top: found 0"),
     "no number": (["C", "G", "--text=a", "--top=x"], "--top: found 'x', expected int"),
-    "no gallery": (["C", "", "--text=a"], "gallery: none given"),
+    "no gallery": (["C", "", "--text=a"], "search: expected --checkpoint=FILE and --gallery=FOLDER"),
     "neither way": (["C", "G", "--text=a", "--missing=skpi"], "missing: found 'skpi', expected one of stop, skip"),
     "unknown": (["C", "G", "--text=a", "--colour=red"], "colour"),
     "sheet of another kind": (["C", "G", "--text=a", "--out=a.gif"], "ends in|name of a .png"),
