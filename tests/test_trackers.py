@@ -1,0 +1,115 @@
+"""Situations from the public trackers of this field that came out right when they were tried; each names its source."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image, features
+from torch.utils.data import DataLoader
+
+import annotations
+import checkpoint
+import data
+import formats
+import pretrain
+from model import FashionViL, ModelConfig
+
+
+@pytest.fixture(scope="module")
+def samples(catalogue):
+    """A data set of pre-training at 64 pixels."""
+    products = annotations.load_products(catalogue, "FashionGen", "train")
+    tokenizer = data.wordpiece((catalogue / "vocab.txt").read_text())
+    return data.Pretraining(products, tokenizer, 1000, pretrain.PretrainConfig(image_size=64))
+
+
+def test_workers_and_epochs_augment_differently(samples):
+    """pytorch/pytorch#5059: numpy's state was copied into every worker, so all of them cropped alike."""
+    keys = [[data.Key(epoch, 0, "itc")] for epoch in range(4)]
+    batches = list(DataLoader(samples, batch_sampler=keys, collate_fn=data.collate, num_workers=2))
+    pictures = [batch["image"] for batch in batches]
+    assert not any(torch.equal(a, b) for i, a in enumerate(pictures) for b in pictures[:i])
+    for key, picture in zip(keys, pictures, strict=True):  # a worker's sample is that of the main process
+        assert torch.equal(picture, data.collate([samples[key[0]]])["image"])
+
+
+def test_samples_reach_workers_that_do_not_fork(samples):
+    """pytorch/pytorch#165532 sets "spawn"; Python 3.14 starts workers by "forkserver". Both pickle the data set."""
+    key = data.Key(1, 3, "mlm")
+    sample, same = samples[key], pickle.loads(pickle.dumps(samples))[key]
+    assert sample.keys() == same.keys()
+    assert all(np.array_equal(sample[name], same[name]) for name in sample)
+
+
+def test_a_longer_text_in_the_batch_changes_no_embedding(catalogue):
+    """huggingface/transformers#3150 and #278: an embedding changed with the padding of its batch."""
+    vocab = (catalogue / "vocab.txt").read_text()
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, resnet="resnet18")
+    torch.manual_seed(0)
+    model = FashionViL(ModelConfig(vocab_size=vocab.count("\n"), width=4, heads=("contrastive",), **sizes)).eval()
+    alone = data.text_batch(vocab, ["red dress"])
+    beside = data.text_batch(vocab, ["red dress", "a long red dress " * 9])
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_text(**alone)[0], model.encode_text(**beside)[0], rtol=1e-4, atol=1e-5)
+
+
+def save_png_16(path, rows):
+    """A PNG of 16 bits a channel from uint16 (H, W, 4), which Pillow can read and not write."""
+    import struct
+    import zlib
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], 16, 6, 0, 0, 0)
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
+    parts = [chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def test_cut_out_of_16_bits_lies_on_white(tmp_path):
+    """python-pillow/Pillow#5991: 16 bits a channel became noise or black in a conversion."""
+    rows = np.zeros((4, 4, 4), np.uint16)
+    rows[:2] = (200 * 257, 30 * 257, 40 * 257, 65535)
+    save_png_16(tmp_path / "a.png", rows)
+    pixels = np.asarray(data.open_image(tmp_path / "a.png"))
+    assert pixels[0, 0].tolist() == [200, 30, 40]
+    assert pixels[3, 3].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
+def test_cmyk_is_not_inverted(tmp_path, name):
+    """python-pillow/Pillow#4860, haraldk/TwelveMonkeys#147: Adobe stores CMYK inverted, so red came out as cyan."""
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / name)
+    pixel = np.asarray(data.open_image(tmp_path / name))[8, 8]
+    assert np.abs(pixel - np.array([255, 0, 0])).max() <= 3
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "AVIF"])
+def test_content_counts_and_not_the_ending(tmp_path, kind):
+    """Esri/data-collection-ios#184, instructure/canvas-lms#1206: a shop's server sends other formats as .jpg."""
+    if not features.check(kind.lower()):
+        pytest.skip(f"this Pillow has no {kind}")
+    Image.new("RGB", (16, 16), (200, 30, 40)).save(tmp_path / "a.jpg", kind)
+    assert np.abs(np.asarray(data.open_image(tmp_path / "a.jpg"))[8, 8] - np.array([200, 30, 40])).max() <= 3
+
+
+def test_vocabulary_with_the_line_ends_of_windows(tmp_path, catalogue):
+    """huggingface/transformers#1078: ids were shifted against the file, so every word had another's vector."""
+    text = (catalogue / "vocab.txt").read_text()
+    (tmp_path / "vocab.txt").write_bytes(text.replace("\n", "\r\n").encode())
+    config = pretrain.PretrainConfig(vocab=str(tmp_path / "vocab.txt"))
+    read = checkpoint.vocabulary(config, "random")
+    assert data.wordpiece(read).get_vocab() == data.wordpiece(text).get_vocab()
+
+
+def test_resnet_of_torchvision_s_training_script(tmp_path):
+    """pytorch/examples#410: names begin with "module.", and the weights stand in a part of the file."""
+    state = torchvision.models.resnet18().state_dict()
+    file = {"model": {f"module.{name}": tensor for name, tensor in state.items()}, "optimizer": {}, "epoch": 3}
+    torch.save(file, tmp_path / "a.pth")
+    found, info = formats.read_weights(tmp_path / "a.pth", ("resnet",), "resnet_file")
+    assert info["kind"] == "resnet"
+    assert torch.equal(found["image_encoder.conv1.weight"], state["conv1.weight"])
