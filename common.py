@@ -191,20 +191,6 @@ def all_mean(x):
     return x / world_size()
 
 
-def gather_rows(x):
-    """Rows of all processes, rank after rank: (B_r, ...) with any B_r each -> (sum of B_r, ...), without gradient."""
-    if not in_group():
-        return x
-    counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
-    counts = [int(n) for n in counts]
-    # all_gather takes equal shapes only, so the shorter ones are filled up and cut again
-    padded = torch.cat([x, x.new_zeros(max(counts) - len(x), *x.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
-
-
 def gather_objects(value):
     """[value of rank 0, of rank 1, ...] on every process; plain Python values and CPU tensors."""
     values = [value] * world_size()

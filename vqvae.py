@@ -24,7 +24,7 @@ import formats
 import imaging
 import runs
 import settings
-from common import all_mean, gather_rows
+from common import all_mean, gather_with_gradient
 from settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ class VQVAE(ImageTokenizer):
 
         dead = (self.idle >= reseed_after).nonzero().squeeze(1)
         if len(dead):
-            z = gather_rows(z.float())
+            z = gather_with_gradient(z.float())
             far = (z - book.weight[book.nearest(z)]).square().sum(1).cpu() + 1e-12
             picks = torch.multinomial(far, min(len(dead), len(z))).to(z.device)
             dead = dead[: len(picks)]

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 import annotations
 import checkpoint
-import data
 import formats
+import imaging
 import pretrain
 from model import FashionViL, ModelConfig
 
@@ -74,7 +74,7 @@ def test_cut_out_of_16_bits_lies_on_white(tmp_path):
     rows = np.zeros((4, 4, 4), np.uint16)
     rows[:2] = (200 * 257, 30 * 257, 40 * 257, 65535)
     save_png_16(tmp_path / "a.png", rows)
-    pixels = np.asarray(data.open_image(tmp_path / "a.png"))
+    pixels = np.asarray(imaging.open_image(tmp_path / "a.png"))
     assert pixels[0, 0].tolist() == [200, 30, 40]
     assert pixels[3, 3].tolist() == [255, 255, 255]
 
@@ -83,7 +83,7 @@ def test_cut_out_of_16_bits_lies_on_white(tmp_path):
 def test_cmyk_is_not_inverted(tmp_path, name):
     """python-pillow/Pillow#4860, haraldk/TwelveMonkeys#147: Adobe stores CMYK inverted, so red came out as cyan."""
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / name)
-    pixel = np.asarray(data.open_image(tmp_path / name))[8, 8]
+    pixel = np.asarray(imaging.open_image(tmp_path / name))[8, 8]
     assert np.abs(pixel - np.array([255, 0, 0])).max() <= 3
 
 
@@ -93,7 +93,7 @@ def test_content_counts_and_not_the_ending(tmp_path, kind):
     if not features.check(kind.lower()):
         pytest.skip(f"this Pillow has no {kind}")
     Image.new("RGB", (16, 16), (200, 30, 40)).save(tmp_path / "a.jpg", kind)
-    assert np.abs(np.asarray(data.open_image(tmp_path / "a.jpg"))[8, 8] - np.array([200, 30, 40])).max() <= 3
+    assert np.abs(np.asarray(imaging.open_image(tmp_path / "a.jpg"))[8, 8] - np.array([200, 30, 40])).max() <= 3
 
 
 def test_vocabulary_with_the_line_ends_of_windows(tmp_path, catalogue):
