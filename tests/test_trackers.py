@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 import annotations
 import checkpoint
+import data
 import formats
 import imaging
 import pretrain
