@@ -3,9 +3,11 @@
 `save` writes a checkpoint. Four functions read one: `load_model` gives a model to use, `initialise` fills a new model,
 `find_resume` (with `restore`) goes on with a stopped run, and `read_weights` gives the tensors alone.
 
-Our checkpoint is a dict: {"format": 1, "kind": one of KINDS, "task", "model": state dict, "model_config", "config",
-"vocab": text of vocab.txt, "labels": of `annotations.label_names`, "step"}. For a resume it also has "optimizer",
-"scaler" and the stage's own entries."""
+Our checkpoint is a dict. Every one has "format" (1), "kind" (one of KINDS), "model" (its state dict), "config" (all
+settings of the run), "step" (updates done) and "best" (the metric that selects). A model also has "task",
+"model_config", "vocab" (text of vocab.txt), "labels" (what numbers mean, `annotations.label_names`) and n_classes or
+n_categories. An image tokenizer has "image_tokenizer_config". For a resume, last.pt adds "optimizer", "scaler", "parts"
+(each process's sums for the next log line), "lasting", "skipped_updates" and "validation_due"."""
 
 import copy
 import hashlib

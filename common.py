@@ -1,4 +1,4 @@
-"""What all stages share: processes and collectives, seeds, precision, learning rate, optimizer, files written whole."""
+"""What all stages share: how a program ends, processes and collectives, seeds, precision, learning rate, optimizer."""
 
 import contextlib
 import ctypes
@@ -83,10 +83,24 @@ class Processes:
         return self.rank == 0
 
 
-def start_processes(device="auto", deterministic=False):
+def allow_tf32(allowed):
+    """Whether GPUs may multiply float32 in TF32, with 10 bits in place of 23. It changes nothing on a CPU."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def device_name(device):
+    """ "cpu", or the name of the GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def start_processes(device="auto", deterministic=False, tf32=False):
     """Choose the device and join torchrun's process group, if there is one: NCCL on GPUs, gloo on CPUs.
 
     device: "auto", "cpu" or "cuda". Returns Processes. Raises InputError for a device that is not there."""
+    allow_tf32(tf32)
+    torch.backends.cudnn.benchmark = (
+        not deterministic
+    )  # images have one size, so the fastest kernels are worth a search
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without it
         torch.use_deterministic_algorithms(True)
@@ -225,8 +239,10 @@ def same_everywhere(what, value, cure):
 
 def distribute(model, processes):
     """The model as DistributedDataParallel where there are several processes, else the model itself."""
-    # An update uses the heads of one objective. DDP must not wait for gradients of the others.
-    return DistributedDataParallel(model, find_unused_parameters=True) if processes.world_size > 1 else model
+    # An update uses the heads of one objective. DDP must not wait for gradients of the others. All gradients lie in the
+    # memory of DDP, for a second copy would take as much as the weights.
+    share = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(model, **share) if processes.world_size > 1 else model
 
 
 def averaging(model, is_last):

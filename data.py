@@ -23,10 +23,9 @@ from imaging import (
     resize_then_crop,
     stack_images,
 )
-from settings import STRIDE, InputError
+from settings import NO_LABEL, STRIDE, InputError
 
 MAX_TOKENS, FASHIONIQ_MAX_TOKENS = 75, 50  # [CLS] and [SEP] included
-NO_LABEL = -100  # at tokens that have no label; torch's cross_entropy leaves them out
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # texts are tokenized before loaders fork; this stops a warning
 
@@ -311,7 +310,7 @@ class Batches:
     def __len__(self):
         return (self.config.max_steps - self.start) * self.config.grad_accum
 
-    def rows_of(self, step):
+    def update_at(self, step):
         """The `Update` number `step`."""
         size = self.config.batch_size
         epoch, i = divmod(step, self.n // size)
@@ -322,7 +321,7 @@ class Batches:
 
     def __iter__(self):
         for step in range(self.start, self.config.max_steps):
-            epoch, rows, objective = self.rows_of(step)
+            epoch, rows, objective = self.update_at(step)
             micros = rows.reshape(self.config.grad_accum, self.processes.world_size, -1)
             for micro in micros[:, self.processes.rank]:
                 yield [Key(epoch, int(index), objective) for index in micro]

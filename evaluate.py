@@ -161,9 +161,12 @@ def embed(
     own = [items[i] for i in order[processes.rank :: processes.world_size]]
     transform = imaging.image_transform(fit, config.image_size, train=False)
     dataset = data.Samples(own, tokenizer, transform, config.max_tokens or max_tokens)
-    # A process of a gloo group has threads, and a fork beside them hung once in 20 minutes of tests/soak.py.
-    workers = 0 if common.in_group() and processes.device.type == "cpu" else config.workers
-    share = {"num_workers": workers, "worker_init_fn": data.leave_group, "collate_fn": data.collate}
+    share = {"worker_init_fn": data.leave_group, "collate_fn": data.collate}
+    share |= {"num_workers": config.workers if any("image" in item for item in own) else 0}  # texts are tokenized
+    share |= {"pin_memory": processes.device.type == "cuda"}
+    if share["num_workers"] and (common.in_group() or processes.device.type == "cuda"):
+        # The main process has threads (gloo, NCCL, pinned memory). A fork beside them can hang (pytorch#130610).
+        share["multiprocessing_context"] = "forkserver"
     rows = []
     for batch in tqdm(DataLoader(dataset, config.eval_batch_size, **share), unit=" batches", disable=not progress):
         with common.autocast(processes.device, config.dtype):
@@ -214,8 +217,10 @@ def left_out(config, **numbers):
     return {f"{name}_left_out": before - after for name, (before, after) in numbers.items() if skip}
 
 
-def evaluate_retrieval(model, tokenizer, config, processes):
-    """ITR and TIR on FashionGen val: full gallery, and sample-100 where the products have sub-categories."""
+def evaluate_retrieval(model, tokenizer, config, processes, only_first=False):
+    """ITR and TIR on FashionGen val: full gallery, and sample-100 where the products have sub-categories.
+
+    only_first: the full gallery alone, which selects the best checkpoint."""
     every = annotations.load_products(config.data_root, "FashionGen", "val")
     products = imaging.leave_out_of_products(every, config, "FashionGen val")
     embeddings = image, text, image_id, text_id = embed_retrieval(model, products, tokenizer, config, processes)
@@ -230,7 +235,7 @@ def evaluate_retrieval(model, tokenizer, config, processes):
     result.choices = pictures.ranked_choices(result.outcomes["i2t"], photos, texts, image, text, image_id, text_id)
     result.choices += pictures.ranked_choices(result.outcomes["t2i"], texts, images, text, image, text_id, image_id)
     results = {"full gallery": result}
-    if annotations.has_subcategories(products):
+    if not only_first and annotations.has_subcategories(products):
         group = torch.tensor([product.subcategory for product in products])
         results["sample-100"] = sample_100(*embeddings, group[image_id], group, config.seed)
         results["sample-100"].counts |= missing
@@ -360,11 +365,20 @@ class Evaluation:
     metrics: Callable  # outcomes -> metrics
     needs: tuple  # what the model must have: heads, or "csa_net"
     criterion: str = "mean_recall"  # the metric that selects the best checkpoint
+    validate: Callable = None  # as run, but only the protocol that selects; None: run itself
+
+    def __post_init__(self):
+        self.validate = self.validate or self.run
 
 
 RECOGNITION = Evaluation(evaluate_recognition, metrics.recognition_scores, ("recognition",), "accuracy")
 EVALUATIONS = {
-    "fashiongen_retrieval": Evaluation(evaluate_retrieval, partial(metrics.recalls, ks=ITR_KS), ("contrastive",)),
+    "fashiongen_retrieval": Evaluation(
+        evaluate_retrieval,
+        partial(metrics.recalls, ks=ITR_KS),
+        ("contrastive",),
+        validate=partial(evaluate_retrieval, only_first=True),
+    ),
     "fashioniq": Evaluation(evaluate_fashioniq, partial(metrics.recalls, ks=TGIR_KS), ("contrastive",)),
     "fashiongen_category": RECOGNITION,
     "fashiongen_subcategory": RECOGNITION,
@@ -411,14 +425,19 @@ def read_tokenizer(path, model, config):
     return tokenizer
 
 
+def as_trained(config, path):
+    """The config with the image_size and max_tokens of checkpoint `path` (or "random", "pretrained") where it has 0."""
+    trained = {} if path in ("random", "pretrained") else checkpoint.read_weights(path)[1]["config"]
+    image_size, max_tokens = trained.get("image_size", 224), trained.get("max_tokens", 0)
+    return replace(config, image_size=config.image_size or image_size, max_tokens=config.max_tokens or max_tokens)
+
+
 def evaluate_checkpoint(path, config, processes):
     """{protocol: Result} of one checkpoint on `config.task`. Raises InputError where it is of another task."""
     evaluation = EVALUATIONS[config.task]
     model, info = checkpoint.load_model(path, processes.device, evaluation.needs)
     checkpoint.check_labels(path, info["labels"], annotations.label_names(config.data_root, config.task))
-    trained = info["config"] or {}  # a released checkpoint has none
-    image_size, max_tokens = trained.get("image_size", 224), trained.get("max_tokens", 0)
-    config = replace(config, image_size=config.image_size or image_size, max_tokens=config.max_tokens or max_tokens)
+    config = as_trained(config, path)
     tokenizer = None
     if config.task != "polyvore":  # a CSA-Net reads no text
         tokenizer = read_tokenizer(path, model, config)
@@ -426,12 +445,13 @@ def evaluate_checkpoint(path, config, processes):
     return evaluation.run(model, tokenizer, config, processes)
 
 
-def report(results, config, path, out, seconds, baseline=None, intervals=False):
+def report(results, config, device, path, out, seconds, baseline=None, intervals=False):
     """Print a table for each protocol, chance beside every metric, and write all of it as JSON to `out`.
 
     baseline: {protocol: Result} of another checkpoint on the same queries; adds the difference and its interval."""
     interval_of = partial(metrics.bootstrap, EVALUATIONS[config.task].metrics, seed=config.seed)
     rows = {"task": config.task, "checkpoint": str(path), "seed": config.seed, "seconds": round(seconds, 1)}
+    rows |= {"dtype": config.dtype, "device": common.device_name(device)}
     for protocol, result in results.items():
         more = {}  # further columns
         if intervals:
@@ -443,7 +463,7 @@ def report(results, config, path, out, seconds, baseline=None, intervals=False):
         rows[protocol] = {"metrics": result.metrics, "chance": result.chance, **more, "counts": result.counts}
         counts = ", ".join(f"{name} {value:g}" for name, value in result.counts.items())
         print(f"\n{config.task}, {protocol} ({counts}; seed {config.seed}; {path})")
-        print(f"{'%':>16} {'ours':>7} {'chance':>7}", *(f"{name.replace('_', ' '):>19}" for name in more))
+        print(f"{'%':>16} {'value':>7} {'chance':>7}", *(f"{name.replace('_', ' '):>19}" for name in more))
         for name, value in result.metrics.items():
             line = f"{name:>16} {100 * value:7.1f} {100 * result.chance[name]:7.1f}"
             for x in (column[name] for column in more.values()):
@@ -470,7 +490,7 @@ def main():
     if not processes.is_main:
         return
     table, seconds = str(Path(out).with_suffix(".json")) if config.show else out, time.perf_counter() - started
-    report(results, config, config.checkpoint, table, seconds, baseline, config.bootstrap)
+    report(results, config, processes.device, config.checkpoint, table, seconds, baseline, config.bootstrap)
     if config.show:
         name = f"{config.task}, {next(iter(results))}"
         pictures.draw_choices(out, name, selecting(results).choices, config.show, config.seed)

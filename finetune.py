@@ -26,7 +26,7 @@ import losses
 import runs
 import settings
 from imaging import crop_then_resize, resize_then_crop
-from model import RESNETS, SIZES, CSANet, FashionViL, ModelConfig
+from model import RESNETS, SIZES, CSANet, FashionViL, ModelConfig, compile_parts
 from settings import COUNT, DEVICES, DTYPES, FROM_0, SHARE, setting
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -61,14 +61,18 @@ class FinetuneConfig:
     """Settings of fine-tuning. Without a config file, configs/<task>.py is read."""
 
     task: str = setting("", ", ".join(TASKS), choices=tuple(TASKS), group="task")
-    split: str = setting("disjoint", "polyvore: disjoint or nondisjoint")
-    gallery: str = setting("original", "fashioniq: original (split file) or val (references and targets)")
+    split: str = setting("disjoint", "polyvore: disjoint or nondisjoint", choices=evaluate.SPLITS)
+    gallery: str = setting(
+        "original", "fashioniq: original (split file) or val (references, targets)", None, evaluate.GALLERIES
+    )
 
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, FashionIQ/, ...", group="data")
-    vocab: str = setting("", "WordPiece vocab.txt; empty: the checkpoint's, DATA_ROOT/vocab.txt, BERT's or the hub's")
-    image_size: int = setting(224, "pixels a side, a multiple of 32")
+    vocab: str = setting(
+        "", "WordPiece vocab.txt; empty: the checkpoint's, BERT folder's, DATA_ROOT/vocab.txt or hub's"
+    )
+    image_size: int = setting(0, "pixels a side, a multiple of 32; 0: the checkpoint's own, else 224")
     missing: str = setting("stop", imaging.MISSING, choices=("stop", "skip"))
-    max_tokens: int = setting(0, "longest text, [CLS] and [SEP] included; 0: the paper's 75, for fashioniq 50", FROM_0)
+    max_tokens: int = setting(0, "longest text; 0: the checkpoint's own, else the paper's 75, for fashioniq 50", FROM_0)
 
     init: str = setting("pretrained", "a checkpoint, pretrained (ImageNet ResNet + BERT) or random", group="model")
     size: str = setting(
@@ -91,7 +95,10 @@ class FinetuneConfig:
 
     device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES, group="machine")
     dtype: str = setting("float32", "float32, bfloat16 (autocast) or float16 (and GradScaler)", choices=DTYPES)
-    compile: bool = setting(False, "torch.compile the image encoder")
+    tf32: bool = setting(
+        True, "float32 products on GPUs in TF32, as torch did it in the paper's time; final table: off"
+    )
+    compile: bool = setting(False, "torch.compile the model")
     workers: int = setting(4, "data loader workers per process; 0: load in the training process", FROM_0)
     seed: int = setting(0, "every random draw follows from it", (0, 2**63 - 1))
     deterministic: bool = setting(False, "only deterministic kernels; on CPU they always are")
@@ -119,6 +126,7 @@ def build_model(config, heads, vocab_size, n_classes=0, n_categories=0):
 def train(config, processes):
     """The whole stage on this process. Returns {protocol: Result} of the best checkpoint."""
     settings.check_limits(config)
+    config = evaluate.as_trained(config, config.init)
     task, evaluation, device = TASKS[config.task], evaluate.EVALUATIONS[config.task], processes.device
     torch.manual_seed(config.seed)  # every process starts from the same weights
 
@@ -145,13 +153,13 @@ def train(config, processes):
     order = data.Batches(len(items), config, processes, run.start, lambda step: config.task)
     loader = iter(data.train_loader(dataset, order, config, device))
     if config.compile:
-        model.image_encoder.compile()
+        compile_parts(model)
     ddp = common.distribute(model, processes)
     run.open(order, lambda row: items[row]["name"], [f"{config.task}: {len(items)} training items", *report])
 
     def validate():
         model.eval()
-        result = evaluate.selecting(evaluation.run(model, tokenizer, config, processes))
+        result = evaluate.selecting(evaluation.validate(model, tokenizer, config, processes))
         run.keep_best(result.metrics, evaluation.criterion)
 
     # The earlier run may have ended while it validated.
@@ -166,7 +174,7 @@ def train(config, processes):
         common.set_lr(optimizer, step, config.warmup, config.milestones)
         common.seed_step(config.seed, step, processes.rank)
         model.train()
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # to None; in pre-training zeros matter for heads that an update does not use
 
         for micro, batch in enumerate(batches):
             # The loss of one micro-batch, then its gradients, averaged over processes in the last micro-batch.
@@ -190,9 +198,12 @@ def train(config, processes):
         if run.validating:
             validate()
 
-    # The best checkpoint is evaluated. The main process surely has its file, so the others take the weights from it.
+    # The best checkpoint is evaluated as evaluate.py does it, in exact float32. The main process surely has its file.
+    # The others take the weights from that process.
     if config.eval_interval < 0:
         return {}
+    common.allow_tf32(False)
+    config = dataclasses.replace(config, dtype="float32")
     if processes.is_main:
         model.load_state_dict(checkpoint.read_weights(run.folder / "best.pt")[0])
     common.copy_from_main(model.state_dict().values())
@@ -206,13 +217,14 @@ def main():
         description=__doc__,
         files=lambda given: CONFIGS / f"{given['task']}.py" if given.get("task") in TASKS else None,
     )
-    processes = common.start_processes(config.device, config.deterministic)
+    processes = common.start_processes(config.device, config.deterministic, config.tf32)
     started = time.perf_counter()
     results = train(config, processes)
     if processes.is_main and results:
         folder = Path(config.out_dir)
         seconds = time.perf_counter() - started
-        evaluate.report(results, config, folder / "best.pt", folder / "results.json", seconds)
+        config = dataclasses.replace(config, dtype="float32")  # in which `train` evaluates
+        evaluate.report(results, config, processes.device, folder / "best.pt", folder / "results.json", seconds)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Health:
         if not broken:
             return
         step, loss, norm = min(broken, key=lambda row: row[0])
-        _, rows, objective = batches.rows_of(int(step))
+        _, rows, objective = batches.update_at(int(step))
         lr = self.optimizer.param_groups[0]["base_lr"] * common.lr_multiplier(step, config.warmup, config.milestones)
         raise InputError(
             f"update {int(step) + 1}: loss {loss:g}, gradient norm {norm:g} (objective {objective}, learning rate "

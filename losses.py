@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-
-IGNORE = -100  # label of a token that is no target
+from settings import NO_LABEL
 
 
 def info_nce(queries, candidates, rank=0):
@@ -128,7 +127,7 @@ def mlm(model, batch):
     Returns the mean loss in nats per target token of all processes, and {"mlm_acc"}.
     Raises ValueError where no token of the batch is a target. Source: FashionViL 3.2; docs/recipe.md "MLM"."""
     labels, features = batch["mlm_labels"], model.patches(batch["image"])
-    needed = F.pad(labels != IGNORE, (0, features.shape[1]))  # (B, T + P), no patch
+    needed = F.pad(labels != NO_LABEL, (0, features.shape[1]))  # (B, T + P), no patch
     hidden = model.encode_joint(batch["masked_ids"], batch["attention_mask"], features, needed=needed)
     return _classify(model.heads["mlm"], hidden[:, : labels.shape[1]], labels, batch["mlm_targets"], "mlm")
 
@@ -192,6 +191,9 @@ def pac(model, batch):
     return loss, {"pac_recall": recall}
 
 
+# A new objective needs a function here, a share in pretrain.PAPER_MIX or --objectives, what `data.Pretraining.sample`
+# adds to a sample, and where it has a head: model.HEADS, `build` in FashionViL and checkpoint.SIZE_OF. Its accuracy is
+# called NAME_acc, which tools/summary.py reads; that file also needs the objective's trivial answer.
 OBJECTIVES = {"itc": itc, "itm": itm, "mlm": mlm, "mpfc": mpfc, "mvc": mvc, "pac": pac}
 
 

@@ -13,17 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Transformer sizes by name
-SIZES = {
+SIZES = {  # of the Transformer
     "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
     "mini": dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=3, intermediate_size=768),
     "demo": dict(hidden_size=192, num_hidden_layers=2, num_attention_heads=6, intermediate_size=384),
     "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128),
 }
-# ResNets by name: blocks per stage, and whether a block is the three-convolution bottleneck
+# blocks per stage, and whether a block is the three-convolution bottleneck
 RESNETS = {"resnet18": ((2, 2, 2, 2), False), "resnet34": ((3, 4, 6, 3), False), "resnet50": ((3, 4, 6, 3), True)}
-HEADS = ("contrastive", "itm", "mlm", "mpfc", "pac", "recognition")  # "contrastive" is the learned scale alone
-PRETRAINING_HEADS = HEADS[:5]
+PRETRAINING_HEADS = ("contrastive", "itm", "mlm", "mpfc", "pac")  # "contrastive" is one number: the learned scale s
+HEADS = (*PRETRAINING_HEADS, "recognition")
 
 
 @dataclass
@@ -45,7 +44,7 @@ class ModelConfig:
     n_attributes: int = 2232  # A, size of the pseudo-attribute vocabulary
     n_classes: int = 0  # of the recognition head
     pac_scale: float = 1.0  # multiplies the cosines of the PAC head; 1 as in the paper
-    itm_candidates: int = 0  # texts among which ITM looks for its hardest negative; 0: the whole batch, as in the paper
+    itm_candidates: int = 0  # texts among which ITM looks for its hardest negative; 0: this process's whole micro-batch
 
     def __post_init__(self):
         self.heads = tuple(self.heads)
@@ -138,11 +137,11 @@ class Embeddings(nn.Module):
         positions = self.position_embeddings_visual.weight[: features.shape[1]]
         return self.projection(features) + positions + self.token_type_embeddings_visual.weight[0]
 
-    def forward(self, embedded):  # (..., D) of text and of patches: one LayerNorm and dropout over both
+    def forward(self, embedded):  # (..., D), what `text` and `image` give: LayerNorm and dropout are shared by both
         return F.dropout(self.LayerNorm(embedded), self.dropout, self.training)
 
 
-class Positions:
+class Packing:
     """Some positions of a padded batch: `pack` picks their vectors out of the grid, `unpack` puts them back.
 
     Texts differ in length, and padding is a third of a usual batch. "red dress" and "bag" make a grid of 2 x 4:
@@ -160,8 +159,8 @@ class Positions:
         return grid.flatten(0, 1).index_select(0, self.index)
 
     def unpack(self, packed):  # (N, D) -> (B, L, D), zeros elsewhere
-        B, L = self.shape
-        return packed.new_zeros(B * L, packed.shape[1]).index_copy(0, self.index, packed).view(B, L, -1)
+        grid = packed.new_zeros(self.shape.numel(), packed.shape[1])
+        return grid.index_copy(0, self.index, packed).view(*self.shape, -1)
 
 
 class Layer(nn.Module):
@@ -188,7 +187,7 @@ class Layer(nn.Module):
         return grid.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
 
     def forward(self, x, attended, inputs, outputs):
-        """x (N, D), the tokens at the Positions `inputs` -> (M, D), the layer's outputs at the Positions `outputs`.
+        """x (N, D), the tokens at the Packing `inputs` -> (M, D), the layer's outputs at the Packing `outputs`.
 
         attended (B, 1, 1, L) bool, True = the other tokens of its row see this position."""
         k, v = self._project("key", x, inputs), self._project("value", x, inputs)
@@ -228,7 +227,7 @@ class Bert(nn.Module):
         and the last layer computes only the needed ones."""
         needed = torch.ones_like(attended) if needed is None else needed
         # How many positions there are decides shapes, so the host waits for a GPU here. One copy makes it one wait.
-        inputs, outputs = (Positions(x, attended.device) for x in torch.stack([attended | needed, needed]).cpu())
+        inputs, outputs = (Packing(x, attended.device) for x in torch.stack([attended | needed, needed]).cpu())
         seen = attended[:, None, None, :]  # (B, 1, 1, L)
         x = self.embeddings(inputs.pack(embedded))  # (N, D)
         *layers, last = self.encoder["layer"]
@@ -266,8 +265,7 @@ class CosineHead(nn.Module):
             return self.scale * (F.normalize(x.float(), dim=-1) @ F.normalize(self.projection, dim=0))
 
 
-def masked_mean(x, mask):
-    """Mean of x (B, L, D) over the positions where mask (B, L) is 1 or True -> (B, D)."""
+def masked_mean(x, mask):  # x (B, L, D) -> (B, D), over the positions where mask (B, L) is 1 or True
     weights = mask.to(x.dtype).unsqueeze(-1)  # (B, L, 1)
     return (x * weights).sum(1) / weights.sum(1)
 
@@ -305,8 +303,7 @@ class FashionViL(nn.Module):
     def patches(self, image):  # pixels (B, 3, H, W) -> patch features (B, P, C); features pass through
         return self.image_encoder(image) if image.ndim == 4 else image
 
-    def encode_image(self, image):
-        """Image alone: projection only, no positions, no Transformer -> mean over patches (B, D)."""
+    def encode_image(self, image):  # image alone: projection only, no positions, no Transformer -> patches' mean (B, D)
         return self.bert.embeddings.projection(self.patches(image).mean(1))
 
     def encode_text(self, input_ids, attention_mask):
@@ -328,8 +325,9 @@ class FashionViL(nn.Module):
         embedded = torch.cat([embeddings.text(input_ids), embeddings.image(features)], 1)  # (B, T + P, D)
         return self.bert(embedded, torch.cat([attention_mask.bool(), patch_keep], 1), needed)
 
-    def encode_pair(self, input_ids, attention_mask, image):
-        """Text + patches -> BERT's pooler on [CLS] (B, D), which ITM and recognition classify."""
+    def encode_pair(
+        self, input_ids, attention_mask, image
+    ):  # -> BERT's pooler on [CLS] (B, D), for ITM and recognition
         features = self.patches(image)
         is_cls = torch.arange(input_ids.shape[1] + features.shape[1], device=features.device) == 0
         needed = is_cls.expand(len(features), -1)  # (B, T + P)
@@ -344,8 +342,7 @@ class FashionViL(nn.Module):
         hidden = self.encode_joint(input_ids, attention_mask, features, patch_keep=patch_keep, needed=needed)
         return masked_mean(hidden[:, T:], patch_keep)
 
-    def classify(self, batch):
-        """Recognition logits (B, n_classes) of a batch's image, input_ids and attention_mask."""
+    def classify(self, batch):  # image, input_ids and attention_mask -> recognition logits (B, n_classes)
         pooled = self.encode_pair(batch["input_ids"], batch["attention_mask"], batch["image"])
         return self.heads["recognition"](pooled).float()
 
@@ -392,10 +389,13 @@ class CSANet(nn.Module):
         one_hot = torch.cat([F.one_hot(category, self.n_categories), F.one_hot(wanted, self.n_categories)], 1)
         weights = self.fusion_module["weight_classifier"](one_hot.to(item.dtype)).softmax(-1)  # (B, 5)
         masks = self.fusion_module["masks"].weight  # (5, 256)
-        return self.scaled((item * (weights @ masks)) / len(masks))
+        return self.scaled((item * (weights @ masks)) / len(masks))  # the original divides, too; `scaled` undoes it
 
-    def scaled(self, x):  # (B, 256) -> `s * x / ||x||`
-        return scaled_normalize(x, self.logit_scale)
+    scaled, forward = FashionViL.scaled, FashionViL.forward
 
-    def forward(self, batch, objective):  # as FashionViL's
-        return objective(self, batch)
+
+def compile_parts(model):
+    """torch.compile the image encoder and each layer of the Transformer, whose sequences differ in length."""
+    model.image_encoder.compile()
+    for layer in model.bert.encoder["layer"] if isinstance(model, FashionViL) else ():
+        layer.compile(dynamic=True)

@@ -26,7 +26,7 @@ import runs
 import settings
 import vqvae
 from losses import OBJECTIVES
-from model import RESNETS, SIZES, FashionViL, ModelConfig
+from model import RESNETS, SIZES, FashionViL, ModelConfig, compile_parts
 from settings import COUNT, DEVICES, DTYPES, FROM_0, SHARE, InputError, setting
 
 PAPER_MIX = {"itm": 0.15, "pac": 0.15, "itc": 0.20, "mvc": 0.20, "mlm": 0.15, "mpfc": 0.15}
@@ -38,7 +38,9 @@ class PretrainConfig:
 
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, ...", group="data")
     sets: tuple = setting(tuple(annotations.SETS), "data sets to train on")
-    vocab: str = setting("", "WordPiece vocab.txt; empty: DATA_ROOT/vocab.txt, the BERT folder's, or the hub's file")
+    vocab: str = setting(
+        "", "WordPiece vocab.txt; empty: the checkpoint's, BERT folder's, DATA_ROOT/vocab.txt or hub's"
+    )
     image_size: int = setting(224, "pixels a side, a multiple of 32")
     max_tokens: int = setting(0, "longest text, [CLS] and [SEP] included; 0: the paper's 75", FROM_0)
     n_attributes: int = setting(2232, "size of the pseudo-attribute vocabulary; 0: largest id of the data + 1", FROM_0)
@@ -56,7 +58,7 @@ class PretrainConfig:
     objectives: dict = setting(PAPER_MIX, "objectives and their probabilities, itc:0.5,mlm:0.5", group="objectives")
     mask_share: float = setting(0.15, "share of the words that MLM predicts")
     pac_scale: float = setting(1.0, "multiplies the cosines of PAC's head")
-    itm_candidates: int = setting(0, "texts among which ITM looks for its hardest negative; 0: the whole batch", FROM_0)
+    itm_candidates: int = setting(0, "texts among which ITM seeks its hardest negative; 0: a whole micro-batch", FROM_0)
 
     batch_size: int = setting(256, "products per update, all processes together", COUNT, group="optimization")
     grad_accum: int = setting(1, "micro-batches per update; contrastive candidates are one micro-batch", COUNT)
@@ -69,6 +71,7 @@ class PretrainConfig:
 
     device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES, group="machine")
     dtype: str = setting("float32", "float32, bfloat16 (autocast) or float16 (and GradScaler)", choices=DTYPES)
+    tf32: bool = setting(True, "float32 products on GPUs in TF32, as torch did it in the paper's time")
     compile: bool = setting(False, "torch.compile the model")
     workers: int = setting(4, "data loader workers per process; 0: load in the training process", FROM_0)
     seed: int = setting(0, "every random draw follows from it", (0, 2**63 - 1))
@@ -184,9 +187,7 @@ def train(config, processes):
 
     # The model that is compiled where that is set, and that averages gradients over processes.
     if config.compile:
-        model.image_encoder.compile()
-        for layer in model.bert.encoder["layer"]:
-            layer.compile(dynamic=True)  # text lengths differ from batch to batch
+        compile_parts(model)
     ddp = common.distribute(model, processes)
 
     def validate():
@@ -242,7 +243,7 @@ def train(config, processes):
 
 def main():
     config = settings.load_config(PretrainConfig, description=__doc__)
-    processes = common.start_processes(config.device, config.deterministic)
+    processes = common.start_processes(config.device, config.deterministic, config.tf32)
     metrics = train(config, processes)
     if processes.is_main and metrics:
         print("FashionGen val, full gallery:", "  ".join(f"{k} {100 * v:.1f}" for k, v in metrics.items()))

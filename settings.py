@@ -12,6 +12,7 @@ import typing
 from pathlib import Path
 
 STRIDE = 32  # pixels of an image per patch of the ResNet, along each side
+NO_LABEL = -100  # label of a token that is no target; torch's cross_entropy leaves it out
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 COUNT = (1, math.inf)  # limits of a setting: least and most

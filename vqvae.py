@@ -346,6 +346,7 @@ class VQVAEConfig:
 
     device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES, group="machine")
     dtype: str = setting("float32", "float32, bfloat16 (autocast) or float16 (and GradScaler)", choices=DTYPES)
+    tf32: bool = setting(True, "float32 products on GPUs in TF32, as torch did it in the paper's time")
     compile: bool = setting(False, "torch.compile encoder and decoder")
     workers: int = setting(4, "data loader workers per process; 0: load in the training process", FROM_0)
     seed: int = setting(0, "every random draw follows from it", (0, 2**63 - 1))
@@ -509,7 +510,7 @@ def train(config, processes):
 
 def main():
     config = settings.load_config(VQVAEConfig, description=__doc__)
-    processes = common.start_processes(config.device, config.deterministic)
+    processes = common.start_processes(config.device, config.deterministic, config.tf32)
     train(config, processes)
     if processes.is_main:
         print(f"written: {config.out_dir}/last.pt, log.jsonl")

@@ -3,11 +3,12 @@
 data_root = "data/demo"
 init = "runs/demo/best.pt"  # or --init=random
 
-# These sizes are for --init=random. A checkpoint brings its own.
+image_size = 64  # as in configs/demo.py
+
+# These sizes of the network are for --init=random. A checkpoint brings its own.
 size = "demo"
 resnet = "resnet18"
 width = 16
-image_size = 64
 
 batch_size = 32
 max_steps = 90

@@ -3,12 +3,13 @@
 data_root = "data/fashion-mini"
 init = "runs/mini/best.pt"  # or --init=random
 
-# These sizes are for --init=random. A checkpoint brings its own.
+image_size = 96  # both as in configs/mini.py
+max_tokens = 40
+
+# These sizes of the network are for --init=random. A checkpoint brings its own.
 size = "mini"
 resnet = "resnet18"
 width = 32
-image_size = 96
-max_tokens = 40  # as in configs/mini.py
 
 batch_size = 64
 max_steps = 160

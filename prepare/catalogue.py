@@ -20,15 +20,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import imaging
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py and data.py stand one folder up
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the modules of the stages stand one folder up
 
 from layout import number_labels, place, read_labels, write_together, written_aside  # noqa: E402
 from rows import COLUMNS, FIELD, image_file, image_names, plain_text, read_rows  # noqa: E402
 
 import annotations  # noqa: E402
 import common  # noqa: E402
+import imaging  # noqa: E402
 import settings  # noqa: E402
 from settings import InputError, setting  # noqa: E402
 from tools.check_data import content_keys  # noqa: E402

@@ -248,3 +248,48 @@ def test_wandb_gets_the_settings_the_training_lines_and_the_validations(catalogu
     assert [(given["project"], given["config"]["task"]) for given in opened] == [("fashion", "fashioniq")]
     assert sorted(rows) == [1, 2, 3] and all(row["loss"] > 0 and row["tgir_acc"] >= 0 for row in rows.values())
     assert 0 < rows[3]["val_mean_recall"] <= 1 and "val_mean_recall" not in rows[1]
+
+
+def test_compile_compiles_the_transformer_too(catalogue, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append((module, options)))
+    for task, parts in (("fashioniq", {"ResNet": 1, "Layer": 2}), ("polyvore", {"ResNet": 1})):
+        compiled.clear()
+        finetune.train(small(task, catalogue, tmp_path / task, max_steps=1, eval_interval=-1, compile=True), ONE)
+        names = [type(module).__name__ for module, _ in compiled]
+        assert {name: names.count(name) for name in names} == parts
+        assert all(options == {"dynamic": True} for module, options in compiled if type(module).__name__ == "Layer")
+
+
+def test_results_of_a_bfloat16_run_are_those_of_evaluate(catalogue, tmp_path, monkeypatch):
+    """They are in float32, and the file says so. Validations leave sample-100 out, which selects nothing."""
+    sampled = []
+    original = evaluate.sample_100
+    monkeypatch.setattr(evaluate, "sample_100", lambda *args: sampled.append(1) or original(*args))
+    words = ["configs/demo_finetune.py", "--task=fashiongen_retrieval", f"--data_root={catalogue}", "--init=random"]
+    words += ["--size=tiny", "--width=8", "--image_size=64", "--batch_size=8", "--max_steps=2", "--eval_interval=1"]
+    words += ["--dtype=bfloat16", f"--out_dir={tmp_path}", "--workers=0"]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
+    monkeypatch.chdir(ROOT)
+    finetune.main()
+    assert len(sampled) == 1
+    ours = json.loads((tmp_path / "results.json").read_text())
+    path = str(tmp_path / "best.pt")
+    config = evaluate.EvalConfig("fashiongen_retrieval", path, data_root=str(catalogue), workers=0)
+    theirs = evaluate.evaluate_checkpoint(path, config, ONE)
+    assert (ours["dtype"], ours["device"]) == ("float32", "cpu")
+    for protocol, result in theirs.items():
+        assert ours[protocol]["metrics"] == result.metrics
+
+
+def test_image_size_and_text_length_are_the_checkpoints_unless_they_are_set(catalogue, tmp_path, monkeypatch):
+    first = small("fashioniq", catalogue, tmp_path / "first", max_steps=1, max_tokens=9, image_size=96)
+    finetune.train(first, ONE)
+    seen = []
+    monkeypatch.setattr(
+        data, "check_lengths", lambda config, *rest: seen.append((config.image_size, config.max_tokens))
+    )
+    for size, tokens in ((0, 0), (64, 7)):
+        run = {"init": str(tmp_path / "first" / "best.pt"), "max_steps": 1, "eval_interval": -1}
+        finetune.train(small("fashioniq", catalogue, tmp_path / "next", image_size=size, max_tokens=tokens, **run), ONE)
+    assert seen == [(96, 9), (64, 7)]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data  # noqa: F401  (makes torchvision importable on a CPU-only torch)
-from model import RESNETS, SIZES, FashionViL, ModelConfig, Positions, ResNet, masked_mean
+from model import RESNETS, SIZES, FashionViL, ModelConfig, Packing, ResNet, masked_mean
 
 
 def tiny(**changes):
@@ -49,7 +49,7 @@ def test_layers_equal_torchs_encoder_layers():
     model = FashionViL(config).eval()
     x, lengths = torch.randn(3, 9, config.hidden_size), torch.tensor([9, 4, 7])
     mask = torch.arange(9)[None] < lengths[:, None]
-    theirs, inputs = model.bert.embeddings(x), Positions(mask)
+    theirs, inputs = model.bert.embeddings(x), Packing(mask)
     ours = inputs.pack(theirs)  # (20, D): padding is not computed
     assert torch.equal(ours, theirs[mask]) and torch.equal(inputs.unpack(ours), theirs * mask[..., None])
     for layer in model.bert.encoder["layer"]:
@@ -78,7 +78,7 @@ def test_layers_equal_torchs_encoder_layers():
     assert (ours - theirs[mask]).abs().max() < 1e-5
     some = torch.zeros(3, 9, dtype=torch.bool)
     some[0, 0] = some[1, 0] = some[2, 1] = True  # the packed tokens 0, 9 and 14
-    found = layer(before, mask[:, None, None, :], inputs, Positions(some))
+    found = layer(before, mask[:, None, None, :], inputs, Packing(some))
     assert (found - ours[[0, 9, 14]]).abs().max() < 1e-6
 
 

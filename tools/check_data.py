@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import annotations
 from common import run
-from data import open_image
+from imaging import open_image
 from settings import InputError, load_config, setting
 
 NEEDS = """

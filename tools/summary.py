@@ -39,11 +39,11 @@ def trivial_answer(name, curves, config, vocab):
         texts = [product.text for product in products[:: max(1, len(products) // SAMPLE)]]
         texts = data.tokenize(data.wordpiece(vocab), texts, config["max_tokens"] or data.MAX_TOKENS)
         ids = np.concatenate([text.ids[1:-1] for text in texts])
-    elif Path(config["image_tokenizer"]).is_file():
+    elif name == "mpfc" and Path(config["image_tokenizer"]).is_file():
         image_tokenizer = vqvae.load_image_tokenizer(config["image_tokenizer"])
         paths = [product.images[0] for product in products[:: max(1, 10 * len(products) // SAMPLE)]]
         ids = np.concatenate([image_tokenizer.encode(imaging.load_images([p], config["image_size"]))[0] for p in paths])
-    else:  # the run had random codes
+    else:  # an objective that is not known here, or MPFC with random codes
         return math.nan, math.nan
     counts = np.unique(ids, return_counts=True)[1]
     shares = counts / counts.sum()
