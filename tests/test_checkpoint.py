@@ -1058,3 +1058,14 @@ def test_command_line_ends_in_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parents[1])
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {tmp_path / 'a.pt'}: not a checkpoint") and done.stderr.count("\n") == 1
+
+
+def test_the_first_line_of_info_alone_ends_without_a_traceback(tmp_path):
+    """`| head -1` closes the pipe. The file has names enough that the writer is still writing then."""
+    state = {f"layer1.{i}.conv1.weight": torch.zeros(1) for i in range(20_000)}
+    torch.save(state, tmp_path / "many.pt")
+    command = f"{sys.executable} -m tools.weights --info {tmp_path / 'many.pt'} | head -1"
+    ended = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert ended.stdout.count("\n") == 1 and ended.stderr == ""
