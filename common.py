@@ -170,6 +170,11 @@ def rank():
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def on_several_machines():
+    """Whether torchrun has started processes on other machines, too."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < world_size()
+
+
 def in_group():
     """Whether there are other processes. Every collective below asks this first."""
     return world_size() > 1

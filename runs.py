@@ -27,6 +27,8 @@ from common import gather_objects
 from files import replacing, write_json, writing
 from settings import InputError
 
+ASK_EVERY = 10  # updates
+
 
 class Run:
     """One training run of this process. `start` is the number of updates that were done before.
@@ -122,14 +124,17 @@ class Run:
         """The micro-batches of the next update. The weights are whole here, so here a run ends early.
 
         It ends where a stop was asked for, an image is broken or a loader worker died, on any process. The run then
-        saves and raises Stopped or, for an image, InputError."""
-        batches, error = [], None
+        saves and raises Stopped or, for an image, InputError. Processes on several machines ask each other only at every
+        ASK_EVERY-th update, since a question waits for the network. An error in between ends the run unsaved."""
+        batches, error, asks = [], None, self.done % (ASK_EVERY if common.on_several_machines() else 1) == 0
         try:
-            if not self.stop_asked:
+            if not (asks and self.stop_asked):
                 batches = [next(loader) for _ in range(self.config.grad_accum)]
         except (InputError, RuntimeError) as caught:
+            if not asks:
+                raise
             error = caught
-        if not common.any_process(self.stop_asked or error is not None):
+        if not asks or not common.any_process(self.stop_asked or error is not None):
             return batches
         if self.saved < self.done:
             self.save()

@@ -97,6 +97,18 @@ def test_a_run_whose_workers_get_a_signal_saves_and_resumes(catalogue, tmp_path,
     same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_processes_on_several_machines_ask_for_a_stop_at_every_tenth_update(
+    catalogue, tmp_path, at_update, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(common, "on_several_machines", lambda: True)
+    monkeypatch.setattr(common, "any_process", lambda flag: asked.append(flag) or flag)
+    at_update(4, lambda loss: os.kill(os.getpid(), signal.SIGTERM) or loss)
+    with pytest.raises(common.Stopped, match="stopped after update 10, "):
+        pretrain.train(itc(catalogue, tmp_path, max_steps=12, eval_interval=-1), ONE)
+    assert asked == [False, True]
+
+
 def test_a_worker_killed_in_an_evaluation_ends_in_one_line(capsys):
     def evaluate():
         raise RuntimeError("DataLoader worker (pid(s) 1234) exited unexpectedly")
