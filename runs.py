@@ -124,7 +124,7 @@ class Run:
         """The micro-batches of the next update. The weights are whole here, so here a run ends early.
 
         It ends where a stop was asked for, an image is broken or a loader worker died, on any process. The run then
-        saves and raises Stopped or, for an image, InputError. Processes on several machines ask each other only at every
+        saves and raises Stopped or, for an image, InputError. Processes on several machines ask each other at every
         ASK_EVERY-th update, since a question waits for the network. An error in between ends the run unsaved."""
         batches, error, asks = [], None, self.done % (ASK_EVERY if common.on_several_machines() else 1) == 0
         try:

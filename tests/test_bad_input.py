@@ -156,8 +156,8 @@ def test_an_image_tokenizer_of_another_grid(catalogue, tmp_path):
     "changes, message",
     [
         (dict(task="fashionik"), "task: found 'fashionik', expected one of ***"),
-        (dict(task="polyvore", split="both"), "split: found 'both', expected disjoint or nondisjoint"),
-        (dict(task="fashioniq", gallery="all"), "gallery: found 'all', expected original or val"),
+        (dict(task="polyvore", split="both"), "split: found 'both', expected one of disjoint, nondisjoint"),
+        (dict(task="fashioniq", gallery="all"), "gallery: found 'all', expected one of original, val"),
         (dict(task="fashioniq", eval_batch_size=0), "eval_batch_size: found 0, expected 1 or more"),
         (dict(task="fashioniq", batch_size=7, grad_accum=2), "batch_size: found 7, expected a multiple of *** = 1 x 2"),
         (dict(task="fashioniq", init="gone.pt"), "gone.pt: ***: No such file or directory"),

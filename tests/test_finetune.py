@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import types
@@ -76,7 +77,7 @@ def metrics_of(results):
 
 
 def evaluate_config(task, catalogue, **changes):
-    return evaluate.EvalConfig(task=task, data_root=str(catalogue), workers=0, **changes)
+    return evaluate.EvalConfig(**{"task": task, "data_root": str(catalogue), "workers": 0, **changes})
 
 
 def test_counts_are_those_of_the_catalogue(catalogue, tmp_path):
@@ -200,9 +201,10 @@ def test_readme_snippet(catalogue, tmp_path):
 # batch size and number of processes
 
 
-def embeddings(catalogue, path, processes, batch_size):
+def embeddings(catalogue, path, processes, batch_size, workers=0):
     model, info = checkpoint.load_model(path)
-    config = evaluate_config("fashiongen_retrieval", catalogue, eval_batch_size=batch_size, image_size=64)
+    sizes = {"eval_batch_size": batch_size, "image_size": 64, "workers": workers}
+    config = evaluate_config("fashiongen_retrieval", catalogue, **sizes)
     products = annotations.load_products(catalogue, "FashionGen", "val")
     return evaluate.embed_retrieval(model, products, data.wordpiece(info["vocab"]), config, processes)
 
@@ -210,7 +212,10 @@ def embeddings(catalogue, path, processes, batch_size):
 def two_process_worker(rank, port, catalogue, path, out):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    result = embeddings(catalogue, path, Processes(rank, 2, torch.device("cpu")), 7)
+    fork, forked = os.fork, []  # a worker beside gloo's threads must not be a fork of this process
+    os.fork = lambda: forked.append(1) or fork()
+    result = embeddings(catalogue, path, Processes(rank, 2, torch.device("cpu")), 7, workers=1)
+    assert not forked
     torch.save(result, f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
