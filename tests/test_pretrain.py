@@ -182,3 +182,23 @@ def test_bfloat16_autocast_trains_and_keeps_float32_weights(catalogue, image_tok
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     values = [v for row in rows for k, v in row.items() if k.endswith("_loss")]
     assert values and all(v is not None and v < 20 for v in values)
+
+
+def test_compile_makes_few_graphs_over_all_objectives(catalogue, tmp_path, monkeypatch):
+    """torch gives up compiling a function at its ninth graph, and says so in a warning alone."""
+    graphs, compile_module = [], torch.nn.Module.compile
+
+    def compile_counted(module, **options):
+        def backend(graph, inputs):
+            graphs.append(type(module).__name__)
+            return graph.forward
+
+        compile_module(module, backend=backend, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_counted)
+    config = small(catalogue, tmp_path, compile=True, max_steps=24)
+    assert {pretrain.objective_at(step, config.objectives, config.seed) for step in range(24)} == set(
+        pretrain.OBJECTIVES
+    )
+    pretrain.train(config, Processes(0, 1, torch.device("cpu")))
+    assert {"ResNet", "Layer"} == set(graphs) and all(graphs.count(name) <= 8 for name in set(graphs))
