@@ -196,9 +196,8 @@ def test_compile_makes_few_graphs_over_all_objectives(catalogue, tmp_path, monke
         compile_module(module, backend=backend, **options)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_counted)
-    config = small(catalogue, tmp_path, compile=True, max_steps=24)
-    assert {pretrain.objective_at(step, config.objectives, config.seed) for step in range(24)} == set(
-        pretrain.OBJECTIVES
-    )
+    config = small(catalogue, tmp_path, compile=True, max_steps=40, seed=1)
+    objectives = {pretrain.objective_at(step, config.objectives, config.seed) for step in range(config.max_steps)}
+    assert objectives == set(pretrain.OBJECTIVES)
     pretrain.train(config, Processes(0, 1, torch.device("cpu")))
     assert {"ResNet", "Layer"} == set(graphs) and all(graphs.count(name) <= 8 for name in set(graphs))
