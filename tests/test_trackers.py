@@ -1,12 +1,15 @@
-"""Situations from the public trackers of this field that came out right when they were tried; each names its source."""
+"""Situations from the public trackers of this field, tried with this code; each names its source."""
 
+import dataclasses
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image, features
+from test_pretrain import small
 from torch.utils.data import DataLoader
 
 import annotations
@@ -15,7 +18,11 @@ import data
 import formats
 import imaging
 import pretrain
+import runs
+from common import Processes
 from model import FashionViL, ModelConfig
+
+ONE = Processes(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +31,14 @@ def samples(catalogue):
     products = annotations.load_products(catalogue, "FashionGen", "train")
     tokenizer = data.wordpiece((catalogue / "vocab.txt").read_text())
     return data.Pretraining(products, tokenizer, 1000, pretrain.PretrainConfig(image_size=64))
+
+
+@pytest.fixture(scope="module")
+def trained(catalogue, tmp_path_factory):
+    """The settings of a run of two updates, which is done."""
+    config = small(catalogue, tmp_path_factory.mktemp("run"), objectives={"itc": 1.0}, max_steps=2)
+    pretrain.train(config, ONE)
+    return config
 
 
 def test_workers_and_epochs_augment_differently(samples):
@@ -114,3 +129,45 @@ def test_resnet_of_torchvision_s_training_script(tmp_path):
     found, info = formats.read_weights(tmp_path / "a.pth", ("resnet",), "resnet_file")
     assert info["kind"] == "resnet"
     assert torch.equal(found["image_encoder.conv1.weight"], state["conv1.weight"])
+
+
+def test_a_third_run_in_a_folder_keeps_the_first(tmp_path, capsys):
+    """zai-org/ChatGLM-6B#1074, roboflow/rf-detr#688: a start in the same folder destroyed an earlier run."""
+    config = pretrain.PretrainConfig(out_dir=str(tmp_path))
+    for number in "1234":
+        runs.open_folder(config, 0)
+        (tmp_path / "last.pt").write_text(number)
+        (tmp_path / "best.pt").write_text(number)
+    for name in ("last.pt", "best.pt"):
+        endings = (".before", ".before2", ".before3", "")
+        assert [(tmp_path / f"{name}{ending}").read_text() for ending in endings] == ["1", "2", "3", "4"]
+    assert "holds an older run, kept as *.before3 (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("resume", ["other/last.pt", "last.pt.before"])
+def test_a_resume_from_elsewhere_keeps_the_run_of_the_folder(tmp_path, resume):
+    """Its sibling: the run of the folder is not the one that goes on."""
+    (tmp_path / "last.pt").write_text("1")
+    runs.open_folder(pretrain.PretrainConfig(out_dir=str(tmp_path), resume="auto"), 5)
+    runs.open_folder(pretrain.PretrainConfig(out_dir=str(tmp_path), resume=str(tmp_path / "last.pt")), 5)
+    assert (tmp_path / "last.pt").read_text() == "1"
+    runs.open_folder(pretrain.PretrainConfig(out_dir=str(tmp_path), resume=str(tmp_path / resume)), 5)
+    assert (tmp_path / "last.pt.before").read_text() == "1"
+
+
+def test_a_run_that_was_kept_aside_goes_on_with_its_own_best_model(trained, tmp_path):
+    shutil.copytree(trained.out_dir, tmp_path / "run")
+    config = dataclasses.replace(trained, out_dir=str(tmp_path / "run"))
+    pretrain.train(dataclasses.replace(config, lr=2e-3), ONE)
+    newer = (tmp_path / "run" / "best.pt").read_bytes()
+    state = torch.load(tmp_path / "run" / "last.pt.before", weights_only=True)
+    torch.save({**state, "best": 1.0}, tmp_path / "run" / "last.pt.before")  # a best that no validation beats
+    pretrain.train(dataclasses.replace(config, resume=str(tmp_path / "run" / "last.pt.before"), max_steps=3), ONE)
+    best = [(tmp_path / "run" / f"best.pt{ending}").read_bytes() for ending in (".before", ".before2", "")]
+    assert best[2] == best[0] != best[1] == newer
+
+
+def test_a_machine_without_git(monkeypatch, tmp_path):
+    """Rikorose/DeepFilterNet#676, NVlabs/FourCastNet#12: a slim container has no git, and the run died of it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert runs.describe_run(pretrain.PretrainConfig())["git_commit"] is None
