@@ -4,6 +4,7 @@ Images leave the loader as uint8, and `to_device` normalises them. Every random 
 epoch, index), and every batch from (seed, step). So neither the number of processes nor a restart changes them."""
 
 import math
+import multiprocessing.queues
 import os
 import signal
 from typing import NamedTuple
@@ -332,7 +333,10 @@ def leave_group(worker=0):
     """Keep a data loader worker alive while its main process finishes an update and saves.
 
     Ctrl-C and torchrun send their signals to the whole process group, so the worker leaves it. SLURM and systemd send
-    SIGTERM to every process, so the first one does nothing. The second one ends the worker, as the main process may."""
+    SIGTERM to every process, so the first one does nothing. The second one ends the worker, as the main process may.
+
+    A worker whose batch does not fit into /dev/shm ends. Else it would drop the batch, and all would wait for it."""
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
     os.setpgrp()
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 

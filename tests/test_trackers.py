@@ -10,10 +10,11 @@ import torch
 import torchvision
 from PIL import Image, features
 from test_pretrain import small
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import annotations
 import checkpoint
+import common
 import data
 import formats
 import imaging
@@ -171,3 +172,21 @@ def test_a_machine_without_git(monkeypatch, tmp_path):
     """Rikorose/DeepFilterNet#676, NVlabs/FourCastNet#12: a slim container has no git, and the run died of it."""
     monkeypatch.setenv("PATH", str(tmp_path))
     assert runs.describe_run(pretrain.PretrainConfig())["git_commit"] is None
+
+
+class Unsendable(Dataset):
+    """Its batches cannot be sent to the main process, as where /dev/shm is full."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return lambda: index
+
+
+def test_a_batch_that_cannot_be_sent_is_not_waited_for():
+    """pytorch/pytorch#1355 and #5040: a small /dev/shm. The worker dropped the batch, and the run hung for ever."""
+    share = {"num_workers": 1, "worker_init_fn": data.leave_group, "collate_fn": list}
+    with pytest.raises(RuntimeError) as error:
+        next(iter(DataLoader(Unsendable(), batch_size=2, **share)))
+    assert common.is_dead_worker(error.value)
