@@ -22,6 +22,7 @@ import pretrain
 import runs
 from common import Processes
 from model import FashionViL, ModelConfig
+from settings import InputError
 
 ONE = Processes(0, 1, torch.device("cpu"))
 
@@ -72,17 +73,18 @@ def test_a_longer_text_in_the_batch_changes_no_embedding(catalogue):
         torch.testing.assert_close(model.encode_text(**alone)[0], model.encode_text(**beside)[0], rtol=1e-4, atol=1e-5)
 
 
-def save_png_16(path, rows):
-    """A PNG of 16 bits a channel from uint16 (H, W, 4), which Pillow can read and not write."""
+def save_png_16(path, rows, transparent=b""):
+    """A PNG of 16 bits a channel from uint16 (H, W, 4) or grey (H, W), which Pillow can read and not write."""
     import struct
     import zlib
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    head = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], 16, 6, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], 16, 6 if rows.ndim == 3 else 0, 0, 0, 0)
     lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
-    parts = [chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")]
+    parts = [chunk(b"IHDR", head), *([chunk(b"tRNS", transparent)] if transparent else [])]
+    parts += [chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")]
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
@@ -94,6 +96,34 @@ def test_cut_out_of_16_bits_lies_on_white(tmp_path):
     pixels = np.asarray(imaging.open_image(tmp_path / "a.png"))
     assert pixels[0, 0].tolist() == [200, 30, 40]
     assert pixels[3, 3].tolist() == [255, 255, 255]
+
+
+def test_transparent_colour_of_16_bit_grey_lies_on_white(tmp_path):
+    rows = np.array([[300, 301, 200 * 256, 65535]], np.uint16)
+    save_png_16(tmp_path / "a.png", rows, transparent=(300).to_bytes(2, "big"))
+    assert np.asarray(imaging.open_image(tmp_path / "a.png"))[0, :, 0].tolist() == [255, 1, 200, 255]
+    save_png_16(tmp_path / "b.png", rows)
+    assert np.asarray(imaging.open_image(tmp_path / "b.png"))[0, :, 0].tolist() == [1, 1, 200, 255]
+
+
+@pytest.mark.parametrize("mode, value", [("I", 200), ("F", 0.8)])
+def test_32_bits_a_pixel_are_refused(tmp_path, mode, value):
+    """python-pillow/Pillow#3838 and #5991: nothing says which value is white, and the photo became black."""
+    path = tmp_path / "a.tif"
+    Image.new(mode, (8, 8), value).save(path)
+    with pytest.raises(InputError) as error:
+        imaging.open_image(path)
+    assert str(error.value).startswith(
+        f"{path}: image cannot be read: 32 bits a pixel (mode {mode}), expected 8 or 16; replace the file"
+    )
+
+
+def test_grey_of_16_bits_keeps_its_brightness(tmp_path):
+    """Its siblings that are right: a TIFF of 16 bits, and a PGM, whose header says which value is white."""
+    Image.fromarray(np.full((8, 8), 200 * 256, np.uint16)).save(tmp_path / "a.tif")
+    (tmp_path / "a.pgm").write_bytes(b"P5 1 1 65535\n" + (200 * 256).to_bytes(2, "big"))
+    for name in ("a.tif", "a.pgm"):
+        assert np.asarray(imaging.open_image(tmp_path / name))[0, 0].tolist() == [200, 200, 200]
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
