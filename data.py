@@ -35,8 +35,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # texts are tokenized b
 
 
 def wordpiece(vocab):
-    """BERT's uncased WordPiece tokenizer from the text of a vocab.txt. Raises InputError without its special tokens."""
-    ids = {token: i for i, token in enumerate(vocab.rstrip("\n").split("\n"))}
+    """BERT's uncased WordPiece tokenizer from the text of a vocab.txt. Raises InputError for a text that is none."""
+    ids = {}
+    for i, token in enumerate(vocab.rstrip("\n").split("\n")):
+        if token in ids:
+            raise InputError(f"vocab: {token!r} stands in line {ids[token] + 1} and in line {i + 1}, expected once")
+        ids[token] = i
     for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"):
         if token not in ids:
             raise InputError(f"vocab: token {token} is missing; expected a BERT vocab.txt, one token a line")

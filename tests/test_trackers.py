@@ -220,3 +220,13 @@ def test_a_batch_that_cannot_be_sent_is_not_waited_for():
     with pytest.raises(RuntimeError) as error:
         next(iter(DataLoader(Unsendable(), batch_size=2, **share)))
     assert common.is_dead_worker(error.value)
+
+
+@pytest.mark.parametrize("token", ["red", ""])
+def test_a_word_twice_in_the_vocabulary(catalogue, token):
+    """huggingface/transformers#2020: a dictionary with words twice; ids ran past the table of words."""
+    words = (catalogue / "vocab.txt").read_text().splitlines()
+    words = [word for word in words if word != token]
+    message = f"^vocab: '{token}' stands in line 31 and in line {len(words) + 2}, expected once$"
+    with pytest.raises(InputError, match=message):
+        data.wordpiece("\n".join([*words[:30], token, *words[30:], token, "end"]) + "\n")
