@@ -16,10 +16,12 @@ import annotations
 import checkpoint
 import common
 import data
+import evaluate
 import formats
 import imaging
 import pretrain
 import runs
+import search
 from common import Processes
 from model import FashionViL, ModelConfig
 from settings import InputError
@@ -230,3 +232,46 @@ def test_a_word_twice_in_the_vocabulary(catalogue, token):
     message = f"^vocab: '{token}' stands in line 31 and in line {len(words) + 2}, expected once$"
     with pytest.raises(InputError, match=message):
         data.wordpiece("\n".join([*words[:30], token, *words[30:], token, "end"]) + "\n")
+
+
+def test_fewer_items_than_processes(catalogue, monkeypatch):
+    """Lightning-AI/pytorch-lightning#5047 "DDP crashing with small sets"; ours crashed after the last update."""
+    paths = sorted(map(str, (catalogue / "FashionGen" / "val").glob("*.jpg")))[:2]
+    config = evaluate.EvalConfig(image_size=32, workers=0)
+    parts = []
+
+    def embed(processes):
+        return evaluate.embed(
+            lambda batch: batch["image"][:, :, 9, 9], evaluate.image_items(paths), None, config, processes
+        )
+
+    def keep(rows):
+        parts.append(rows)
+        return [rows] * 3
+
+    expected = embed(ONE)
+    monkeypatch.setattr(common, "gather_objects", keep)
+    for rank in range(3):
+        embed(Processes(rank, 3, ONE.device))
+    monkeypatch.setattr(common, "gather_objects", lambda rows: parts)
+    assert not torch.equal(expected[0], expected[1])
+    for rank in range(3):
+        assert torch.equal(embed(Processes(rank, 3, ONE.device)), expected)
+
+
+def test_weights_that_are_nan_find_nothing(trained, catalogue, tmp_path):
+    """embeddings-benchmark/mteb#1389 and #3030: NaN scores became results; ours were none, with exit code 0."""
+    file = torch.load(f"{trained.out_dir}/best.pt", weights_only=True)
+    file["model"]["image_encoder.conv1.weight"][:] = float("nan")
+    torch.save(file, tmp_path / "nan.pt")
+    gallery = catalogue / "FashionGen" / "val"
+    words = [f"--checkpoint={tmp_path}/nan.pt", f"--gallery={gallery}", f"--index={tmp_path}/index", "--workers=0"]
+    line = r": its embedding is not finite \(15 of 15 such\); the checkpoint is broken, or"
+    with pytest.raises(InputError, match=line):
+        search.search(search.read_config([*words, "--text=red dress"]))
+    assert not (tmp_path / "index").exists()
+    with pytest.raises(InputError, match=r"^query: its embedding is not finite \(1 of 1 such\); "):
+        search.search(search.read_config([*words, f"--image={min(gallery.glob('*.jpg'))}"]))
+    config = evaluate.EvalConfig(task="fashiongen_retrieval", data_root=str(catalogue), workers=0)
+    with pytest.raises(InputError, match=line):
+        evaluate.evaluate_checkpoint(str(tmp_path / "nan.pt"), config, ONE)
