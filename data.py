@@ -93,6 +93,16 @@ def check_lengths(config, positions, max_tokens=MAX_TOKENS):
         raise InputError(f"image_size: found {config.image_size}, expected at most {most} for {positions} positions")
 
 
+def check_candidates(config, processes=1):
+    """Raise InputError where a contrastive loss has one candidate: it is 0, its accuracy 100 %, and nothing is learnt.
+
+    processes: how many share the products of a micro-batch before the loss compares them."""
+    least = 2 * config.grad_accum * processes
+    if config.batch_size < least:
+        found = f"found {config.batch_size} with grad_accum={config.grad_accum}"
+        raise InputError(f"batch_size: {found}, expected {least} or more, for one product alone has no negatives")
+
+
 def pad(rows, value=0):
     """Lists of unequal length -> tensor (B, longest) of the type of `value`, which fills the ends: int64 or bool."""
     out = np.full((len(rows), max(map(len, rows))), value)

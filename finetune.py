@@ -120,6 +120,8 @@ def train(config, processes):
     """The whole stage on this process. Returns {protocol: Result} of the best checkpoint."""
     settings.check_limits(config)
     task, evaluation, device = TASKS[config.task], evaluate.EVALUATIONS[config.task], processes.device
+    if task.objective is not losses.recognition:
+        data.check_candidates(config)
     torch.manual_seed(config.seed)  # every process starts from the same weights
 
     # The data and the model.

@@ -1,5 +1,6 @@
 """Situations from the public trackers of this field, tried with this code; each names its source."""
 
+import contextlib
 import dataclasses
 import pickle
 import shutil
@@ -17,6 +18,7 @@ import checkpoint
 import common
 import data
 import evaluate
+import finetune
 import formats
 import imaging
 import pretrain
@@ -275,3 +277,35 @@ def test_weights_that_are_nan_find_nothing(trained, catalogue, tmp_path):
     config = evaluate.EvalConfig(task="fashiongen_retrieval", data_root=str(catalogue), workers=0)
     with pytest.raises(InputError, match=line):
         evaluate.evaluate_checkpoint(str(tmp_path / "nan.pt"), config, ONE)
+
+
+@pytest.mark.parametrize(
+    "objectives, processes, grad_accum, least",
+    [
+        ({"itc": 1.0}, 1, 8, 16),
+        ({"mlm": 0.5, "mvc": 0.5}, 1, 8, 16),
+        ({"itc": 1.0}, 4, 2, None),  # candidates come from all processes
+        ({"itm": 1.0}, 4, 2, 16),  # candidates come from one process
+        ({"itm": 1.0}, 2, 2, None),
+        ({"mlm": 0.5, "pac": 0.5, "itc": 0.0}, 1, 8, None),  # no candidates
+    ],
+)
+def test_one_candidate_teaches_nothing(monkeypatch, objectives, processes, grad_accum, least):
+    """jiawei-ren/BalancedMSE#19, UrbanCLIP#5: the loss is 0 and the accuracy 100 % where there is one candidate."""
+    monkeypatch.setattr(common, "world_size", lambda: processes)
+    config = pretrain.PretrainConfig(objectives=objectives, batch_size=8, grad_accum=grad_accum)
+    line = f"^batch_size: found 8 with grad_accum={grad_accum}, expected {least} or more, for one product alone"
+    with pytest.raises(InputError, match=line) if least else contextlib.nullcontext():
+        pretrain.check_config(config)
+
+
+def test_one_candidate_of_itm_teaches_nothing():
+    config = pretrain.PretrainConfig(objectives={"itm": 1.0}, itm_candidates=1)
+    with pytest.raises(InputError, match="^itm_candidates: found 1, expected 0 or at least 2, "):
+        pretrain.check_config(config)
+
+
+@pytest.mark.parametrize("task", ["fashiongen_retrieval", "fashioniq", "polyvore"])
+def test_one_candidate_teaches_nothing_in_fine_tuning(task):
+    with pytest.raises(InputError, match="^batch_size: found 4 with grad_accum=4, expected 8 or more, "):
+        finetune.train(finetune.FinetuneConfig(task=task, batch_size=4, grad_accum=4), ONE)
