@@ -156,14 +156,25 @@ def test_vocabulary_with_the_line_ends_of_windows(tmp_path, catalogue):
     assert data.wordpiece(read).get_vocab() == data.wordpiece(text).get_vocab()
 
 
-def test_resnet_of_torchvision_s_training_script(tmp_path):
-    """pytorch/examples#410: names begin with "module.", and the weights stand in a part of the file."""
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict"])
+def test_weights_in_a_part_of_the_file(tmp_path, prefix, key):
+    """mlfoundations/open_clip#639, huggingface/pytorch-image-models#2003, pytorch/examples#410: training scripts add
+    to names, and keep weights in a part of the file."""
     state = torchvision.models.resnet18().state_dict()
-    file = {"model": {f"module.{name}": tensor for name, tensor in state.items()}, "optimizer": {}, "epoch": 3}
+    file = {"epoch": 9, "arch": "resnet18", key: {f"{prefix}{name}": tensor for name, tensor in state.items()}}
     torch.save(file, tmp_path / "a.pth")
     found, info = formats.read_weights(tmp_path / "a.pth", ("resnet",), "resnet_file")
     assert info["kind"] == "resnet"
-    assert torch.equal(found["image_encoder.conv1.weight"], state["conv1.weight"])
+    assert torch.equal(found["image_encoder.layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
+
+
+def test_our_checkpoint_with_the_names_of_torch_compile(trained, tmp_path):
+    file = torch.load(f"{trained.out_dir}/best.pt", weights_only=True)
+    renamed = {f"_orig_mod.{name}": tensor for name, tensor in file["model"].items()}
+    torch.save({**file, "model": renamed}, tmp_path / "a.pt")
+    found, _ = formats.read_weights(tmp_path / "a.pt", ("fashionvil",), "init")
+    assert found.keys() == file["model"].keys()
 
 
 def test_a_third_run_in_a_folder_keeps_the_first(tmp_path, capsys):
