@@ -320,3 +320,21 @@ def test_one_candidate_of_itm_teaches_nothing():
 def test_one_candidate_teaches_nothing_in_fine_tuning(task):
     with pytest.raises(InputError, match="^batch_size: found 4 with grad_accum=4, expected 8 or more, "):
         finetune.train(finetune.FinetuneConfig(task=task, batch_size=4, grad_accum=4), ONE)
+
+
+def test_world_size_without_torchrun(monkeypatch):
+    """NVIDIA/apex#99, pytorch/examples#458: the variable of another launcher ended in a traceback."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(
+        InputError, match="^WORLD_SIZE=2 is set, but RANK is not; start by torchrun, or unset WORLD_SIZE"
+    ):
+        common.start_processes("cpu")
+
+
+def test_rank_of_another_launcher(monkeypatch):
+    """Its sibling: RANK alone. A single process that is not the main one would save nothing."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "3")
+    assert common.start_processes("cpu").is_main
