@@ -118,7 +118,7 @@ def parse_product(item, source, folder, where):
         if type(value) is not int or not 0 <= value < MAX_LABEL:
             raise InputError(f"{where}: key {key!r}: found {value!r:.60}, expected {noun} from 0 to {MAX_LABEL - 1}")
     text = ".".join(need(item, key, where, str) for key in SETS[source].text)
-    paths = [image_path(folder, image, where) for image in images]
+    paths = [image_path(folder, image, where) for image in dict.fromkeys(images)]  # a photo is no other view of itself
     return Product(name, paths, text, attributes, item.get("category_id"), item.get("subcategory_id"), item["title"])
 
 

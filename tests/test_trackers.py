@@ -338,3 +338,9 @@ def test_rank_of_another_launcher(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("RANK", "3")
     assert common.start_processes("cpu").is_main
+
+
+def test_a_photo_that_stands_twice_is_one():
+    """MVC-Datasets/MVC#4: the same photo twice; MVC took it for another view, and val counted it twice."""
+    item = {"id": 1, "images": ["b.jpg", "a.jpg", "b.jpg"], "title": "a", "description": "b", "attributes_id": []}
+    assert annotations.parse_product(item, "FashionGen", "in", "here").images == ["in/b.jpg", "in/a.jpg"]
