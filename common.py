@@ -105,11 +105,11 @@ def start_processes(device="auto", deterministic=False):
         for option, value in ((-4, 0), (-1, -1)):
             ctypes.CDLL(None).mallopt(option, value)
     if processes > 1:
-        unset = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if unset:
-            cure = "start by torchrun, or unset WORLD_SIZE"
-            raise InputError(f"WORLD_SIZE={processes} is set, but {unset[0]} is not; {cure}")
-        store, own_rank, _ = next(dist.rendezvous("env://"))
+        try:
+            store, own_rank, _ = next(dist.rendezvous("env://"))
+        except ValueError as error:  # another launcher has set WORLD_SIZE alone
+            cause = str(error).rpartition(": ")[2]
+            raise InputError(f"WORLD_SIZE={processes}: {cause}; start by torchrun, or unset WORLD_SIZE") from None
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun keeps one store over its restarts. Without a prefix a new group waits for dead addresses.
             store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
