@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import pickle
 import shutil
 
@@ -27,6 +28,7 @@ import search
 from common import Processes
 from model import FashionViL, ModelConfig
 from settings import InputError
+from tools import check_data
 
 ONE = Processes(0, 1, torch.device("cpu"))
 
@@ -327,9 +329,8 @@ def test_world_size_without_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(
-        InputError, match="^WORLD_SIZE=2 is set, but RANK is not; start by torchrun, or unset WORLD_SIZE"
-    ):
+    line = "WORLD_SIZE=2: environment variable RANK expected, but not set; start by torchrun, or unset WORLD_SIZE"
+    with pytest.raises(InputError, match=f"^{line}$"):
         common.start_processes("cpu")
 
 
@@ -344,3 +345,26 @@ def test_a_photo_that_stands_twice_is_one():
     """MVC-Datasets/MVC#4: the same photo twice; MVC took it for another view, and val counted it twice."""
     item = {"id": 1, "images": ["b.jpg", "a.jpg", "b.jpg"], "title": "a", "description": "b", "attributes_id": []}
     assert annotations.parse_product(item, "FashionGen", "in", "here").images == ["in/b.jpg", "in/a.jpg"]
+
+
+ROWS = [  # file below the data root, change of its second row, what is said after "entry 1: "
+    ("FashionIQ/captions/cap.dress.val.json", lambda row: {**row, "candidate": row["target"]}, "candidate and target"),
+    (
+        "FashionIQ/captions/cap.dress.val.json",
+        lambda row: {**row, "captions": ["", " "]},
+        "key 'captions': found ['', ",
+    ),
+    ("PolyvoreOutfits/ocir_disjoint_test.json", lambda row: {**row, "question": [row["blank"]]}, "blank "),
+]
+
+
+@pytest.mark.parametrize("file, change, says", ROWS)
+def test_a_query_that_holds_its_own_answer_or_says_nothing(catalogue, tmp_path, file, change, says):
+    shutil.copytree(catalogue, tmp_path / "data")
+    path = tmp_path / "data" / file
+    rows = json.loads(path.read_text())
+    rows[1] = change(rows[1]) | ({"fake_data": False} if "fake_data" in rows[1] else {})
+    path.write_text(json.dumps(rows))
+    faults = check_data.check(tmp_path / "data", open_images=False)[1]
+    assert len(faults) == 1
+    assert faults[0].startswith(f"{path}: entry 1: {says}")
