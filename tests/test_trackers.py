@@ -25,6 +25,7 @@ import imaging
 import pretrain
 import runs
 import search
+import settings
 from common import Processes
 from model import FashionViL, ModelConfig
 from settings import InputError
@@ -368,3 +369,24 @@ def test_a_query_that_holds_its_own_answer_or_says_nothing(catalogue, tmp_path, 
     faults = check_data.check(tmp_path / "data", open_images=False)[1]
     assert len(faults) == 1
     assert faults[0].startswith(f"{path}: entry 1: {says}")
+
+
+def test_placeholders_of_dead_links_are_reported(catalogue, tmp_path):
+    """dusty-nv/jetson-inference#124, rom1504/img2dataset#193: a dead link sends a GIF of 1 x 1, and no error."""
+    shutil.copytree(catalogue, tmp_path / "data")
+    photos = sorted((tmp_path / "data" / "FashionIQ" / "images").glob("*.jpg"))
+    for number, says in ((9, False), (10, True)):
+        for path in photos[:number]:
+            Image.new("L", (1, 1)).save(path, "GIF")
+        report, faults = check_data.check(tmp_path / "data")
+        line = f"10 images are one and the same file, such as {photos[0]}: what a shop sends for a dead link?"
+        assert (line in report) is says and not faults
+
+
+def test_a_setting_twice_in_a_config_file(tmp_path):
+    """No thread was found; the last one won without a word."""
+    (tmp_path / "a.py").write_text("lr = 1e-3\nwarmup = 3\nlr = 1e-4\n")
+    with pytest.raises(
+        InputError, match=f"^{tmp_path}/a.py:3: setting 'lr' stands in the file twice, expected it once$"
+    ):
+        settings.load_config(pretrain.PretrainConfig, [f"{tmp_path}/a.py"])
