@@ -118,7 +118,7 @@ def parse_product(item, source, folder, where):
         if type(value) is not int or not 0 <= value < MAX_LABEL:
             raise InputError(f"{where}: key {key!r}: found {value!r:.60}, expected {noun} from 0 to {MAX_LABEL - 1}")
     text = ".".join(need(item, key, where, str) for key in SETS[source].text)
-    paths = [image_path(folder, image, where) for image in images]
+    paths = [image_path(folder, image, where) for image in dict.fromkeys(images)]  # a photo is no other view of itself
     return Product(name, paths, text, attributes, item.get("category_id"), item.get("subcategory_id"), item["title"])
 
 
@@ -240,8 +240,10 @@ def load_fashioniq(root, garment, split, gallery="original", faults=None):
                 continue
             candidate, captions = need(row, "candidate", where, str), need(row, "captions", where, list)
             image = fashioniq_image(root, garment, candidate, where)
-            if not all(type(caption) is str for caption in captions):
+            if not all(type(caption) is str for caption in captions) or not "".join(captions).strip():
                 raise InputError(f"{where}: key 'captions': found {captions!r:.60}, expected texts")
+            if candidate == target:
+                raise InputError(f"{where}: candidate and target are {target!r:.60}, expected two images")
             if not extended:
                 names.append(candidate)
             text = ", ".join(captions)
@@ -303,9 +305,13 @@ def load_polyvore(root, split, part, faults=None):
                 raise InputError(f"{where}: item {unknown[:1]} is not in {POLYVORE_ITEMS}, or the question is empty")
             if part == "train" and set(question) == {blank}:
                 raise InputError(f"{where}: blank {blank!r:.60} is the only item of the question, expected two items")
+            fake = need(row, "fake_data", where, bool) if part == "test" else False
+            if part == "test" and not fake and blank in question:
+                raise InputError(
+                    f"{where}: blank {blank!r:.60} stands in its question, expected it to be missing there"
+                )
             categories = [number[int(metadata[item]["category_id"])] for item in ids]
             *items, last = zip(paths, categories, strict=True)
-            fake = need(row, "fake_data", where, bool) if part == "test" else False
             outfits.append({"items": items, "blank": blank, "blank_item": last, "fake": fake, "name": where})
     with collecting(faults):
         if all(outfit["fake"] for outfit in outfits):

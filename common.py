@@ -119,20 +119,24 @@ def start_processes(device="auto", deterministic=False, tf32=False):
         for option, value in ((-4, 0), (-1, -1)):
             ctypes.CDLL(None).mallopt(option, value)
     if processes > 1:
-        store, rank, _ = next(dist.rendezvous("env://"))
+        try:
+            store, own_rank, _ = next(dist.rendezvous("env://"))
+        except ValueError as error:  # another launcher has set WORLD_SIZE alone
+            cause = str(error).rpartition(": ")[2]
+            raise InputError(f"WORLD_SIZE={processes}: {cause}; start by torchrun, or unset WORLD_SIZE") from None
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun keeps one store over its restarts. Without a prefix a new group waits for dead addresses.
             store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         # On GPUs there are both backends: tensors on the CPU, as in `any_process`, go through gloo and wait for no GPU.
         backend, own_device = ("cpu:gloo,cuda:nccl", device) if on_gpu else ("gloo", None)
         try:
-            dist.init_process_group(backend, store=store, rank=rank, world_size=processes, device_id=own_device)
+            dist.init_process_group(backend, store=store, rank=own_rank, world_size=processes, device_id=own_device)
         except RuntimeError as error:
             cause = str(error).partition("\n")[0]
             cure = "set GLOO_SOCKET_IFNAME to the network interface that the machines share, as eth0"
             raise InputError(f"the processes cannot connect: {cause}; {cure} (`ip address` lists them)") from None
         watch_others(store)
-    return Processes(int(os.environ.get("RANK", 0)), processes, device)
+    return Processes(rank(), processes, device)
 
 
 def watch_others(store):

@@ -4,6 +4,7 @@ Images leave the loader as uint8, and `to_device` normalises them. Every random 
 epoch, index), and every batch from (seed, step). So neither the number of processes nor a restart changes them."""
 
 import math
+import multiprocessing.queues
 import os
 import signal
 from typing import NamedTuple
@@ -33,8 +34,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # texts are tokenized b
 
 
 def wordpiece(vocab):
-    """BERT's uncased WordPiece tokenizer from the text of a vocab.txt. Raises InputError without its special tokens."""
-    ids = {token: i for i, token in enumerate(vocab.rstrip("\n").split("\n"))}
+    """BERT's uncased WordPiece tokenizer from the text of a vocab.txt. Raises InputError for a text that is none."""
+    ids = {}
+    for i, token in enumerate(vocab.rstrip("\n").split("\n")):
+        if token in ids:
+            raise InputError(f"vocab: {token!r} stands in line {ids[token] + 1} and in line {i + 1}, expected once")
+        ids[token] = i
     for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"):
         if token not in ids:
             raise InputError(f"vocab: token {token} is missing; expected a BERT vocab.txt, one token a line")
@@ -85,6 +90,16 @@ def check_lengths(config, positions, max_tokens=MAX_TOKENS):
     if (config.image_size // STRIDE) ** 2 > positions:
         most = math.isqrt(positions) * STRIDE
         raise InputError(f"image_size: found {config.image_size}, expected at most {most} for {positions} positions")
+
+
+def check_candidates(config, processes=1):
+    """Raise InputError where a contrastive loss has one candidate: it is 0, its accuracy 100 %, and nothing is learnt.
+
+    processes: how many share the products of a micro-batch before the loss compares them."""
+    least = 2 * config.grad_accum * processes
+    if config.batch_size < least:
+        found = f"found {config.batch_size} with grad_accum={config.grad_accum}"
+        raise InputError(f"batch_size: {found}, expected {least} or more, for one product alone has no negatives")
 
 
 def pad(rows, value=0):
@@ -331,7 +346,10 @@ def leave_group(worker=0):
     """Keep a data loader worker alive while its main process finishes an update and saves.
 
     Ctrl-C and torchrun send their signals to the whole process group, so the worker leaves it. SLURM and systemd send
-    SIGTERM to every process, so the first one does nothing. The second one ends the worker, as the main process may."""
+    SIGTERM to every process, so the first one does nothing. The second one ends the worker, as the main process may.
+
+    A worker whose batch does not fit into /dev/shm ends. Else it would drop the batch, and all would wait for it."""
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
     os.setpgrp()
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 

@@ -158,24 +158,31 @@ def embed(
     image_size, max_tokens, eval_batch_size, workers, dtype; in tasks also task, data_root, seed, split and gallery."""
     # Neighbours have texts of similar length, so that batches hold little padding.
     order = sorted(range(len(items)), key=lambda i: len(items[i].get("text", "")))
-    own = [items[i] for i in order[processes.rank :: processes.world_size]]
+    # Where there are fewer items than processes, the others embed the first item again.
+    shares = [order[rank :: processes.world_size] or order[:1] for rank in range(processes.world_size)]
+    own = [items[i] for i in shares[processes.rank]]
     transform = imaging.image_transform(fit, config.image_size, train=False)
     dataset = data.Samples(own, tokenizer, transform, config.max_tokens or max_tokens)
-    share = {"worker_init_fn": data.leave_group, "collate_fn": data.collate}
-    share |= {"num_workers": config.workers if any("image" in item for item in own) else 0}  # texts are tokenized
-    share |= {"pin_memory": processes.device.type == "cuda"}
-    if share["num_workers"] and (common.in_group() or processes.device.type == "cuda"):
+    reading = {"worker_init_fn": data.leave_group, "collate_fn": data.collate}
+    reading |= {"num_workers": config.workers if any("image" in item for item in own) else 0}  # texts are tokenized
+    reading |= {"pin_memory": processes.device.type == "cuda"}
+    if reading["num_workers"] and (common.in_group() or processes.device.type == "cuda"):
         # The main process has threads (gloo, NCCL, pinned memory). A fork beside them can hang (pytorch#130610).
-        share["multiprocessing_context"] = "forkserver"
+        reading["multiprocessing_context"] = "forkserver"
     rows = []
-    for batch in tqdm(DataLoader(dataset, config.eval_batch_size, **share), unit=" batches", disable=not progress):
+    for batch in tqdm(DataLoader(dataset, config.eval_batch_size, **reading), unit=" batches", disable=not progress):
         with common.autocast(processes.device, config.dtype):
             rows.append(encode(data.to_device(batch, processes.device)).float())
     # Every process receives all rows, and puts them into the order of the items.
     rows = torch.cat(rows).cpu()
     out = rows.new_empty(len(items), *rows.shape[1:])
-    for rank, part in enumerate(common.gather_objects(rows)):
-        out[order[rank :: processes.world_size]] = part
+    for share, part in zip(shares, common.gather_objects(rows), strict=True):
+        out[share] = part
+    broken = (~out.reshape(len(out), -1).isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if broken:
+        name = items[broken[0]].get("name", f"item {broken[0]}")
+        found = f"its embedding is not finite ({len(broken)} of {len(out)} such)"
+        raise InputError(f"{name}: {found}; the checkpoint is broken, or its numbers are too large for float16")
     return out
 
 

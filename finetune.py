@@ -128,6 +128,8 @@ def train(config, processes):
     settings.check_limits(config)
     config = evaluate.as_trained(config, config.init)
     task, evaluation, device = TASKS[config.task], evaluate.EVALUATIONS[config.task], processes.device
+    if task.objective is not losses.recognition:
+        data.check_candidates(config)
     torch.manual_seed(config.seed)  # every process starts from the same weights
 
     # The data and the model.

@@ -87,14 +87,16 @@ def read_weights(path, kinds=None, setting=""):
     if lost:
         raise InputError(f"{path}: lists {len(places)} tensors, but its files lack {len(lost)}, as {shown(min(lost))}")
     is_ours = "format" in file
-    state = file["model"] if isinstance(file.get("model"), dict) else file
+    parts = [file[key] for key in ("model", "state_dict", "model_state_dict") if isinstance(file.get(key), dict)]
+    state = parts[0] if parts else file
     for name, tensor in state.items():
         if type(name) is not str or not re.fullmatch(r"[\w.]{1,200}", name) or not isinstance(tensor, torch.Tensor):
             found = f"{shown(name)}, a {type(tensor).__name__}"
             raise InputError(f"{path}: found {found}, expected names of parameters and tensors alone")
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise InputError(f"{path}: {name} is not a plain tensor")
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    # torch.compile and DistributedDataParallel put these before names.
+    state = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in state.items()}
     info = {"layout": "ours", "set_aside": {}}
     info |= {key: file.get(key) if is_ours else None for key in ("kind", "task", "step", "vocab")}
     info |= {key: file.get(key, {}) if is_ours else {} for key in ("config", "model_config", "labels")}

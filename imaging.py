@@ -34,11 +34,11 @@ def open_image(path):
                 raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,}")
             turn_upright(image)
             # The colour below a transparent pixel is no part of the photo.
-            if image.has_transparency_data and not image.mode.startswith("I"):
+            if image.mode.startswith(("I", "F")):
+                image = eight_bits(image)
+            elif image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            if image.mode.startswith("I"):  # 16-bit grey: `convert` would clip the values
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # Pillow's readers raise nearly anything on broken files
@@ -58,6 +58,16 @@ def turn_upright(image):
         for key in ("exif", "Raw profile type exif"):  # without them it does not write the metadata anew
             image.info.pop(key, None)
         ImageOps.exif_transpose(image, in_place=True)
+
+
+def eight_bits(image):
+    """Grey of 16 bits a pixel -> 8 bits; `convert` would clip the values. Where it is transparent it becomes white."""
+    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+        raise ValueError(f"32 bits a pixel (mode {image.mode}), expected 8 or 16")  # nothing says which value is white
+    values = np.asarray(image)
+    grey = (values >> 8).astype(np.uint8)
+    grey[values == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(grey)
 
 
 def leave_out(paths, config, what):

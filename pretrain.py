@@ -96,6 +96,12 @@ def check_config(config):
     are_shares = all(type(share) in (int, float) and share >= 0 for share in shares)
     if not are_shares or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
         raise InputError(f"objectives: found probabilities {config.objectives}, expected none below 0 and a sum of 1")
+    used = {name for name, share in config.objectives.items() if share}
+    if used & {"itc", "mvc", "itm"}:
+        # ITC and MVC compare the products of all processes, ITM those of its own.
+        data.check_candidates(config, common.world_size() if "itm" in used else 1)
+    if "itm" in used and config.itm_candidates == 1:
+        raise InputError("itm_candidates: found 1, expected 0 or at least 2, for the only candidate is the text itself")
     if not 0 < config.mask_share < 1:
         raise InputError(f"mask_share: found {config.mask_share}, expected a share between 0 and 1")
 

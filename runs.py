@@ -67,7 +67,8 @@ class Run:
         self.start, self.best = state["step"], state.get("best", -1.0)
         self.validating = state.get("validation_due", False)  # the run ended while it validated
         # The best model so far comes along from another run folder. Where it is gone, a validation finds a new one.
-        self.older_best = Path(state["path"]).with_name("best.pt")
+        path = Path(state["path"])
+        self.older_best = path.with_name("best.pt" + path.name.partition("last.pt")[2])  # of last.pt.before, too
         if self.best > -1 and not self.older_best.exists():
             self.best, self.validating = -1.0, self.config.eval_interval >= 0
         for name, value in state.get("lasting", {}).items():
@@ -86,10 +87,11 @@ class Run:
         batches: data.Batches, and name_of(row): how messages call a row of the data set, both for `health.Health`."""
         self.batches, self.name_of, self.wandb = batches, name_of, None
         if self.processes.is_main:
+            best = self.older_best.read_bytes() if self.best > -1 else b""  # before open_folder may rename it
             open_folder(self.config, self.start, self.validating)
-            if self.best > -1 and self.older_best.resolve() != (self.folder / "best.pt").resolve():
+            if best:
                 with replacing(self.folder / "best.pt") as file:
-                    file.write(self.older_best.read_bytes())
+                    file.write(best)
             self.wandb = start_wandb(self.config)
             print(*lines, *self.report, sep="\n")
         steps = range(self.start, self.config.max_steps)
@@ -261,29 +263,38 @@ def open_folder(config, start, validating=False):
 
     validating: the validation of update `start` is to be done again, so its line goes, too.
 
-    A new start in the folder of an older run renames that run's files to *.before, for they may be days of work."""
-    folder = Path(config.out_dir)
+    A run that does not go on from the folder's last.pt renames the files there, for they may be days of work: to
+    *.before, the next time to *.before2, and so on."""
+    folder, files = Path(config.out_dir), ("last.pt", "best.pt", "log.jsonl")
+    goes_on = start > 0 and (config.resume == "auto" or Path(config.resume).resolve() == (folder / "last.pt").resolve())
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock_folder(folder)
-        old = [name for name in ("last.pt", "best.pt", "log.jsonl") if (folder / name).exists()]
-        if start == 0 and "last.pt" in old:
+        old = [name for name in files if (folder / name).exists()]
+        if not goes_on and {"last.pt", "best.pt"} & set(old):
+            ending, number = "before", 1
+            while any((folder / f"{name}.{ending}").exists() for name in files):
+                number += 1
+                ending = f"before{number}"
             for name in old:
-                os.replace(folder / name, folder / f"{name}.before")
-            print(f"{folder}: holds an older run, kept as *.before (--resume=auto would have gone on with it)")
+                os.replace(folder / name, folder / f"{name}.{ending}")
+            print(f"{folder}: holds an older run, kept as *.{ending} (--resume=auto would have gone on with it)")
     write_json(folder / "run.json", describe_run(config))
     cut_log(folder / "log.jsonl", start, validating)
 
 
 def describe_run(config):
     """What must be known to run this again: command, settings, git commit, versions."""
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    commit = ""
+    with contextlib.suppress(OSError):  # a small container has no git
+        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+        commit = git.stdout.strip()
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     command = shlex.join([sys.executable, *sys.argv])
     return {
         "command": command,
         "config": dataclasses.asdict(config),
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit or None,
     } | versions
 
 

@@ -97,11 +97,14 @@ def read_config_file(path, names):
             continue  # a docstring
         try:
             (target,) = node.targets
-            values[target.id] = ast.literal_eval(node.value)
+            name, value = target.id, ast.literal_eval(node.value)
         except (AttributeError, ValueError):
             raise InputError(f"{path}:{node.lineno}: expected `name = literal`") from None
-        if target.id not in names:
-            raise InputError(f"{path}:{node.lineno}: {_unknown(target.id, names)}")
+        if name not in names:
+            raise InputError(f"{path}:{node.lineno}: {_unknown(name, names)}")
+        if name in values:
+            raise InputError(f"{path}:{node.lineno}: setting {name!r} stands in the file twice, expected it once")
+        values[name] = value
     return values
 
 

@@ -184,6 +184,7 @@ def test_bfloat16_autocast_trains_and_keeps_float32_weights(catalogue, image_tok
     assert values and all(v is not None and v < 20 for v in values)
 
 
+@pytest.mark.slow
 def test_compile_makes_few_graphs_over_all_objectives(catalogue, tmp_path, monkeypatch):
     """torch gives up compiling a function at its ninth graph, and says so in a warning alone."""
     graphs, compile_module = [], torch.nn.Module.compile

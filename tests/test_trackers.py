@@ -1,21 +1,37 @@
-"""Situations from the public trackers of this field that came out right when they were tried; each names its source."""
+"""Situations from the public trackers of this field, tried with this code; each names its source."""
 
+import contextlib
+import dataclasses
+import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image, features
-from torch.utils.data import DataLoader
+from test_pretrain import small
+from torch.utils.data import DataLoader, Dataset
 
 import annotations
 import checkpoint
+import common
 import data
+import evaluate
+import finetune
 import formats
 import imaging
 import pretrain
+import runs
+import search
+import settings
+from common import Processes
 from model import FashionViL, ModelConfig
+from settings import InputError
+from tools import check_data
+
+ONE = Processes(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +40,14 @@ def samples(catalogue):
     products = annotations.load_products(catalogue, "FashionGen", "train")
     tokenizer = data.wordpiece((catalogue / "vocab.txt").read_text())
     return data.Pretraining(products, tokenizer, 1000, pretrain.PretrainConfig(image_size=64))
+
+
+@pytest.fixture(scope="module")
+def trained(catalogue, tmp_path_factory):
+    """The settings of a run of two updates, which is done."""
+    config = small(catalogue, tmp_path_factory.mktemp("run"), objectives={"itc": 1.0}, max_steps=2)
+    pretrain.train(config, ONE)
+    return config
 
 
 def test_workers_and_epochs_augment_differently(samples):
@@ -56,17 +80,18 @@ def test_a_longer_text_in_the_batch_changes_no_embedding(catalogue):
         torch.testing.assert_close(model.encode_text(**alone)[0], model.encode_text(**beside)[0], rtol=1e-4, atol=1e-5)
 
 
-def save_png_16(path, rows):
-    """A PNG of 16 bits a channel from uint16 (H, W, 4), which Pillow can read and not write."""
+def save_png_16(path, rows, transparent=b""):
+    """A PNG of 16 bits a channel from uint16 (H, W, 4) or grey (H, W), which Pillow can read and not write."""
     import struct
     import zlib
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    head = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], 16, 6, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], 16, 6 if rows.ndim == 3 else 0, 0, 0, 0)
     lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
-    parts = [chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")]
+    parts = [chunk(b"IHDR", head), *([chunk(b"tRNS", transparent)] if transparent else [])]
+    parts += [chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")]
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
@@ -78,6 +103,34 @@ def test_cut_out_of_16_bits_lies_on_white(tmp_path):
     pixels = np.asarray(imaging.open_image(tmp_path / "a.png"))
     assert pixels[0, 0].tolist() == [200, 30, 40]
     assert pixels[3, 3].tolist() == [255, 255, 255]
+
+
+def test_transparent_colour_of_16_bit_grey_lies_on_white(tmp_path):
+    rows = np.array([[300, 301, 200 * 256, 65535]], np.uint16)
+    save_png_16(tmp_path / "a.png", rows, transparent=(300).to_bytes(2, "big"))
+    assert np.asarray(imaging.open_image(tmp_path / "a.png"))[0, :, 0].tolist() == [255, 1, 200, 255]
+    save_png_16(tmp_path / "b.png", rows)
+    assert np.asarray(imaging.open_image(tmp_path / "b.png"))[0, :, 0].tolist() == [1, 1, 200, 255]
+
+
+@pytest.mark.parametrize("mode, value", [("I", 200), ("F", 0.8)])
+def test_32_bits_a_pixel_are_refused(tmp_path, mode, value):
+    """python-pillow/Pillow#3838 and #5991: nothing says which value is white, and the photo became black."""
+    path = tmp_path / "a.tif"
+    Image.new(mode, (8, 8), value).save(path)
+    with pytest.raises(InputError) as error:
+        imaging.open_image(path)
+    assert str(error.value).startswith(
+        f"{path}: image cannot be read: 32 bits a pixel (mode {mode}), expected 8 or 16; replace the file"
+    )
+
+
+def test_grey_of_16_bits_keeps_its_brightness(tmp_path):
+    """Its siblings that are right: a TIFF of 16 bits, and a PGM, whose header says which value is white."""
+    Image.fromarray(np.full((8, 8), 200 * 256, np.uint16)).save(tmp_path / "a.tif")
+    (tmp_path / "a.pgm").write_bytes(b"P5 1 1 65535\n" + (200 * 256).to_bytes(2, "big"))
+    for name in ("a.tif", "a.pgm"):
+        assert np.asarray(imaging.open_image(tmp_path / name))[0, 0].tolist() == [200, 200, 200]
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
@@ -106,11 +159,234 @@ def test_vocabulary_with_the_line_ends_of_windows(tmp_path, catalogue):
     assert data.wordpiece(read).get_vocab() == data.wordpiece(text).get_vocab()
 
 
-def test_resnet_of_torchvision_s_training_script(tmp_path):
-    """pytorch/examples#410: names begin with "module.", and the weights stand in a part of the file."""
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict"])
+def test_weights_in_a_part_of_the_file(tmp_path, prefix, key):
+    """mlfoundations/open_clip#639, huggingface/pytorch-image-models#2003, pytorch/examples#410: training scripts add
+    to names, and keep weights in a part of the file."""
     state = torchvision.models.resnet18().state_dict()
-    file = {"model": {f"module.{name}": tensor for name, tensor in state.items()}, "optimizer": {}, "epoch": 3}
+    file = {"epoch": 9, "arch": "resnet18", key: {f"{prefix}{name}": tensor for name, tensor in state.items()}}
     torch.save(file, tmp_path / "a.pth")
     found, info = formats.read_weights(tmp_path / "a.pth", ("resnet",), "resnet_file")
     assert info["kind"] == "resnet"
-    assert torch.equal(found["image_encoder.conv1.weight"], state["conv1.weight"])
+    assert torch.equal(found["image_encoder.layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
+
+
+def test_our_checkpoint_with_the_names_of_torch_compile(trained, tmp_path):
+    file = torch.load(f"{trained.out_dir}/best.pt", weights_only=True)
+    renamed = {f"_orig_mod.{name}": tensor for name, tensor in file["model"].items()}
+    torch.save({**file, "model": renamed}, tmp_path / "a.pt")
+    found, _ = formats.read_weights(tmp_path / "a.pt", ("fashionvil",), "init")
+    assert found.keys() == file["model"].keys()
+
+
+def test_a_third_run_in_a_folder_keeps_the_first(tmp_path, capsys):
+    """zai-org/ChatGLM-6B#1074, roboflow/rf-detr#688: a start in the same folder destroyed an earlier run."""
+    config = pretrain.PretrainConfig(out_dir=str(tmp_path))
+    for number in "1234":
+        runs.open_folder(config, 0)
+        (tmp_path / "last.pt").write_text(number)
+        (tmp_path / "best.pt").write_text(number)
+    for name in ("last.pt", "best.pt"):
+        endings = (".before", ".before2", ".before3", "")
+        assert [(tmp_path / f"{name}{ending}").read_text() for ending in endings] == ["1", "2", "3", "4"]
+    assert "holds an older run, kept as *.before3 (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("resume", ["other/last.pt", "last.pt.before"])
+def test_a_resume_from_elsewhere_keeps_the_run_of_the_folder(tmp_path, resume):
+    """Its sibling: the run of the folder is not the one that goes on."""
+    (tmp_path / "last.pt").write_text("1")
+    runs.open_folder(pretrain.PretrainConfig(out_dir=str(tmp_path), resume="auto"), 5)
+    runs.open_folder(pretrain.PretrainConfig(out_dir=str(tmp_path), resume=str(tmp_path / "last.pt")), 5)
+    assert (tmp_path / "last.pt").read_text() == "1"
+    runs.open_folder(pretrain.PretrainConfig(out_dir=str(tmp_path), resume=str(tmp_path / resume)), 5)
+    assert (tmp_path / "last.pt.before").read_text() == "1"
+
+
+def test_a_run_that_was_kept_aside_goes_on_with_its_own_best_model(trained, tmp_path):
+    shutil.copytree(trained.out_dir, tmp_path / "run")
+    config = dataclasses.replace(trained, out_dir=str(tmp_path / "run"))
+    pretrain.train(dataclasses.replace(config, lr=2e-3), ONE)
+    newer = (tmp_path / "run" / "best.pt").read_bytes()
+    state = torch.load(tmp_path / "run" / "last.pt.before", weights_only=True)
+    torch.save({**state, "best": 1.0}, tmp_path / "run" / "last.pt.before")  # a best that no validation beats
+    pretrain.train(dataclasses.replace(config, resume=str(tmp_path / "run" / "last.pt.before"), max_steps=3), ONE)
+    best = [(tmp_path / "run" / f"best.pt{ending}").read_bytes() for ending in (".before", ".before2", "")]
+    assert best[2] == best[0] != best[1] == newer
+
+
+def test_a_machine_without_git(monkeypatch, tmp_path):
+    """Rikorose/DeepFilterNet#676, NVlabs/FourCastNet#12: a slim container has no git, and the run died of it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert runs.describe_run(pretrain.PretrainConfig())["git_commit"] is None
+
+
+class Unsendable(Dataset):
+    """Its batches cannot be sent to the main process, as where /dev/shm is full."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return lambda: index
+
+
+def test_a_batch_that_cannot_be_sent_is_not_waited_for():
+    """pytorch/pytorch#1355 and #5040: a small /dev/shm. The worker dropped the batch, and the run hung for ever."""
+    share = {"num_workers": 1, "worker_init_fn": data.leave_group, "collate_fn": list}
+    with pytest.raises(RuntimeError) as error:
+        next(iter(DataLoader(Unsendable(), batch_size=2, **share)))
+    assert common.is_dead_worker(error.value)
+
+
+@pytest.mark.parametrize("token", ["red", ""])
+def test_a_word_twice_in_the_vocabulary(catalogue, token):
+    """huggingface/transformers#2020: a dictionary with words twice; ids ran past the table of words."""
+    words = (catalogue / "vocab.txt").read_text().splitlines()
+    words = [word for word in words if word != token]
+    message = f"^vocab: '{token}' stands in line 31 and in line {len(words) + 2}, expected once$"
+    with pytest.raises(InputError, match=message):
+        data.wordpiece("\n".join([*words[:30], token, *words[30:], token, "end"]) + "\n")
+
+
+def test_fewer_items_than_processes(catalogue, monkeypatch):
+    """Lightning-AI/pytorch-lightning#5047 "DDP crashing with small sets"; ours crashed after the last update."""
+    paths = sorted(map(str, (catalogue / "FashionGen" / "val").glob("*.jpg")))[:2]
+    config = evaluate.EvalConfig(image_size=32, workers=0)
+    parts = []
+
+    def embed(processes):
+        return evaluate.embed(
+            lambda batch: batch["image"][:, :, 9, 9], evaluate.image_items(paths), None, config, processes
+        )
+
+    def keep(rows):
+        parts.append(rows)
+        return [rows] * 3
+
+    expected = embed(ONE)
+    monkeypatch.setattr(common, "gather_objects", keep)
+    for rank in range(3):
+        embed(Processes(rank, 3, ONE.device))
+    monkeypatch.setattr(common, "gather_objects", lambda rows: parts)
+    assert not torch.equal(expected[0], expected[1])
+    for rank in range(3):
+        assert torch.equal(embed(Processes(rank, 3, ONE.device)), expected)
+
+
+def test_weights_that_are_nan_find_nothing(trained, catalogue, tmp_path):
+    """embeddings-benchmark/mteb#1389 and #3030: NaN scores became results; ours were none, with exit code 0."""
+    file = torch.load(f"{trained.out_dir}/best.pt", weights_only=True)
+    file["model"]["image_encoder.conv1.weight"][:] = float("nan")
+    torch.save(file, tmp_path / "nan.pt")
+    gallery = catalogue / "FashionGen" / "val"
+    words = [f"--checkpoint={tmp_path}/nan.pt", f"--gallery={gallery}", f"--index={tmp_path}/index", "--workers=0"]
+    line = r": its embedding is not finite \(15 of 15 such\); the checkpoint is broken, or"
+    with pytest.raises(InputError, match=line):
+        search.search(search.read_config([*words, "--text=red dress"]))
+    assert not (tmp_path / "index").exists()
+    with pytest.raises(InputError, match=r"^query: its embedding is not finite \(1 of 1 such\); "):
+        search.search(search.read_config([*words, f"--image={min(gallery.glob('*.jpg'))}"]))
+    config = evaluate.EvalConfig(task="fashiongen_retrieval", data_root=str(catalogue), workers=0)
+    with pytest.raises(InputError, match=line):
+        evaluate.evaluate_checkpoint(str(tmp_path / "nan.pt"), config, ONE)
+
+
+@pytest.mark.parametrize(
+    "objectives, processes, grad_accum, least",
+    [
+        ({"itc": 1.0}, 1, 8, 16),
+        ({"mlm": 0.5, "mvc": 0.5}, 1, 8, 16),
+        ({"itc": 1.0}, 4, 2, None),  # candidates come from all processes
+        ({"itm": 1.0}, 4, 2, 16),  # candidates come from one process
+        ({"itm": 1.0}, 2, 2, None),
+        ({"mlm": 0.5, "pac": 0.5, "itc": 0.0}, 1, 8, None),  # no candidates
+    ],
+)
+def test_one_candidate_teaches_nothing(monkeypatch, objectives, processes, grad_accum, least):
+    """jiawei-ren/BalancedMSE#19, UrbanCLIP#5: the loss is 0 and the accuracy 100 % where there is one candidate."""
+    monkeypatch.setattr(common, "world_size", lambda: processes)
+    config = pretrain.PretrainConfig(objectives=objectives, batch_size=8, grad_accum=grad_accum)
+    line = f"^batch_size: found 8 with grad_accum={grad_accum}, expected {least} or more, for one product alone"
+    with pytest.raises(InputError, match=line) if least else contextlib.nullcontext():
+        pretrain.check_config(config)
+
+
+def test_one_candidate_of_itm_teaches_nothing():
+    config = pretrain.PretrainConfig(objectives={"itm": 1.0}, itm_candidates=1)
+    with pytest.raises(InputError, match="^itm_candidates: found 1, expected 0 or at least 2, "):
+        pretrain.check_config(config)
+
+
+@pytest.mark.parametrize("task", ["fashiongen_retrieval", "fashioniq", "polyvore"])
+def test_one_candidate_teaches_nothing_in_fine_tuning(task):
+    with pytest.raises(InputError, match="^batch_size: found 4 with grad_accum=4, expected 8 or more, "):
+        finetune.train(finetune.FinetuneConfig(task=task, batch_size=4, grad_accum=4), ONE)
+
+
+def test_world_size_without_torchrun(monkeypatch):
+    """NVIDIA/apex#99, pytorch/examples#458: the variable of another launcher ended in a traceback."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    line = "WORLD_SIZE=2: environment variable RANK expected, but not set; start by torchrun, or unset WORLD_SIZE"
+    with pytest.raises(InputError, match=f"^{line}$"):
+        common.start_processes("cpu")
+
+
+def test_rank_of_another_launcher(monkeypatch):
+    """Its sibling: RANK alone. A single process that is not the main one would save nothing."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "3")
+    assert common.start_processes("cpu").is_main
+
+
+def test_a_photo_that_stands_twice_is_one():
+    """MVC-Datasets/MVC#4: the same photo twice; MVC took it for another view, and val counted it twice."""
+    item = {"id": 1, "images": ["b.jpg", "a.jpg", "b.jpg"], "title": "a", "description": "b", "attributes_id": []}
+    assert annotations.parse_product(item, "FashionGen", "in", "here").images == ["in/b.jpg", "in/a.jpg"]
+
+
+ROWS = [  # file below the data root, change of its second row, what is said after "entry 1: "
+    ("FashionIQ/captions/cap.dress.val.json", lambda row: {**row, "candidate": row["target"]}, "candidate and target"),
+    (
+        "FashionIQ/captions/cap.dress.val.json",
+        lambda row: {**row, "captions": ["", " "]},
+        "key 'captions': found ['', ",
+    ),
+    ("PolyvoreOutfits/ocir_disjoint_test.json", lambda row: {**row, "question": [row["blank"]]}, "blank "),
+]
+
+
+@pytest.mark.parametrize("file, change, says", ROWS)
+def test_a_query_that_holds_its_own_answer_or_says_nothing(catalogue, tmp_path, file, change, says):
+    shutil.copytree(catalogue, tmp_path / "data")
+    path = tmp_path / "data" / file
+    rows = json.loads(path.read_text())
+    rows[1] = change(rows[1]) | ({"fake_data": False} if "fake_data" in rows[1] else {})
+    path.write_text(json.dumps(rows))
+    faults = check_data.check(tmp_path / "data", open_images=False)[1]
+    assert len(faults) == 1
+    assert faults[0].startswith(f"{path}: entry 1: {says}")
+
+
+def test_placeholders_of_dead_links_are_reported(catalogue, tmp_path):
+    """dusty-nv/jetson-inference#124, rom1504/img2dataset#193: a dead link sends a GIF of 1 x 1, and no error."""
+    shutil.copytree(catalogue, tmp_path / "data")
+    photos = sorted((tmp_path / "data" / "FashionIQ" / "images").glob("*.jpg"))
+    for number, says in ((9, False), (10, True)):
+        for path in photos[:number]:
+            Image.new("L", (1, 1)).save(path, "GIF")
+        report, faults = check_data.check(tmp_path / "data")
+        line = f"10 images are one and the same file, such as {photos[0]}: what a shop sends for a dead link?"
+        assert (line in report) is says and not faults
+
+
+def test_a_setting_twice_in_a_config_file(tmp_path):
+    """No thread was found; the last one won without a word."""
+    (tmp_path / "a.py").write_text("lr = 1e-3\nwarmup = 3\nlr = 1e-4\n")
+    with pytest.raises(
+        InputError, match=f"^{tmp_path}/a.py:3: setting 'lr' stands in the file twice, expected it once$"
+    ):
+        settings.load_config(pretrain.PretrainConfig, [f"{tmp_path}/a.py"])

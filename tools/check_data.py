@@ -22,6 +22,8 @@ fashiongen_subcategory   FashionGen: train, val, with subcategory_id
 fashioniq                FashionIQ: captions/, image_splits/, images/
 polyvore                 PolyvoreOutfits: ocir_*.json, polyvore_item_metadata.json, images/"""
 
+MANY = 10  # names of one and the same image file, from which on the report says so
+
 
 @dataclass
 class DataConfig:
@@ -112,6 +114,10 @@ def check(root, workers=1, open_images=True):
             found = pool.map(image_fault, names.keys(), names.values())
             faults += filter(None, tqdm(found, "images", len(names), leave=False, disable=None))
     keys = content_keys(names if open_images else ())
+    for key, n in collections.Counter(keys.values()).items():
+        if n >= MANY:
+            one = min(path for path in keys if keys[path] == key)
+            report.append(f"{n} images are one and the same file, such as {one}: what a shop sends for a dead link?")
     for name in dict.fromkeys(name for name, _ in images):
         train, val = images[name, True], images[name, False]
         ids = set(train.values()) & set(val.values())
