@@ -66,6 +66,7 @@ def with_longest_texts(batch, n_tokens):
         batch["mlm_targets"] = data.places(labels != settings.NO_LABEL)
     if "text_drop" in batch:
         batch["text_drop"] = torch.zeros(shape, dtype=torch.bool)
+        batch["text_drop"][:, 1 : 1 + (n_tokens - 2) // 4] = True  # a quarter of all but [CLS] and [SEP], as in MVC
     return batch
 
 
