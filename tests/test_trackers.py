@@ -390,3 +390,12 @@ def test_a_setting_twice_in_a_config_file(tmp_path):
         InputError, match=f"^{tmp_path}/a.py:3: setting 'lr' stands in the file twice, expected it once$"
     ):
         settings.load_config(pretrain.PretrainConfig, [f"{tmp_path}/a.py"])
+
+
+def test_images_of_other_kinds_are_counted(tmp_path, capsys):
+    """photoprism/photoprism#189, nextcloud/photos#313: the HEIC of phones was left out without a word."""
+    for name in ("b.HEIC", "a.heif", "._c.heic", "notes.txt"):
+        (tmp_path / name).write_text("")
+    Image.new("RGB", (8, 8)).save(tmp_path / "d.jpg")
+    assert list(search.list_images(tmp_path)) == ["d.jpg"]
+    assert capsys.readouterr().err == f"gallery: 2 images are left out for their endings, as {tmp_path}/a.heif\n"
