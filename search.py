@@ -152,7 +152,7 @@ def fuse_outfit(model, features, outfit, wanted, categories):
         pairs = torch.cartesian_prod(torch.tensor(wanted), torch.tensor(own)).to(features.device)  # (W x own, 2)
         fused = model.fuse(feature.expand(len(pairs), -1), pairs[:, 1], pairs[:, 0]) / model.logit_scale
         queries.append(fused.view(len(wanted), len(own), -1).mean(1))  # (W, D)
-    return torch.stack(queries).mean(0)
+    return evaluate.finite(torch.stack(queries).mean(0), [{"name": "outfit"}] * len(wanted))
 
 
 def match(model, batch):
