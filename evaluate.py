@@ -178,12 +178,17 @@ def embed(
     out = rows.new_empty(len(items), *rows.shape[1:])
     for share, part in zip(shares, common.gather_objects(rows), strict=True):
         out[share] = part
-    broken = (~out.reshape(len(out), -1).isfinite().all(dim=1)).nonzero().flatten().tolist()
+    return finite(out, items)
+
+
+def finite(vectors, items):
+    """The vectors (N, ...) of N items. Raises InputError, with the first item's name, where one is not finite."""
+    broken = (~vectors.reshape(len(items), -1).isfinite().all(dim=1)).nonzero().flatten().tolist()
     if broken:
         name = items[broken[0]].get("name", f"item {broken[0]}")
-        found = f"its embedding is not finite ({len(broken)} of {len(out)} such)"
+        found = f"its embedding is not finite ({len(broken)} of {len(items)} such)"
         raise InputError(f"{name}: {found}; the checkpoint is broken, or its numbers are too large for float16")
-    return out
+    return vectors
 
 
 def image_items(paths):
@@ -333,7 +338,7 @@ def embed_outfits(model, outfits, embed_items):
         category = torch.tensor([category for _, category in outfit["items"]], device=device)
         fused = model.fuse(items, category, torch.full_like(category, outfit["blank_item"][1]))
         queries.append(fused.mean(0).cpu())
-    return torch.stack(queries)
+    return finite(torch.stack(queries), outfits)
 
 
 def evaluate_polyvore(model, tokenizer, config, processes):

@@ -34,6 +34,7 @@ from imaging import crop_then_resize, resize_then_crop
 from settings import COUNT, DEVICES, FROM_0, InputError, setting
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".avif")
+OTHER_SUFFIXES = (".heic", ".heif", ".hif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 RERANKED = 50  # best results that --rerank scores again
 
 
@@ -61,15 +62,19 @@ class SearchConfig:
 
 def list_images(folder):
     """{path below `folder`: [bytes, time of change in ns]} of its images, at any depth, sorted; InputError if none."""
-    files, seen = {}, set()
+    files, seen, others = {}, set(), []
     for base, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(base) in seen:  # a link to a folder that was seen before
             folders.clear()
             continue
         seen.add(os.path.realpath(base))
-        for path in (Path(base, name) for name in names):
-            if path.suffix.lower() in IMAGE_SUFFIXES and path.exists() and not path.name.startswith("."):
+        for path in (Path(base, name) for name in names if not name.startswith(".")):
+            if path.suffix.lower() in OTHER_SUFFIXES:  # such as the HEIC of phones
+                others.append(str(path))
+            if path.suffix.lower() in IMAGE_SUFFIXES and path.exists():
                 files[str(path.relative_to(folder))] = [path.stat().st_size, path.stat().st_mtime_ns]
+    if others:
+        print(f"gallery: {len(others)} images are left out for their endings, as {min(others)}", file=sys.stderr)
     if not files:
         raise InputError(f"gallery: no images in {str(folder)!r}, expected a folder of {' '.join(IMAGE_SUFFIXES)}")
     return dict(sorted(files.items()))
@@ -147,7 +152,7 @@ def fuse_outfit(model, features, outfit, wanted, categories):
         pairs = torch.cartesian_prod(torch.tensor(wanted), torch.tensor(own)).to(features.device)  # (W x own, 2)
         fused = model.fuse(feature.expand(len(pairs), -1), pairs[:, 1], pairs[:, 0]) / model.logit_scale
         queries.append(fused.view(len(wanted), len(own), -1).mean(1))  # (W, D)
-    return torch.stack(queries).mean(0)
+    return evaluate.finite(torch.stack(queries).mean(0), [{"name": "outfit"}] * len(wanted))
 
 
 def match(model, batch):

@@ -27,7 +27,7 @@ import runs
 import search
 import settings
 from common import Processes
-from model import FashionViL, ModelConfig
+from model import CSANet, FashionViL, ModelConfig
 from settings import InputError
 from tools import check_data
 
@@ -390,3 +390,30 @@ def test_a_setting_twice_in_a_config_file(tmp_path):
         InputError, match=f"^{tmp_path}/a.py:3: setting 'lr' stands in the file twice, expected it once$"
     ):
         settings.load_config(pretrain.PretrainConfig, [f"{tmp_path}/a.py"])
+
+
+def test_outfit_weights_that_are_nan_find_nothing(catalogue, tmp_path):
+    """Its sibling: the images' vectors are sound, and what makes the outfit's vector of them is not."""
+    n = len(annotations.load_polyvore_items(catalogue / "PolyvoreOutfits")[1])
+    model = CSANet(ModelConfig(resnet="resnet18", width=4), n)
+    torch.nn.init.constant_(model.fusion_module["masks"].weight, float("nan"))
+    state = {"kind": "csa_net", "task": "polyvore", "step": 1, "vocab": "", "config": {"image_size": 64}}
+    state |= {"model": model.state_dict(), "model_config": dataclasses.asdict(model.config)}
+    checkpoint.save(tmp_path / "nan.pt", state)
+    photos = catalogue / "PolyvoreOutfits" / "images"
+    words = [f"--checkpoint={tmp_path}/nan.pt", f"--gallery={photos}", f"--index={tmp_path}/index", "--workers=0"]
+    words += ["--category=shoes", "--outfit", str(min(photos.glob("*.jpg")))]
+    with pytest.raises(InputError, match="^outfit: its embedding is not finite "):
+        search.search(search.read_config(words))
+    config = evaluate.EvalConfig(task="polyvore", data_root=str(catalogue), workers=0)
+    with pytest.raises(InputError, match="ocir_disjoint_test.json: entry .*: its embedding is not finite "):
+        evaluate.evaluate_checkpoint(str(tmp_path / "nan.pt"), config, ONE)
+
+
+def test_images_of_other_kinds_are_counted(tmp_path, capsys):
+    """photoprism/photoprism#189, nextcloud/photos#313: the HEIC of phones was left out without a word."""
+    for name in ("b.HEIC", "a.heif", "._c.heic", "notes.txt"):
+        (tmp_path / name).write_text("")
+    Image.new("RGB", (8, 8)).save(tmp_path / "d.jpg")
+    assert list(search.list_images(tmp_path)) == ["d.jpg"]
+    assert capsys.readouterr().err == f"gallery: 2 images are left out for their endings, as {tmp_path}/a.heif\n"
