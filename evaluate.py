@@ -6,15 +6,11 @@ fashiongen_retrieval: image-to-text and text-to-image retrieval (ITR, TIR). fash
 (TGIR), where an image and a change in words rank images. fashiongen_category and fashiongen_subcategory: category and
 sub-category recognition (CR, SCR). polyvore: outfit complementary item retrieval (OCIR), where an outfit ranks items.
 
-rank: the place of a query's best correct item in the gallery; 1 is the best; equal scores rank in gallery order.
-hit: a query is a hit at k if its rank is at most k. Recall at k (r@k) is the share of hits among the queries.
-chance: what a random ranking, or a guess, reaches on average.
-outcomes: {set: tensor with a row for each query}, from which all metrics can be computed, also of resampled queries."""
+metrics.py has the protocols, each with its definition."""
 
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -33,112 +29,11 @@ import pictures
 import settings
 from files import write_json
 from imaging import crop_then_resize
+from metrics import classification, composed_retrieval, full_gallery, outfit_retrieval, sample_100
 from model import CSANet
 from settings import COUNT, DEVICES, DTYPES, FROM_0, STRIDE, InputError, setting
 
-ITR_KS, TGIR_KS, OCIR_KS = (1, 5, 10), (10, 50), (10, 30, 50)
 GALLERIES, SPLITS = ("original", "val"), ("disjoint", "nondisjoint")  # of FashionIQ and of Polyvore Outfits
-
-
-@dataclass
-class Result:
-    """What a protocol found. Metrics and chance have the same names and lie in 0..1."""
-
-    metrics: dict
-    chance: dict
-    counts: dict  # numbers of queries, gallery items, ...
-    outcomes: dict
-    choices: list = field(default_factory=list)  # pictures.Choice for each query, for --show
-
-
-# ---- protocols: embeddings and ids -> Result -------------------------------------------------------------------------
-
-
-def full_gallery(image, text, image_id, text_id, ks=ITR_KS):
-    """ITR and TIR: every image ranks all texts ("i2t"), every text all images ("t2i"); all items of its product count.
-
-    image (N, D), text (M, D) float32; image_id (N,), text_id (M,) int64 product ids.
-    Raises as `metrics.best_ranks`. Source: docs/recipe.md "Full gallery"."""
-    i2t, t2i = metrics.best_ranks(image, text, image_id, text_id), metrics.best_ranks(text, image, text_id, image_id)
-    outcomes, counts = {"i2t": i2t, "t2i": t2i}, {"images": len(image), "texts": len(text)}
-    _, texts = metrics.find_positives(image_id, text_id)  # how many texts are correct for each image
-    _, images = metrics.find_positives(text_id, image_id)
-    sizes = {"i2t": [(n, len(text)) for n in texts.tolist()], "t2i": [(n, len(image)) for n in images.tolist()]}
-    return Result(metrics.recalls(outcomes, ks), metrics.chance_recalls(sizes, ks), counts, outcomes)
-
-
-def sample_100(image, text, image_id, text_id, image_group, text_group, seed=0, draws=5, n_queries=1000, ks=ITR_KS):
-    """ITR and TIR as Kaleido-BERT measures them: random queries rank one positive and up to 100 negatives.
-
-    As `full_gallery`, on the CPU; image_group (N,), text_group (M,) int64 sub-categories; a small one has fewer
-    negatives. Each draw takes n_queries queries, or all of fewer. The metrics are means over all draws. outcomes {way:
-    (Q, draws) int64 ranks, 0 where the draw left the query out}. Source: docs/recipe.md "Sample-100"."""
-    generator = torch.Generator().manual_seed(seed)  # its own, so that the global state neither counts nor changes
-    outcomes, sizes, counts = {}, {}, {"images": len(image), "texts": len(text), "draws": draws, "seed": seed}
-    metrics.check_embeddings(image, text)
-    images, texts = (image, image_id, image_group), (text, text_id, text_group)
-    for way, (queries, *of_queries), (gallery, *of_gallery) in (("i2t", images, texts), ("t2i", texts, images)):
-        outcomes[way], negatives = torch.zeros(len(queries), draws, dtype=torch.int64), []
-        for draw in range(draws):
-            for q in torch.randperm(len(queries), generator=generator)[:n_queries].tolist():
-                candidates = metrics.sample_candidates(q, *of_queries, *of_gallery, generator)
-                outcomes[way][q, draw] = metrics.candidate_rank(queries[q], gallery, candidates)
-                negatives.append(len(candidates) - 1)
-        sizes[way] = [(1, 1 + n) for n in negatives]
-        counts[f"{way}_queries"] = len(negatives) // draws
-        counts[f"{way}_negatives_min"], counts[f"{way}_negatives_mean"] = min(negatives), statistics.fmean(negatives)
-    return Result(metrics.recalls(outcomes, ks), metrics.chance_recalls(sizes, ks), counts, outcomes)
-
-
-def composed_retrieval(classes, ks=TGIR_KS):
-    """TGIR: each class has its own gallery, which includes the reference images; <class>_r@k and their mean.
-
-    classes {name: {"queries", "gallery", "query_id", "gallery_id"}}, the arguments of `metrics.best_ranks`; ids of
-    images, each once in a gallery. Raises as that. Source: docs/recipe.md "Text-guided image retrieval"."""
-    outcomes, sizes, counts = {}, {}, {}
-    for name, retrieval in classes.items():
-        outcomes[name] = metrics.best_ranks(**retrieval)
-        sizes[name] = [(1, len(retrieval["gallery"]))]
-        counts[f"{name}_queries"], counts[f"{name}_gallery"] = len(retrieval["queries"]), len(retrieval["gallery"])
-    return Result(metrics.recalls(outcomes, ks), metrics.chance_recalls(sizes, ks), counts, outcomes)
-
-
-def classification(predictions, labels):
-    """CR and SCR: every image is one sample; accuracy and macro_f1.
-
-    predictions (N, C) float logits (the lower of equal classes counts) or (N,) int64 classes; labels (N,) int64.
-    Raises ValueError on NaN logits and on shapes that do not match. Source: docs/recipe.md "Recognition"."""
-    if predictions.shape[:1] != labels.shape or not len(labels):
-        raise ValueError(f"predictions {tuple(predictions.shape)}, labels {tuple(labels.shape)}")
-    if predictions.dim() == 2:
-        if predictions.isnan().any():
-            raise ValueError(f"NaN logits in sample {predictions.isnan().nonzero()[0, 0].item()}")
-        predictions = predictions.argmax(dim=1)
-    outcomes = {"samples": torch.stack([predictions, labels], dim=1).cpu()}
-    counts = {"samples": len(labels), "classes": len(labels.unique())}
-    # Accuracy of always naming the most frequent class; macro-F1 of guessing with the labels' own frequencies, where
-    # precision and recall of a class are its share: 1 / C over C classes (a ratio of expectations).
-    chance = {"accuracy": labels.bincount().max().item() / len(labels), "macro_f1": 1 / counts["classes"]}
-    return Result(metrics.recognition_scores(outcomes), chance, counts, outcomes)
-
-
-def outfit_retrieval(outfit, target_id, blank, blank_id, blank_category, ks=OCIR_KS):
-    """OCIR: each outfit ranks the blanks of its target's fine category; r@k is averaged over the targets' categories.
-
-    outfit (Q, D) float32: mean of the fused, scaled features of its items, not normalised again; target_id (Q,) int64.
-    blank (G, D), blank_id (G,) int64, each once; blank_category (G,) int64 >= 0. All on the CPU.
-    Raises as `best_ranks`. Source: docs/recipe.md "Outfit completion"."""
-    target, _ = metrics.find_positives(target_id, blank_id)
-    category = blank_category[target[:, 0]]  # (Q,)
-    ranks = torch.zeros(len(outfit), dtype=torch.int64)
-    for c in category.unique():
-        rows, items = category == c, blank_category == c
-        ranks[rows] = metrics.best_ranks(outfit[rows], blank[items], target_id[rows], blank_id[items])
-    outcomes = {"ocir": torch.stack([ranks, category], dim=1)}
-    n_items = torch.bincount(blank_category)[category].tolist()  # that each query ranks; one of them is right
-    chance = {f"r@{k}": metrics.category_mean([metrics.random_recall(1, n, k) for n in n_items], category) for k in ks}
-    counts = {"queries": len(outfit), "gallery": len(blank), "categories": len(category.unique())}
-    return Result(metrics.category_recalls(outcomes, ks), metrics.with_mean(chance), counts, outcomes)
 
 
 @torch.no_grad()
@@ -387,14 +282,14 @@ RECOGNITION = Evaluation(evaluate_recognition, metrics.recognition_scores, ("rec
 EVALUATIONS = {
     "fashiongen_retrieval": Evaluation(
         evaluate_retrieval,
-        partial(metrics.recalls, ks=ITR_KS),
+        partial(metrics.recalls, ks=metrics.ITR_KS),
         ("contrastive",),
         validate=partial(evaluate_retrieval, only_first=True),
     ),
-    "fashioniq": Evaluation(evaluate_fashioniq, partial(metrics.recalls, ks=TGIR_KS), ("contrastive",)),
+    "fashioniq": Evaluation(evaluate_fashioniq, partial(metrics.recalls, ks=metrics.TGIR_KS), ("contrastive",)),
     "fashiongen_category": RECOGNITION,
     "fashiongen_subcategory": RECOGNITION,
-    "polyvore": Evaluation(evaluate_polyvore, partial(metrics.category_recalls, ks=OCIR_KS), ("csa_net",)),
+    "polyvore": Evaluation(evaluate_polyvore, partial(metrics.category_recalls, ks=metrics.OCIR_KS), ("csa_net",)),
 }
 
 

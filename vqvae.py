@@ -24,12 +24,7 @@ import formats
 import imaging
 import runs
 import settings
-from common import all_mean, gather_with_gradient
 from settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
-
-CODED_AT_ONCE = 8  # images; a full-size encoder needs 0.1 GB for each
-
-# ---- model -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -97,24 +92,13 @@ class Level(nn.Module):
         return x
 
 
-def named(**modules):
-    """nn.Sequential of modules that have names."""
+def named(**modules):  # nn.Sequential of modules that have names
     return nn.Sequential(OrderedDict(modules))
 
 
 def middle(c):
     """What stands at the smallest map of encoder and decoder alike."""
     return named(block_1=ResBlock(c, c), attn_1=Attention(c), block_2=ResBlock(c, c))
-
-
-def halve(c):
-    """A convolution with stride 2. It pads right and bottom only."""
-    return named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
-
-
-def double(c):
-    """Twice the height and width, then a convolution."""
-    return named(larger=nn.Upsample(scale_factor=2, mode="nearest"), conv=nn.Conv2d(c, c, 3, padding=1))
 
 
 class Encoder(nn.Module):
@@ -128,7 +112,10 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for i, c in enumerate(widths):
             level = Level(widths[i - 1] if i else config.ch, c, config.n_blocks, is_smallest=i == last)
-            level.downsample = halve(c) if i < last else nn.Identity()
+            level.downsample = nn.Identity()
+            if i < last:  # the padding is right and bottom only
+                pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, stride=2)
+                level.downsample = named(pad=pad, conv=conv)
             self.down.append(level)
         self.mid, self.norm_out = middle(c), group_norm(c)
         self.conv_out = nn.Conv2d(c, config.latent_dim, 3, padding=1)
@@ -150,7 +137,10 @@ class Decoder(nn.Module):
         self.mid, self.up = middle(widths[last]), nn.ModuleList()
         for i, c in enumerate(widths):
             level = Level(widths[min(i + 1, last)], c, config.n_blocks + 1, is_smallest=i == last)
-            level.upsample = double(c) if i else nn.Identity()
+            level.upsample = nn.Identity()
+            if i:
+                larger, conv = nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(c, c, 3, padding=1)
+                level.upsample = named(larger=larger, conv=conv)
             self.up.append(level)
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3 * config.unshuffle**2, 3, padding=1)
@@ -207,12 +197,10 @@ class ImageTokenizer(nn.Module):
         z = self.quant_conv(self.encoder(images.contiguous(memory_format=torch.channels_last)))  # (B, D, H/32, W/32)
         return z.flatten(2).transpose(1, 2)
 
-    def encode(self, images):
-        """(B, 3, H, W) -> (B, P) int64 codes in row order, without gradient.
-
-        The images go through in parts, so that the peak of the memory does not grow with the batch."""
+    def encode(self, images, at_once=8):
+        """(B, 3, H, W) -> (B, P) int64 codes in row order, without gradient. Memory is that of `at_once` images."""
         with torch.inference_mode():
-            z = torch.cat([self.latents(part) for part in images.split(CODED_AT_ONCE)])
+            z = torch.cat([self.latents(part) for part in images.split(at_once)])
             codes = self.codebook.nearest(z.flatten(0, 1)).view(z.shape[:2])
         return codes.clone()  # an ordinary tensor: autograd refuses to save one made in inference mode, such as labels
 
@@ -239,12 +227,8 @@ class VQVAE(ImageTokenizer):
         e = self.codebook.weight[codes]  # (B, P, D)
         commitment = F.mse_loss(z, e)
         e = z + (e - z).detach()  # straight-through: the value of the code, the gradient of the latent
-        return self.decode(e, images.shape[-2:]), commitment, z.detach(), codes
-
-    def decode(self, e, size):
-        """Code vectors (B, P, D) and the image's (H, W) -> (B, 3, H, W)."""
-        grid = e.transpose(1, 2).unflatten(2, [n // self.config.stride for n in size])  # (B, D, H/32, W/32)
-        return self.decoder(self.post_quant_conv(grid))
+        grid = e.transpose(1, 2).unflatten(2, [n // self.config.stride for n in images.shape[2:]])  # (B, D, H/32, W/32)
+        return self.decoder(self.post_quant_conv(grid)), commitment, z.detach(), codes
 
     @torch.no_grad()
     def update_codebook(self, z, codes, reseed_after):
@@ -256,7 +240,7 @@ class VQVAE(ImageTokenizer):
         book = self.codebook
         K, D = book.weight.shape
         rows = torch.cat([z.float(), z.new_ones(len(z), 1)], 1)  # (N, D + 1): the last column counts
-        sums = all_mean(z.new_zeros(K, D + 1).index_add_(0, codes, rows)) * common.world_size()
+        sums = common.all_mean(z.new_zeros(K, D + 1).index_add_(0, codes, rows)) * common.world_size()
         counts = sums[:, D].round()
         book.embed_avg.lerp_(sums[:, :D], 1 - self.DECAY)
         book.cluster_size.lerp_(counts, 1 - self.DECAY)
@@ -267,7 +251,7 @@ class VQVAE(ImageTokenizer):
 
         dead = (self.idle >= reseed_after).nonzero().squeeze(1)
         if len(dead):
-            z = gather_with_gradient(z.float())
+            z = common.gather_with_gradient(z.float())
             far = (z - book.weight[book.nearest(z)]).square().sum(1).cpu() + 1e-12
             picks = torch.multinomial(far, min(len(dead), len(z))).to(z.device)
             dead = dead[: len(picks)]
@@ -276,8 +260,6 @@ class VQVAE(ImageTokenizer):
             self.idle[dead] = 0
         return counts
 
-
-# ---- files -----------------------------------------------------------------------------------------------------------
 
 INSIDE = "model.image_tokenizer."  # prefix of the tokenizer's names inside the original's pre-training files
 TRAINING_ONLY = ("decoder.", "post_quant_conv.", "idle")  # parts of our file that `ImageTokenizer` does without
@@ -316,9 +298,6 @@ def read_sizes(state):
     widths = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(n_levels)]
     ch, unshuffle = len(conv_in), math.isqrt(conv_in.shape[1] // 3)
     return ImageTokenizerConfig(ch, tuple(width // ch for width in widths), n_blocks, latent_dim, n_codes, unshuffle)
-
-
-# ---- training --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -433,9 +412,8 @@ def train(config, processes):
     model = VQVAE(sizes).to(device)
     optimizer = common.make_optimizer(model, config.lr, config.weight_decay)
 
-    # The bookkeeping, which resumes an earlier run where config.resume says so. `counts` says how often each code was
-    # chosen since the last log line.
-    counts = torch.zeros(sizes.n_codes, device=device)
+    # The bookkeeping, which resumes an earlier run where config.resume says so.
+    counts = torch.zeros(sizes.n_codes, device=device)  # how often each code was chosen since the last log line
     contents = {"kind": "image_tokenizer", "image_tokenizer_config": dataclasses.asdict(sizes)}
     run = runs.Run(config, processes, model, optimizer, contents, {"counts": counts})
 
@@ -493,11 +471,9 @@ def train(config, processes):
             latents.append(z.flatten(0, 1))
             chosen.append(codes.flatten())
 
-        # The update itself. The scaler divides the gradients by its scale first; only float16 has one.
+        # The update, then that of the codebook. The scaler divides the gradients by its scale; only float16 has one.
         run.scaler.step(optimizer)
         run.scaler.update()
-
-        # The update of the codebook.
         counts += model.update_codebook(torch.cat(latents), torch.cat(chosen), config.reseed_after)
 
         # What is due after this update: a log line, a checkpoint, a validation.

@@ -76,6 +76,9 @@ def peak_gb(config, name, n_products):
     n_tokens = data.FASHIONIQ_MAX_TOKENS if name == "fashioniq" else data.MAX_TOKENS
     side.batches = [with_longest_texts(side.batches[0], n_tokens)]
     step(config, side, 0)
+    for parameter in side.model.parameters():  # DistributedDataParallel keeps the memory of all gradients
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
     live = LiveBytes()
     modules = [side.model, *([side.image_tokenizer] if side.image_tokenizer else [])]
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
