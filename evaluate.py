@@ -32,7 +32,7 @@ import metrics
 import pictures
 import settings
 from files import write_json
-from imaging import crop_then_resize
+from imaging import crop_then_resize, resize_then_crop
 from model import CSANet
 from settings import COUNT, DEVICES, DTYPES, FROM_0, STRIDE, InputError, setting
 
@@ -143,14 +143,7 @@ def outfit_retrieval(outfit, target_id, blank, blank_id, blank_category, ks=OCIR
 
 @torch.no_grad()
 def embed(
-    encode,
-    items,
-    tokenizer,
-    config,
-    processes,
-    fit=imaging.resize_then_crop,
-    max_tokens=data.MAX_TOKENS,
-    progress=False,
+    encode, items, tokenizer, config, processes, fit=resize_then_crop, max_tokens=data.MAX_TOKENS, progress=False
 ):
     """`encode(batch)` of every item once, in the order of the items: (len(items), ...) float32 on every process's CPU.
 
