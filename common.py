@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from settings import DEVICES, InputError
+from settings import InputError
 
 EXIT_STOPPED = 75  # exit code of a run that was stopped and has saved: "try again" in sysexits.h
 WORKER_DIED = "a data loader worker was killed, perhaps for lack of memory or of /dev/shm; set fewer --workers"
@@ -105,8 +105,6 @@ def start_processes(device="auto", deterministic=False, tf32=False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without it
         torch.use_deterministic_algorithms(True)
     local_rank, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device not in DEVICES:
-        raise InputError(f"device: found {device!r}, expected auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: found cuda, but torch sees no GPU; use --device=cpu")
     on_gpu = device != "cpu" and torch.cuda.is_available()

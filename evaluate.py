@@ -28,7 +28,7 @@ import metrics
 import pictures
 import settings
 from files import write_json
-from imaging import crop_then_resize
+from imaging import crop_then_resize, resize_then_crop
 from metrics import classification, composed_retrieval, full_gallery, outfit_retrieval, sample_100
 from model import CSANet
 from settings import COUNT, DEVICES, DTYPES, FROM_0, STRIDE, InputError, setting
@@ -38,14 +38,7 @@ GALLERIES, SPLITS = ("original", "val"), ("disjoint", "nondisjoint")  # of Fashi
 
 @torch.no_grad()
 def embed(
-    encode,
-    items,
-    tokenizer,
-    config,
-    processes,
-    fit=imaging.resize_then_crop,
-    max_tokens=data.MAX_TOKENS,
-    progress=False,
+    encode, items, tokenizer, config, processes, fit=resize_then_crop, max_tokens=data.MAX_TOKENS, progress=False
 ):
     """`encode(batch)` of every item once, in the order of the items: (len(items), ...) float32 on every process's CPU.
 

@@ -291,11 +291,7 @@ def describe_run(config):
         commit = git.stdout.strip()
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     command = shlex.join([sys.executable, *sys.argv])
-    return {
-        "command": command,
-        "config": dataclasses.asdict(config),
-        "git_commit": commit or None,
-    } | versions
+    return {"command": command, "config": dataclasses.asdict(config), "git_commit": commit or None, **versions}
 
 
 def start_wandb(config):
