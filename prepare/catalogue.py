@@ -101,26 +101,25 @@ def phrases(text, stop_words=STOP_WORDS, max_words=2):
     return {phrase for phrase in found if len(phrase) > 1}
 
 
-def mine(texts, config):
-    """Sets of phrases -> the vocabulary, [(phrase, number of texts with it)], the most frequent first.
+def mine(count, n_texts, config):
+    """{phrase: number of texts with it} -> the vocabulary, [(phrase, that number)], the most frequent first.
 
     Kept: phrases of at least min_count texts and at most max_share of all; of those of several words the ones that are
     one thing (`lift`, wherever they are cut in two); and no part that hardly any text (1 in 10) has without the whole:
     "york" goes, "new york" stays. Raises InputError where nothing is left."""
-    count = Counter(phrase for text in texts for phrase in text)
 
     def is_one_thing(words):
         cuts = [(" ".join(words[:i]), " ".join(words[i:])) for i in range(1, len(words))]
-        return all(count[" ".join(words)] * len(texts) >= config.lift * count[a] * count[b] for a, b in cuts)
+        return all(count[" ".join(words)] * n_texts >= config.lift * count[a] * count[b] for a, b in cuts)
 
-    kept = {p for p, n in count.items() if config.min_count <= n <= config.max_share * len(texts)}
+    kept = {p for p, n in count.items() if config.min_count <= n <= config.max_share * n_texts}
     kept = {p for p in kept if is_one_thing(p.split())}
     for phrase in sorted(kept):
         words = phrase.split()
         parts = {" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)} - {phrase}
         kept -= {part for part in parts if count[phrase] >= 0.9 * count[part]}
     if not kept:
-        raise InputError(f"no phrase stands in {config.min_count} of {len(texts)} training texts; lower --min_count")
+        raise InputError(f"no phrase stands in {config.min_count} of {n_texts} training texts; lower --min_count")
     return sorted(((p, count[p]) for p in kept), key=lambda row: (-row[1], row[0]))[: config.vocabulary]
 
 
@@ -132,15 +131,20 @@ def label(root, out, config):
         for split, file in data_set.files.items():
             if Path(root, source, file).exists():
                 products = annotations.load_products(root, source, split)
-                texts[source, split] = [phrases(product.text, ignored, config.max_words) for product in products]
+                texts[source, split] = [product.text for product in products]
                 items[source, split] = annotations.read_json(Path(root, source, file), list)
     if not any(split == "train" for _, split in items):
         raise InputError(f"{root}: no annotation file of a train split, expected some of {', '.join(annotations.SETS)}")
-    vocabulary = mine([text for (_, split), part in texts.items() if split == "train" for text in part], config)
+    train = [text for (_, split), part in texts.items() if split == "train" for text in part]
+    count = Counter()
+    for text in train:  # phrases take much memory, so they are found here and below, and not kept
+        count.update(phrases(text, ignored, config.max_words))
+    vocabulary = mine(count, len(train), config)
     number, values = {phrase: i for i, (phrase, _) in enumerate(vocabulary)}, {}
     for (source, split), part in items.items():
         for item, text in zip(part, texts[source, split], strict=True):
-            item["attributes_id"] = sorted(number[phrase] for phrase in text & number.keys())
+            found = phrases(text, ignored, config.max_words)
+            item["attributes_id"] = sorted(number[phrase] for phrase in found & number.keys())
         values[Path(out, source, annotations.SETS[source].files[split])] = part
     write_together({**values, Path(out, "labels.json"): {**read_labels(root), "attributes": list(number)}})
     counts = [len(item["attributes_id"]) for part in items.values() for item in part]

@@ -165,8 +165,9 @@ def read_parquet(path, config, photos):
 
     def read():
         try:
-            with pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as file:  # else a whole row group is in memory
-                for batch in file.iter_batches(BATCH):
+            # With pyarrow's own choice of these settings whole groups of rows are in memory, often a thousand photos.
+            with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**16) as file:
+                for batch in file.iter_batches(BATCH, use_threads=False):
                     yield from batch.to_pylist()
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             stop(error)

@@ -304,7 +304,11 @@ def photo_bytes(shade, size=(30, 40), kind="JPEG"):
     return file.getvalue()
 
 
-def make_kagl(folder, n=24, n_files=3, image=lambda i: {"bytes": photo_bytes(5 * i), "path": f"{i}.jpg"}):
+def kagl_image(i):
+    return {"bytes": photo_bytes(5 * i), "path": f"{i}.jpg"}
+
+
+def make_kagl(folder, n=24, n_files=3, image=kagl_image, row_group_size=5):
     """Parquet files in the schema of Marqo/KAGL, several to a folder data/ as the hub has them; returns all rows."""
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -314,7 +318,9 @@ def make_kagl(folder, n=24, n_files=3, image=lambda i: {"bytes": photo_bytes(5 *
     (folder / "data").mkdir(parents=True)
     for i in range(n_files):
         table = arrow.Table.from_pylist(rows[i * n // n_files : (i + 1) * n // n_files])
-        parquet.write_table(table, folder / "data" / f"train-{i:05}-of-{n_files:05}.parquet", row_group_size=5)
+        parquet.write_table(
+            table, folder / "data" / f"train-{i:05}-of-{n_files:05}.parquet", row_group_size=row_group_size
+        )
     return rows
 
 
@@ -444,6 +450,22 @@ def test_parquet_files_that_are_refused_in_one_line(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "photos")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     refused(f"{first}: a parquet file needs the package pyarrow; pip install pyarrow")
+
+
+def test_memory_does_not_grow_with_a_parquet_file(tmp_path):
+    """One group of rows holds all photos, 40 MB of them; a few MB are in memory at a time."""
+    arrow = pytest.importorskip("pyarrow")
+    content = photo_bytes(1) + bytes(100_000)
+    make_kagl(tmp_path / "raw", 400, 1, lambda i: {"bytes": content, "path": None}, row_group_size=400)
+    before = arrow.default_memory_pool()
+    pool = arrow.proxy_memory_pool(before)
+    arrow.set_memory_pool(pool)
+    try:
+        items, faults = read_kagl(tmp_path)
+    finally:
+        arrow.set_memory_pool(before)
+    assert len(items) == 400 and not faults
+    assert 1e6 < pool.max_memory() < 15e6
 
 
 def rename_column(path, old, new):
@@ -682,14 +704,15 @@ def test_phrases():
 
 
 def test_mine_by_hand():
-    texts = [{"a"}] * 4 + [{"b", "a b", "a"}] * 3 + [{"c"}] * 3 + [{"rare"}] * 2
+    # of 12 texts, three hold "a b", "a" and "b"
+    count = {"a": 7, "b": 3, "a b": 3, "c": 3, "rare": 2}
     # "a b" meets 3 x 12 / (7 x 3) = 1.7 times as often as chance, and takes "b" along
-    assert products.mine(texts, config(lift=1.7, max_share=0.6)) == [("a", 7), ("a b", 3), ("c", 3)]
-    assert products.mine(texts, config(lift=1.8, max_share=0.6)) == [("a", 7), ("b", 3), ("c", 3)]
-    assert products.mine(texts, config(lift=1.8, max_share=0.5)) == [("b", 3), ("c", 3)]
-    assert products.mine(texts, config(lift=1.8, vocabulary=1)) == [("b", 3)]
+    assert products.mine(count, 12, config(lift=1.7, max_share=0.6)) == [("a", 7), ("a b", 3), ("c", 3)]
+    assert products.mine(count, 12, config(lift=1.8, max_share=0.6)) == [("a", 7), ("b", 3), ("c", 3)]
+    assert products.mine(count, 12, config(lift=1.8, max_share=0.5)) == [("b", 3), ("c", 3)]
+    assert products.mine(count, 12, config(lift=1.8, vocabulary=1)) == [("b", 3)]
     with pytest.raises(InputError, match="lower --min_count"):
-        products.mine(texts, config(min_count=8))
+        products.mine(count, 12, config(min_count=8))
 
 
 def test_relabel_a_root(catalogue, tmp_path):
