@@ -1,6 +1,7 @@
-"""Your own products: a CSV or JSON-lines file -> the FashionGen layout, with pseudo-attributes mined from the texts.
+"""Your own products: CSV, JSON lines or parquet -> the FashionGen layout, with pseudo-attributes mined from the texts.
 
     python prepare/catalogue.py --products=products.csv --out=data/mine --title=name --images=photos
+    python prepare/catalogue.py --products=data/raw --out=data/kagl --id=item_ID --title=text --images=image  # parquet
     python prepare/catalogue.py --root=data/datasets --out=data/relabelled   # existing sets, one new vocabulary
     python prepare/catalogue.py --root=data/datasets                         # ... in place
 
@@ -13,23 +14,25 @@ tagger: `phrases` and `mine` are all there is to it, and head and tail of the vo
 import os
 import re
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the modules of the stages stand one folder up
 
 from layout import number_labels, place, read_labels, write_together, written_aside  # noqa: E402
-from rows import COLUMNS, FIELD, image_file, image_names, plain_text, read_rows  # noqa: E402
+from rows import COLUMNS, FIELD, clear_cells, image_file, image_names, read_row, read_tables  # noqa: E402
 
 import annotations  # noqa: E402
 import common  # noqa: E402
 import imaging  # noqa: E402
 import settings  # noqa: E402
-from settings import InputError, setting  # noqa: E402
+from settings import FROM_0, InputError, setting  # noqa: E402
 from tools.check_data import content_keys  # noqa: E402
 
 # Words that tell nothing of how a garment looks; no phrase crosses them. --stop_words adds those of a shop.
@@ -52,7 +55,10 @@ separately shade size statistics team tumble wash water wears wipe wring
 class CatalogueConfig:
     """Settings of `python prepare/catalogue.py`."""
 
-    products: str = setting("", "CSV (first line: column names) or JSON-lines file (.jsonl) of products")
+    products: str = setting(
+        "",
+        "file of products: CSV (first line: column names), JSON lines or parquet; or a folder or pattern of .parquet",
+    )
     root: str = setting("", "instead of --products: an existing data root whose attributes_id are mined anew")
     out: str = setting("", "data root to make; empty with --root: in place")
     id: str = setting("id", "column of the product's id; where there is none, rows are numbered")
@@ -65,7 +71,10 @@ class CatalogueConfig:
     subcategory: str = setting("subcategory", "column of the sub-category's name")
     separator: str = setting(";", "between the image paths of a row")
     image_folder: str = setting("", "where relative image paths start; empty: the folder of --products")
-    link: bool = setting(False, "link the images instead of copying them")
+    image_size: int = setting(
+        0, "write photos no larger than training at this --image_size needs; 0: as they are", FROM_0
+    )
+    link: bool = setting(False, "link the image files instead of copying them")
     skip_faulty: bool = setting(False, "list faulty rows and leave them out instead of stopping")
     val_share: float = setting(0.1, "share of the products that goes to val")
     seed: int = setting(0, "the split follows from it")
@@ -92,26 +101,25 @@ def phrases(text, stop_words=STOP_WORDS, max_words=2):
     return {phrase for phrase in found if len(phrase) > 1}
 
 
-def mine(texts, config):
-    """Sets of phrases -> the vocabulary, [(phrase, number of texts with it)], the most frequent first.
+def mine(count, n_texts, config):
+    """{phrase: number of texts with it} -> the vocabulary, [(phrase, that number)], the most frequent first.
 
     Kept: phrases of at least min_count texts and at most max_share of all; of those of several words the ones that are
     one thing (`lift`, wherever they are cut in two); and no part that hardly any text (1 in 10) has without the whole:
     "york" goes, "new york" stays. Raises InputError where nothing is left."""
-    count = Counter(phrase for text in texts for phrase in text)
 
     def is_one_thing(words):
         cuts = [(" ".join(words[:i]), " ".join(words[i:])) for i in range(1, len(words))]
-        return all(count[" ".join(words)] * len(texts) >= config.lift * count[a] * count[b] for a, b in cuts)
+        return all(count[" ".join(words)] * n_texts >= config.lift * count[a] * count[b] for a, b in cuts)
 
-    kept = {p for p, n in count.items() if config.min_count <= n <= config.max_share * len(texts)}
+    kept = {p for p, n in count.items() if config.min_count <= n <= config.max_share * n_texts}
     kept = {p for p in kept if is_one_thing(p.split())}
     for phrase in sorted(kept):
         words = phrase.split()
         parts = {" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)} - {phrase}
         kept -= {part for part in parts if count[phrase] >= 0.9 * count[part]}
     if not kept:
-        raise InputError(f"no phrase stands in {config.min_count} of {len(texts)} training texts; lower --min_count")
+        raise InputError(f"no phrase stands in {config.min_count} of {n_texts} training texts; lower --min_count")
     return sorted(((p, count[p]) for p in kept), key=lambda row: (-row[1], row[0]))[: config.vocabulary]
 
 
@@ -123,15 +131,20 @@ def label(root, out, config):
         for split, file in data_set.files.items():
             if Path(root, source, file).exists():
                 products = annotations.load_products(root, source, split)
-                texts[source, split] = [phrases(product.text, ignored, config.max_words) for product in products]
+                texts[source, split] = [product.text for product in products]
                 items[source, split] = annotations.read_json(Path(root, source, file), list)
     if not any(split == "train" for _, split in items):
         raise InputError(f"{root}: no annotation file of a train split, expected some of {', '.join(annotations.SETS)}")
-    vocabulary = mine([text for (_, split), part in texts.items() if split == "train" for text in part], config)
+    train = [text for (_, split), part in texts.items() if split == "train" for text in part]
+    count = Counter()
+    for text in train:  # phrases take much memory, so they are found here and below, and not kept
+        count.update(phrases(text, ignored, config.max_words))
+    vocabulary = mine(count, len(train), config)
     number, values = {phrase: i for i, (phrase, _) in enumerate(vocabulary)}, {}
     for (source, split), part in items.items():
         for item, text in zip(part, texts[source, split], strict=True):
-            item["attributes_id"] = sorted(number[phrase] for phrase in text & number.keys())
+            found = phrases(text, ignored, config.max_words)
+            item["attributes_id"] = sorted(number[phrase] for phrase in found & number.keys())
         values[Path(out, source, annotations.SETS[source].files[split])] = part
     write_together({**values, Path(out, "labels.json"): {**read_labels(root), "attributes": list(number)}})
     counts = [len(item["attributes_id"]) for part in items.values() for item in part]
@@ -144,50 +157,91 @@ def label(root, out, config):
 # products
 
 
-def read_products(config):
-    """(items, faults) of the file of products: rows of one id joined, images as paths, labels still names."""
-    rows, folder = read_rows(config), Path(config.image_folder or Path(config.products).parent)
-    columns = dict.fromkeys(column for row in rows for column in row if column)
+def check_columns(table, config):
+    """Raise InputError where the settings name a column that the `Table` lacks."""
     for name in COLUMNS:
         column = getattr(config, name)
-        fields = re.findall(FIELD, column) if name == "images" and column not in columns else []
-        unknown = [field for field in fields or [column] if field not in columns]
+        fields = re.findall(FIELD, column) if name == "images" and column not in table.columns else []
+        unknown = [field for field in fields or [column] if field not in table.columns]
         if unknown and (name in ("images", "title") or column != name):
             cure = f"set --{name}=COLUMN" + " or --images='images/{COLUMN}.jpg'" * (name == "images")
-            raise InputError(f"{config.products}: no column {unknown[0]!r}, found {', '.join(columns)}; {cure}")
+            raise InputError(f"{table.path}: no column {unknown[0]!r}, found {', '.join(table.columns)}; {cure}")
 
-    def get(row, name):
-        value = row.get(getattr(config, name))
-        if not isinstance(value, (str, int, float, type(None))):
-            raise ValueError(f"{name}: found {value!r:.60}, expected text")
-        return "" if value is None else plain_text(str(value))
 
-    items, faults = {}, []
-    for number, row in enumerate(tqdm(rows, desc="reading", unit="row", disable=None), 1):
-        try:
-            if None in row:
-                cure = "put quotes around a cell that holds the separator"
-                raise ValueError(f"{len(row[None])} more cells than columns; {cure}")
-            paths = [image_file(name, folder, config.separator) for name in image_names(row, config)]
-            texts = {name: get(row, name) for name in ("title", "description", "category", "subcategory")}
-            key = get(row, "id") if config.id in columns else str(number)
-            if key in items and not texts["title"]:  # a shop may write the texts on a product's first row alone
-                texts = {name: items[key][name] for name in texts}
-                paths = paths or items[key]["images"]  # a row of another size, without a photo
-            if not (key and texts["title"] and paths):
-                raise ValueError("id, title or images: empty")
-            annotations.check_printable(key, "id")
-            if items.get(key, texts)["title"] != texts["title"]:
-                raise ValueError(f"id {key} stood before with another title; rows of one id are one product")
-            for path in paths:
-                imaging.open_image(path)
-            item = items.setdefault(key, {"id": key, "images": [], **texts, "attributes_id": []})
-            item["images"] = list(dict.fromkeys([*item["images"], *paths]))
-        except ValueError as error:  # open_image's InputError is one
-            faults.append(
-                f"{config.products}: row {number}: {error}".removesuffix(", or leave it out by --missing=skip")
-            )
+def check_photo(path, photos, image_size):
+    """Open an image file. The result is its path, or that of a smaller copy where `image_size` allows one.
+
+    Training makes a square of 256 / 224 of its image size before it crops, so this is the copy's shorter side.
+    Copies are written below the folder `photos`. Raises ValueError where the image cannot be read."""
+    try:
+        image = imaging.open_image(path)
+    except InputError as error:
+        message = str(error).removesuffix(", or leave it out by --missing=skip")
+        if path.is_relative_to(photos):  # it is no file of the user's
+            message = message.removeprefix(f"{path}: ").removesuffix("; replace the file")
+        raise ValueError(message) from None
+    share = round(image_size * imaging.RESIZED / imaging.CROPPED) / min(image.size)
+    if not 0 < share < 1:
+        return path
+    handle, copy = tempfile.mkstemp(".jpg", dir=photos)
+    os.close(handle)
+    size = [max(1, round(share * side)) for side in image.size]
+    image.resize(size, Image.Resampling.LANCZOS).save(copy, quality=95)
+    if path.is_relative_to(photos):
+        path.unlink()
+    return Path(copy)
+
+
+def read_products(config, photos):
+    """(items, faults) of the files of products: rows of one id joined, images as paths, labels still names.
+
+    photos: an empty folder for photos that lie in parquet files and for smaller copies."""
+    items, faults, checked, n_rows, n_no_value = {}, [], {}, 0, 0
+    tables = read_tables(config, photos)
+    for table in tables:
+        check_columns(table, config)
+        folder = Path(config.image_folder or table.path.parent)
+        for number, row in enumerate(tqdm(table.rows, desc="reading", unit="row", disable=None), 1):
+            n_rows += 1
+            n_no_value += clear_cells(row)
+            try:
+                key, texts = read_row(row, config)
+                if config.id not in table.columns:
+                    key = str(n_rows)
+                paths = [image_file(name, folder, config.separator) for name in image_names(row, config)]
+                if key in items and not texts["title"]:  # a shop may write the texts on a product's first row alone
+                    texts = {name: items[key][name] for name in texts}
+                    paths = paths or items[key]["images"]  # a row of another size, without a photo
+                if not (key and texts["title"] and paths):
+                    raise ValueError("id, title or images: empty")
+                if items.get(key, texts)["title"] != texts["title"]:
+                    raise ValueError(f"id {key} stood before with another title; rows of one id are one product")
+                for path in paths:
+                    if path not in checked:
+                        checked[path] = check_photo(path, photos, config.image_size)
+                item = items.setdefault(key, {"id": key, "images": [], **texts, "attributes_id": []})
+                item["images"] = list(dict.fromkeys([*item["images"], *(checked[path] for path in paths)]))
+            except ValueError as error:
+                faults.append(f"{table.path}: row {number}: {error}")
+    if not n_rows:
+        raise InputError(f"{config.products}: found no product, expected products")
+    if n_no_value:
+        print(f"{n_no_value} cells such as 'nan' or 'NULL' count as empty")
     return list(items.values()), faults
+
+
+def join_spellings(items, key):
+    """Names under `key` that differ in case alone become one, the most frequent spelling; says how many do."""
+    count = Counter(item[key] for item in items)
+    best = {}  # {name in lower case: its most frequent spelling}
+    for name, _ in sorted(count.items(), key=lambda pair: (-pair[1], pair[0])):
+        best.setdefault(name.casefold(), name)
+    if len(best) < len(count):
+        odd = min(count.keys() - best.values())
+        same = f"{odd!r} = {best[odd.casefold()]!r}"
+        print(f"{key}: {len(count) - len(best)} names differ from others in case alone and join them, such as {same}")
+    for item in items:
+        item[key] = best[item[key].casefold()]
 
 
 def choose_val(items, n_val, seed):
@@ -218,15 +272,19 @@ def choose_val(items, n_val, seed):
     return val or min(groups.values(), key=len)
 
 
-def write_layout(root, config):
-    """Write config.products as FashionGen/ and labels.json under `root`. Raises InputError on faults, all printed."""
-    items, faults = read_products(config)
+def write_layout(root, photos, config):
+    """Write config.products as FashionGen/ and labels.json under `root`. Raises InputError on faults, all printed.
+
+    photos: as in `read_products`."""
+    items, faults = read_products(config, photos)
     print(*faults, sep="\n", end="\n" * bool(faults))
     if faults and not config.skip_faulty:
         raise InputError(f"{config.products}: {len(faults)} faulty rows, listed above; mend them or set --skip_faulty")
     n_val = max(1, round(config.val_share * len(items)))
     if not 0 < config.val_share < 1 or n_val >= len(items):
         raise InputError(f"val_share: found {config.val_share} of {len(items)} products; both splits need products")
+    for key in ("category", "subcategory"):
+        join_spellings(items, key)
     names = {"categories": number_labels(items, "category"), "subcategories": number_labels(items, "subcategory")}
     val = set(choose_val(items, n_val, config.seed))
     for split in ("train", "val"):
@@ -235,7 +293,7 @@ def write_layout(root, config):
             # numbered, as an id need not be a file name and two folders may hold files of one name
             files = [f"{i:06}_{view}{path.suffix.lower()}" for view, path in enumerate(item["images"])]
             for file, path in zip(files, item["images"], strict=True):
-                place(path, root / "FashionGen" / split / file, config.link)
+                place(path, root / "FashionGen" / split / file, config.link and not path.is_relative_to(photos))
             item["images"] = files
         write_together({root / "FashionGen" / f"{split}_info.json": part, root / "labels.json": names})
         print(f"{split}: {len(part)} products, {sum(len(item['images']) for item in part)} images")
@@ -243,6 +301,7 @@ def write_layout(root, config):
 
 def main():
     config = settings.load_config(CatalogueConfig, description=__doc__.splitlines()[0])
+    settings.check_limits(config)
     if bool(config.products) == bool(config.root) or config.products and not config.out:
         raise InputError("expected --products=FILE --out=FOLDER, or --root=FOLDER (--help explains)")
     if config.out and config.root and Path(config.out).resolve().is_relative_to(Path(config.root).resolve()):
@@ -252,7 +311,8 @@ def main():
     else:
         with written_aside(config.out) as aside:
             if config.products:
-                write_layout(aside, config)
+                with tempfile.TemporaryDirectory(prefix=f"{aside.name}.", dir=aside.parent) as photos:
+                    write_layout(aside, Path(photos), config)
             label(config.root or aside, aside, config)
             for folder, _, names in os.walk(config.root, followlinks=True) if config.root else ():
                 for name in names:

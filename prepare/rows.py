@@ -1,15 +1,20 @@
-"""The rows of a file of products, as shops and spreadsheets write it. prepare/catalogue.py makes products of them."""
+"""The rows of files of products, as shops, spreadsheets and data sets write them.
+
+prepare/catalogue.py makes products of them."""
 
 import ast
 import codecs
 import csv
+import glob
 import io
 import json
 import os
 import re
 import sys
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # annotations.py and settings.py stand one folder up
 
@@ -19,6 +24,16 @@ from settings import InputError  # noqa: E402
 
 COLUMNS = ("id", "images", "title", "description", "category", "subcategory")  # settings that name a column
 FIELD = r"\{([^{}]+)\}"  # a column in a template of --images
+NO_VALUE = ("nan", "null", "none", "n/a", "#n/a")  # what pandas, databases and spreadsheets write into empty cells
+BATCH = 32  # rows of a parquet file that are in memory at a time, with their photos
+
+
+class Table(NamedTuple):
+    """A file of products."""
+
+    path: Path
+    columns: list  # the names of all columns
+    rows: object  # dicts {column: cell}, which can be read once
 
 
 class _Text(HTMLParser):
@@ -80,9 +95,9 @@ def guess_separator(first_line):
 
 
 def read_csv(path, config):
-    """The rows of a CSV file as dicts; cells beyond the columns stand under None. Empty rows are left out.
+    """The `Table` of a CSV file; cells beyond the columns stand under None. Empty rows are left out.
 
-    Raises InputError where a quote is not closed or closes in another row, and on two columns of one name."""
+    Raises InputError where a quote is not closed or closes in another row."""
     text = read_text(path)
     excel = re.match(r'"?sep=([^\w"\r\n])"?[\r\n]+', text)  # Excel's own first line
     if excel:
@@ -106,10 +121,7 @@ def read_csv(path, config):
     except csv.Error as error:
         cure = 'double each quote (") inside a cell, and close each cell that begins with one'
         raise InputError(f"{path}: the row of line {begin + bool(excel)}: {error}; {cure}") from None
-    for name in (getattr(config, name) for name in COLUMNS):
-        if columns.count(name) > 1:
-            raise InputError(f"{path}: found {columns.count(name)} columns {name!r}, expected one; rename the others")
-    return rows
+    return Table(path, columns, rows)
 
 
 def holds_row(cell, columns, separator, images):
@@ -119,8 +131,8 @@ def holds_row(cell, columns, separator, images):
     return any(re.fullmatch(r".+\.(jpe?g|png|webp|gif)", row[columns.index(images)].strip(), re.I) for row in rows)
 
 
-def read_json_rows(path):
-    """The rows of a file of JSON lines, or of one JSON list. Raises InputError naming the line that cannot be read."""
+def read_json(path):
+    """The `Table` of a file of JSON lines, or of one JSON list. Raises InputError naming a line that cannot be read."""
     text, rows = read_text(path).strip(), []
     is_list = text.startswith("[")
     for number, line in enumerate([text] if is_list else text.split("\n"), 1):
@@ -131,17 +143,140 @@ def read_json_rows(path):
             where = "" if is_list else f"line {number}: "
             raise InputError(f"{path}: {where}{error}; expected UTF-8, a .csv or one JSON object a line") from None
         rows += value if is_list else [value] if line else []
-    return rows
+    if not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path}: found a line that is no object, expected products")
+    return Table(path, list(dict.fromkeys(column for row in rows for column in row)), rows)
 
 
-def read_rows(config):
-    """The rows of config.products as dicts: of CSV where it ends in .csv, .tsv or .txt, else of JSON."""
-    path = config.products
-    is_csv = Path(path).suffix.lower() in (".csv", ".tsv", ".txt")
-    rows = read_csv(path, config) if is_csv else read_json_rows(path)
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path}: found {'a line that is no object' if rows else 'no product'}, expected products")
-    return rows
+def read_parquet(path, config, photos):
+    """The `Table` of a parquet file. Its rows are read a few at a time, so memory does not grow with the file.
+
+    Photos that lie in the file are written into the folder `photos`, as they came; the rows name them.
+    Raises InputError without pyarrow and on a file that cannot be read, also while the rows are read."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(f"{path}: a parquet file needs the package pyarrow; pip install pyarrow") from None
+
+    def stop(error):
+        cause = str(error).partition("\n")[0]
+        problem = not_the_file(path) or f"cannot be read as parquet ({cause}); fetch the file again"
+        raise InputError(f"{path}: {problem}") from None
+
+    def read():
+        try:
+            # With pyarrow's own choice of these settings whole groups of rows are in memory, often a thousand photos.
+            with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**16) as file:
+                for batch in file.iter_batches(BATCH, use_threads=False):
+                    yield from batch.to_pylist()
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            stop(error)
+
+    def name_photos():  # outside of `read`, so that a full disk is not taken for a broken file
+        for number, row in enumerate(read()):
+            if config.images in row:
+                row[config.images] = write_photos(row[config.images], photos, f"{path.stem}_{number:07}")
+            yield row
+
+    try:
+        columns = pyarrow.parquet.read_schema(path).names
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        stop(error)
+    return Table(path, columns, name_photos())
+
+
+def write_photos(cell, folder, stem):
+    """The image cell of a parquet file -> what `image_names` reads: names as they are, of photos their new paths.
+
+    A photo is bytes, or {"bytes": ..., "path": ...} as Hugging Face's data sets have it. A cell may be a list of them.
+    """
+    if isinstance(cell, str) or cell is None:
+        return cell
+    names = []
+    for view, image in enumerate(cell if isinstance(cell, list) else [cell]):
+        image = image if isinstance(image, dict) else {"bytes" if isinstance(image, bytes) else "path": image}
+        content, name = image.get("bytes"), image.get("path")
+        if isinstance(content, bytes):
+            ending = Path(name or "").suffix
+            ending = ending if re.fullmatch(r"\.\w{2,5}", ending) else ".jpg"  # readers look at the content alone
+            name = os.path.join(folder, f"{stem}_{view}{ending}")
+            Path(name).write_bytes(content)
+        if name is not None:
+            names.append(name)
+    return names
+
+
+def find_files(products):
+    """The paths of the file `products`, or of the parquet files of a folder or of a pattern such as data/*.parquet.
+
+    Raises InputError where there is none, and where a folder lacks some of the files 00000-of-00003 to 00002-of-00003.
+    """
+    if not os.path.isdir(products) and ("*" not in products or os.path.exists(products)):
+        return [Path(products)]
+    is_folder = os.path.isdir(products)
+    paths = sorted(Path(products).rglob("*.parquet") if is_folder else map(Path, glob.glob(products, recursive=True)))
+    if not paths:
+        raise InputError(f"{products}: no file there, expected parquet files; or name one file, such as products.csv")
+    parts = Counter(re.sub(r"\d+-of-(\d+\.parquet)$", r"*-of-\1", str(path)) for path in paths if is_folder)
+    for name, found in parts.items():
+        whole = re.search(r"\*-of-(\d+)\.parquet$", name)
+        if whole and found != int(whole[1]):
+            raise InputError(f"{name}: found {found} files, expected {int(whole[1])}; download the others")
+    return paths
+
+
+def read_tables(config, photos):
+    """The `Table`s of config.products, which all have the same columns. The suffix tells CSV, parquet and JSON apart.
+
+    photos: an empty folder for the photos that lie in parquet files. Raises InputError on what cannot be read."""
+    tables = []
+    for i, path in enumerate(find_files(config.products)):
+        suffix = path.suffix.lower()
+        if suffix == ".parquet":
+            folder = Path(photos, str(i))  # as files in two folders may have one name
+            folder.mkdir()
+            tables.append(read_parquet(path, config, folder))
+        elif suffix in (".csv", ".tsv", ".txt"):
+            tables.append(read_csv(path, config))
+        else:
+            tables.append(read_json(path))
+    first = tables[0]
+    for table in tables:
+        if set(table.columns) != set(first.columns):
+            odd = min(set(table.columns) ^ set(first.columns))
+            raise InputError(f"{table.path}: column {odd!r} stands in it or in {first.path}, expected in both or none")
+        for name in (getattr(config, name) for name in COLUMNS):
+            count = table.columns.count(name)
+            if count > 1:
+                raise InputError(f"{table.path}: found {count} columns {name!r}, expected one; rename the others")
+    return tables
+
+
+def clear_cells(row):
+    """Empty the cells of a row that hold one of NO_VALUE alone, and return how many they are."""
+    columns = [column for column, cell in row.items() if cell is not None and str(cell).strip().lower() in NO_VALUE]
+    row.update(dict.fromkeys(columns, ""))
+    return len(columns)
+
+
+def get_text(row, name, config):
+    """The plain text of the column that the setting `name` names, "" where there is none. Raises ValueError."""
+    value = row.get(getattr(config, name))
+    if not isinstance(value, (str, int, float, type(None))):
+        raise ValueError(f"{name}: found {value!r:.60}, expected text")
+    return "" if value is None else plain_text(str(value))
+
+
+def read_row(row, config):
+    """(id, {setting: text}) of a row. Raises ValueError on what no product has."""
+    if None in row:
+        raise ValueError(f"{len(row[None])} more cells than columns; put quotes around a cell that holds the separator")
+    texts = {name: get_text(row, name, config) for name in ("title", "description", "category", "subcategory")}
+    key = get_text(row, "id", config)
+    if re.fullmatch(r"\d([.,]\d+)?E[+]\d+", key, re.IGNORECASE):
+        raise ValueError(f"id {key} was shortened by a spreadsheet; export this column as text")
+    check_printable(key, "id")
+    return key, texts
 
 
 def read_list(text):
