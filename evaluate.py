@@ -8,13 +8,16 @@ sub-category recognition (CR, SCR). polyvore: outfit complementary item retrieva
 
 metrics.py has the protocols, each with its definition."""
 
+import json
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -27,7 +30,7 @@ import imaging
 import metrics
 import pictures
 import settings
-from files import write_json
+from files import replacing, write_json
 from imaging import crop_then_resize, resize_then_crop
 from metrics import classification, composed_retrieval, full_gallery, outfit_retrieval, sample_100
 from model import CSANet
@@ -44,6 +47,8 @@ def embed(
 
     items: as data.Samples takes them; the processes share them. max_tokens: where config.max_tokens is 0. config needs
     image_size, max_tokens, eval_batch_size, workers, dtype; in tasks also task, data_root, seed, split and gallery."""
+    if isinstance(encode, OtherModel):
+        return encode.vectors_of(items)
     # Neighbours have texts of similar length, so that batches hold little padding.
     order = sorted(range(len(items)), key=lambda i: len(items[i].get("text", "")))
     # Where there are fewer items than processes, the others embed the first item again.
@@ -79,6 +84,50 @@ def finite(vectors, items):
     return vectors
 
 
+class OtherModel:
+    """Vectors of any model in the place of ours. Without a file it notes the items that --list writes.
+
+    path: an .npz with "vectors" (N, D) float32, a row for each line of "list", the text of the file that --list wrote.
+    They are compared by their dot products, as they are. Raises InputError on other contents."""
+
+    def __init__(self, path=None):
+        self.path, self.rows, self.vectors = path, {}, None  # rows {line of the list: its number}
+        if path is None:
+            return
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                self.vectors = torch.from_numpy(file["vectors"]).float()
+                self.rows = {line: row for row, line in enumerate(str(file["list"]).splitlines())}
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            cure = "expected an .npz of vectors and list, as docs/results.md makes it"
+            raise InputError(f"{path}: cannot be read ({str(error).partition(chr(10))[0]:.100}); {cure}") from None
+        shape = tuple(self.vectors.shape)
+        if len(shape) != 2 or shape[0] != len(self.rows) or not shape[1]:
+            raise InputError(
+                f"{path}: found vectors {shape}, expected ({len(self.rows)}, D), a row for each line of list"
+            )
+        bad = (~self.vectors.isfinite().all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise InputError(f"{path}: vector {bad[0]} is not finite ({len(bad)} such); expected numbers alone")
+
+    def vectors_of(self, items):
+        """The vectors (len(items), D) of items; zeros (len(items), 1) where they are only noted."""
+        lines = [json.dumps({key: str(item[key]) for key in ("image", "text") if key in item}) for item in items]
+        if self.path is None:
+            self.rows |= dict.fromkeys(lines)
+            return torch.zeros(len(items), 1)
+        missing = [line for line in lines if line not in self.rows]
+        if missing:
+            found = f"{len(missing)} of {len(lines)} items are not in its list, as {missing[0]:.200}"
+            raise InputError(f"{self.path}: {found}; write the list anew for this --data_root and task")
+        return self.vectors[[self.rows[line] for line in lines]]
+
+
+def encoder_of(model):
+    """What `embed` takes for the scaled embeddings of a model of ours or an OtherModel."""
+    return model if isinstance(model, OtherModel) else partial(embed_batch, model)
+
+
 def image_items(paths):
     """Items of images alone."""
     return [{"image": path, "name": path} for path in paths]
@@ -94,7 +143,7 @@ def embed_batch(model, batch):
 
 def embed_retrieval(model, products, tokenizer, config, processes):
     """The first four arguments of `full_gallery` for products: every image and every text once, scaled."""
-    embed_items = partial(embed, partial(embed_batch, model), tokenizer=tokenizer, config=config, processes=processes)
+    embed_items = partial(embed, encoder_of(model), tokenizer=tokenizer, config=config, processes=processes)
     images = [{"image": path, "name": product.name} for product in products for path in product.images]
     image_id = [i for i, product in enumerate(products) for _ in product.images]
     texts = embed_items([{"text": product.text} for product in products])
@@ -171,8 +220,8 @@ def evaluate_fashioniq(model, tokenizer, config, processes):
         items = [{key: query[key] for key in ("image", "text", "name")} for query in queries]
         place = {image: i for i, image in enumerate(gallery)}
         classes[name] = {
-            "gallery": embed(partial(embed_batch, model), image_items(gallery.values()), *share),
-            "queries": embed(partial(embed_batch, model), items, *share),
+            "gallery": embed(encoder_of(model), image_items(gallery.values()), *share),
+            "queries": embed(encoder_of(model), items, *share),
             "query_id": torch.tensor([place[query["target"]] for query in queries]),
             "gallery_id": torch.arange(len(gallery)),
         }
@@ -297,7 +346,9 @@ class EvalConfig:
 
     task: str = setting("", ", ".join(EVALUATIONS), choices=tuple(EVALUATIONS), group="task")
     checkpoint: str = setting("", "ours or a released one")
-    baseline: str = setting("", "another checkpoint: adds the difference to it on the same queries")
+    baseline: str = setting("", "another checkpoint or .npz: adds the difference to it on the same queries")
+    list: str = setting("", "file to write, a JSON line for each item that a model must embed; needs no checkpoint")
+    embeddings: str = setting("", "an .npz with the vectors of that list by any model, in place of --checkpoint")
     split: str = setting("disjoint", "polyvore: disjoint or nondisjoint", choices=SPLITS)
     gallery: str = setting("original", "fashioniq: original (split file) or val (references, targets)", None, GALLERIES)
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, FashionIQ/, ...", group="data")
@@ -332,9 +383,30 @@ def as_trained(config, path):
     return replace(config, image_size=config.image_size or image_size, max_tokens=config.max_tokens or max_tokens)
 
 
+def run_other(model, config, processes):
+    """{protocol: Result} of an OtherModel. Raises InputError for a task that needs more than vectors of items."""
+    if config.task not in ("fashiongen_retrieval", "fashioniq"):
+        raise InputError(
+            f"task: found {config.task!r}, expected fashiongen_retrieval or fashioniq for any model's vectors"
+        )
+    return EVALUATIONS[config.task].run(model, None, config, processes)
+
+
+def write_list(config, processes):
+    """Write the file `config.list`: a JSON line with "image", "text" or both for each item that a model must embed."""
+    model = OtherModel()
+    run_other(model, config, processes)
+    if processes.is_main:
+        with replacing(config.list) as file:
+            file.write("".join(f"{line}\n" for line in model.rows).encode())
+        print(f"written: {config.list}, {len(model.rows)} items to embed")
+
+
 def evaluate_checkpoint(path, config, processes):
     """{protocol: Result} of one checkpoint on `config.task`. Raises InputError where it is of another task."""
     evaluation = EVALUATIONS[config.task]
+    if str(path).endswith(".npz"):
+        return run_other(OtherModel(path), config, processes)
     model, info = checkpoint.load_model(path, processes.device, evaluation.needs)
     checkpoint.check_labels(path, info["labels"], annotations.label_names(config.data_root, config.task))
     config = as_trained(config, path)
@@ -378,19 +450,23 @@ def main():
     config = settings.load_config(EvalConfig, description=__doc__)
     # All settings are checked before anything is loaded. An image size of 0 is read from the checkpoint later.
     settings.check_limits(replace(config, image_size=config.image_size or STRIDE))
-    if not config.checkpoint:
-        raise InputError("checkpoint: none given, expected --checkpoint=FILE")
-    out = config.out or f"{config.checkpoint}.{config.task}.{'png' if config.show else 'json'}"
+    path = config.embeddings or config.checkpoint
+    if not path and not config.list:
+        raise InputError("checkpoint: none given, expected --checkpoint=FILE, --embeddings=FILE.npz or --list=FILE")
+    out = config.out or f"{path}.{config.task}.{'png' if config.show else 'json'}"
     if config.show:
         pictures.check_page(out)
     processes = common.start_processes(config.device)
+    if config.list:
+        write_list(config, processes)
+        return
     started = time.perf_counter()
-    results = evaluate_checkpoint(config.checkpoint, config, processes)
+    results = evaluate_checkpoint(path, config, processes)
     baseline = evaluate_checkpoint(config.baseline, config, processes) if config.baseline else None
     if not processes.is_main:
         return
     table, seconds = str(Path(out).with_suffix(".json")) if config.show else out, time.perf_counter() - started
-    report(results, config, processes.device, config.checkpoint, table, seconds, baseline, config.bootstrap)
+    report(results, config, processes.device, path, table, seconds, baseline, config.bootstrap)
     if config.show:
         name = f"{config.task}, {next(iter(results))}"
         pictures.draw_choices(out, name, selecting(results).choices, config.show, config.seed)
