@@ -165,7 +165,7 @@ def read_parquet(path, config, photos):
 
     def read():
         try:
-            # With pyarrow's own choice of these settings whole groups of rows are in memory, often a thousand photos.
+            # With pyarrow's own choice of these settings several groups of rows are in memory at a time.
             with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**16) as file:
                 for batch in file.iter_batches(BATCH, use_threads=False):
                     yield from batch.to_pylist()
