@@ -197,12 +197,11 @@ class ImageTokenizer(nn.Module):
         z = self.quant_conv(self.encoder(images.contiguous(memory_format=torch.channels_last)))  # (B, D, H/32, W/32)
         return z.flatten(2).transpose(1, 2)
 
+    @torch.no_grad()
     def encode(self, images, at_once=8):
         """(B, 3, H, W) -> (B, P) int64 codes in row order, without gradient. Memory is that of `at_once` images."""
-        with torch.inference_mode():
-            z = torch.cat([self.latents(part) for part in images.split(at_once)])
-            codes = self.codebook.nearest(z.flatten(0, 1)).view(z.shape[:2])
-        return codes.clone()  # an ordinary tensor: autograd refuses to save one made in inference mode, such as labels
+        z = torch.cat([self.latents(part) for part in images.split(at_once)])
+        return self.codebook.nearest(z.flatten(0, 1)).view(z.shape[:2])
 
 
 class VQVAE(ImageTokenizer):

@@ -1060,12 +1060,9 @@ def test_command_line_ends_in_one_line(tmp_path):
     assert done.stderr.startswith(f"error: {tmp_path / 'a.pt'}: not a checkpoint") and done.stderr.count("\n") == 1
 
 
-def test_the_first_line_of_info_alone_ends_without_a_traceback(tmp_path):
-    """`| head -1` closes the pipe. The file has names enough that the writer is still writing then."""
-    state = {f"layer1.{i}.conv1.weight": torch.zeros(1) for i in range(20_000)}
-    torch.save(state, tmp_path / "many.pt")
-    command = f"{sys.executable} -m tools.weights --info {tmp_path / 'many.pt'} | head -1"
-    ended = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, cwd=Path(__file__).parents[1]
-    )
-    assert ended.stdout.count("\n") == 1 and ended.stderr == ""
+def test_info_into_a_pipe_that_closes_ends_without_a_traceback(tmp_path):
+    """As `| head -1` does. Here the reader closes before the first line."""
+    command = f"{sys.executable} -m tools.weights --info {saved(tmp_path / 'a.pt', small())} | true"
+    script = f"set -o pipefail; {command}"
+    ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (ended.returncode, ended.stderr) == (0, "")
