@@ -65,6 +65,8 @@ class Run:
         checkpoint.check_labels(state["path"], theirs, ours)
         self.report = checkpoint.restore(state, self.config, self.model, self.optimizer, self.scaler)
         self.start, self.best = state["step"], state.get("best", -1.0)
+        if "n_items" in state:
+            self.contents["n_items"] = state["n_items"]
         self.validating = state.get("validation_due", False)  # the run ended while it validated
         # The best model so far comes along from another run folder. Where it is gone, a validation finds a new one.
         path = Path(state["path"])
@@ -86,6 +88,11 @@ class Run:
 
         batches: data.Batches, and name_of(row): how messages call a row of the data set, both for `health.Health`."""
         self.batches, self.name_of, self.wandb = batches, name_of, None
+        before, self.contents["n_items"] = self.contents.get("n_items", batches.n), batches.n
+        if before != batches.n:
+            self.report.append(
+                f"resume: the data had {before} items, has {batches.n}; their order is another from here on"
+            )
         if self.processes.is_main:
             best = self.older_best.read_bytes() if self.best > -1 else b""  # before open_folder may rename it
             open_folder(self.config, self.start, self.validating)

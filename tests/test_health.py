@@ -359,6 +359,15 @@ def test_a_resume_says_which_settings_are_new_and_uses_them(catalogue, tmp_path,
         pretrain.train(config, ONE)
 
 
+def test_a_resume_with_other_data_says_so(catalogue, tmp_path, capsys):
+    config = itc(catalogue, tmp_path, max_steps=2, resume="auto", sets=("FashionGen",))
+    pretrain.train(config, ONE)
+    assert "resume: the data" not in capsys.readouterr().out
+    pretrain.train(dataclasses.replace(config, max_steps=4, sets=("FashionGen", "Fashion200k")), ONE)
+    n = [len(pretrain.annotations.load_products(catalogue, name, "train")) for name in ("FashionGen", "Fashion200k")]
+    assert f"resume: the data had {n[0]} items, has {sum(n)}; their order is another" in capsys.readouterr().out
+
+
 def test_fine_tuning_stops_for_signals_and_broken_numbers_too(catalogue, tmp_path, monkeypatch):
     from test_finetune import small
 
