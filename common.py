@@ -66,8 +66,7 @@ def is_dead_worker(error):
     return any(sign in str(error) for sign in ("DataLoader worker", "Pin memory thread"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# processes and collectives
+# ---- processes and collectives ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -257,8 +256,7 @@ def averaging(model, is_last):
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last else contextlib.nullcontext()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# randomness, precision
+# ---- randomness, precision -------------------------------------------------------------------------------------------
 
 
 def seed_step(seed, step, rank):
@@ -274,8 +272,7 @@ def autocast(device, dtype):
     return contextlib.nullcontext() if dtype == "float32" else torch.autocast(device.type, dtype=getattr(torch, dtype))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# learning rate and optimizer
+# ---- learning rate and optimizer -------------------------------------------------------------------------------------
 
 
 def lr_multiplier(n, warmup, milestones, warmup_factor=0.25):

@@ -8,16 +8,13 @@ sub-category recognition (CR, SCR). polyvore: outfit complementary item retrieva
 
 metrics.py has the protocols, each with its definition."""
 
-import json
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -34,6 +31,7 @@ from files import replacing, write_json
 from imaging import crop_then_resize, resize_then_crop
 from metrics import classification, composed_retrieval, full_gallery, outfit_retrieval, sample_100
 from model import CSANet
+from othermodels import OtherModel
 from settings import COUNT, DEVICES, DTYPES, FROM_0, STRIDE, InputError, setting
 
 GALLERIES, SPLITS = ("original", "val"), ("disjoint", "nondisjoint")  # of FashionIQ and of Polyvore Outfits
@@ -82,45 +80,6 @@ def finite(vectors, items):
         found = f"its embedding is not finite ({len(broken)} of {len(items)} such)"
         raise InputError(f"{name}: {found}; the checkpoint is broken, or its numbers are too large for float16")
     return vectors
-
-
-class OtherModel:
-    """Vectors of any model in the place of ours. Without a file it notes the items that --list writes.
-
-    path: an .npz with "vectors" (N, D) float32, a row for each line of "list", the text of the file that --list wrote.
-    They are compared by their dot products, as they are. Raises InputError on other contents."""
-
-    def __init__(self, path=None):
-        self.path, self.rows, self.vectors = path, {}, None  # rows {line of the list: its number}
-        if path is None:
-            return
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                self.vectors = torch.from_numpy(file["vectors"]).float()
-                self.rows = {line: row for row, line in enumerate(str(file["list"]).splitlines())}
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            cure = "expected an .npz of vectors and list, as docs/results.md makes it"
-            raise InputError(f"{path}: cannot be read ({str(error).partition(chr(10))[0]:.100}); {cure}") from None
-        shape = tuple(self.vectors.shape)
-        if len(shape) != 2 or shape[0] != len(self.rows) or not shape[1]:
-            raise InputError(
-                f"{path}: found vectors {shape}, expected ({len(self.rows)}, D), a row for each line of list"
-            )
-        bad = (~self.vectors.isfinite().all(1)).nonzero().flatten().tolist()
-        if bad:
-            raise InputError(f"{path}: vector {bad[0]} is not finite ({len(bad)} such); expected numbers alone")
-
-    def vectors_of(self, items):
-        """The vectors (len(items), D) of items; zeros (len(items), 1) where they are only noted."""
-        lines = [json.dumps({key: str(item[key]) for key in ("image", "text") if key in item}) for item in items]
-        if self.path is None:
-            self.rows |= dict.fromkeys(lines)
-            return torch.zeros(len(items), 1)
-        missing = [line for line in lines if line not in self.rows]
-        if missing:
-            found = f"{len(missing)} of {len(lines)} items are not in its list, as {missing[0]:.200}"
-            raise InputError(f"{self.path}: {found}; write the list anew for this --data_root and task")
-        return self.vectors[[self.rows[line] for line in lines]]
 
 
 def encoder_of(model):

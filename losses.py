@@ -68,8 +68,7 @@ def hardest_negatives(image, text, product_id, n_candidates=0):
     return similarity.masked_fill(excluded, float("-inf")).argmax(1), ~excluded.all(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the six objectives of pre-training
+# ---- the six objectives of pre-training ------------------------------------------------------------------------------
 
 
 def itc(model, batch):
@@ -191,14 +190,12 @@ def pac(model, batch):
     return loss, {"pac_recall": recall}
 
 
-# A new objective needs a function here, a share in pretrain.PAPER_MIX or --objectives, what `data.Pretraining.sample`
-# adds to a sample, and where it has a head: model.HEADS, `build` in FashionViL and checkpoint.SIZE_OF. Its accuracy is
-# called NAME_acc, which tools/summary.py reads; that file also needs the objective's trivial answer.
+# A new objective needs a function here, a share in --objectives, what `data.Pretraining.sample` adds to a sample, and
+# for a head: model.HEADS, `build` in FashionViL, checkpoint.SIZE_OF. tools/summary.py reads its accuracy, NAME_acc.
 OBJECTIVES = {"itc": itc, "itm": itm, "mlm": mlm, "mpfc": mpfc, "mvc": mvc, "pac": pac}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# fine-tuning
+# ---- fine-tuning -----------------------------------------------------------------------------------------------------
 
 
 def tgir(model, batch):

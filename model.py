@@ -349,8 +349,7 @@ class FashionViL(nn.Module):
     def scaled(self, x):  # embeddings (B, D) -> `s * x / ||x||`, whose products are the contrastive logits
         return scaled_normalize(x, self.logit_scale)
 
-    def forward(self, batch, objective):
-        """`objective(self, batch)`, for DistributedDataParallel must see every loss inside its own forward."""
+    def forward(self, batch, objective):  # DistributedDataParallel must see every loss inside its own forward
         return objective(self, batch)
 
 
