@@ -1,70 +1,18 @@
-"""What all stages share: how a program ends, processes and collectives, seeds, precision, learning rate, optimizer."""
+"""What all stages share: processes and collectives, seeds, precision, learning rate, optimizer."""
 
 import contextlib
 import ctypes
 import os
 import platform
-import subprocess
-import sys
-import threading
-import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
+import ending
 from settings import InputError
-
-EXIT_STOPPED = 75  # exit code of a run that was stopped and has saved: "try again" in sysexits.h
-WORKER_DIED = "a data loader worker was killed, perhaps for lack of memory or of /dev/shm; set fewer --workers"
-
-
-_stores = []  # of the process group, where its processes leave notes for each other
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and has saved. Its text is the one line that the user sees."""
-
-
-def run(main):
-    """Call `main()`. InputError and Stopped print their one line and exit with 2 and EXIT_STOPPED; a bug traces.
-
-    Where one of several processes fails, the others leave within seconds, and its line is the last one."""
-    for stream in (sys.stdout, sys.stderr):  # a file's name can hold bytes that the terminal's encoding refuses
-        stream.reconfigure(errors="backslashreplace")
-    code = 0
-    try:
-        main()
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Stopped as stopped:
-        tqdm.write(str(stopped), file=sys.stderr)
-        code = EXIT_STOPPED
-    except (InputError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_dead_worker(error):
-            if in_group() and _stores[-1].check(["failed"]):  # it is the lost connection to the process that failed
-                os._exit(2)
-            raise
-        # An error of a loader worker arrives inside that worker's traceback. Its last line is ours.
-        line = str(error).strip().splitlines()[-1].removeprefix("settings.InputError: ")
-        line = f"error: {WORKER_DIED if isinstance(error, RuntimeError) else line}"
-        if in_group():
-            end_group(line)
-        tqdm.write(line, file=sys.stderr)
-        code = 2
-    if in_group():
-        dist.destroy_process_group()
-    if code:
-        sys.exit(code)
-
-
-def is_dead_worker(error):
-    """Whether a RuntimeError is how torch says that the system killed a data loader worker."""
-    return any(sign in str(error) for sign in ("DataLoader worker", "Pin memory thread"))
-
 
 # ---- processes and collectives ---------------------------------------------------------------------------------------
 
@@ -132,33 +80,8 @@ def start_processes(device="auto", deterministic=False, tf32=False):
             cause = str(error).partition("\n")[0]
             cure = "set GLOO_SOCKET_IFNAME to the network interface that the machines share, as eth0"
             raise InputError(f"the processes cannot connect: {cause}; {cure} (`ip address` lists them)") from None
-        watch_others(store)
+        ending.watch_others(store)
     return Processes(rank(), processes, device)
-
-
-def watch_others(store):
-    """In a thread: leave soon after another process has failed. This one may wait for that one's gradient forever."""
-
-    def watch():
-        with contextlib.suppress(RuntimeError):  # the store is gone
-            while not store.check(["failed"]):
-                time.sleep(1)
-            time.sleep(3)  # torchrun reports the process that ends first, and that is the one that failed
-            os._exit(2)
-
-    _stores.append(store)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def end_group(line):
-    """End this process and tell the others, which end within seconds. To close the group would wait for them.
-
-    torchrun's own report follows `line`, so a small process prints it once more when torchrun has ended."""
-    _stores[-1].set("failed", "")
-    tqdm.write(line, file=sys.stderr)
-    wait = 'while kill -0 "$0" 2>/dev/null; do sleep 0.1; done; echo "$1" >&2'
-    subprocess.Popen(["timeout", "60", "sh", "-c", wait, str(os.getppid()), line], start_new_session=True)
-    os._exit(2)
 
 
 def world_size():

@@ -23,6 +23,7 @@ import annotations
 import checkpoint
 import common
 import data
+import ending
 import imaging
 import metrics
 import pictures
@@ -432,4 +433,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main)
+    ending.run(main)

@@ -20,6 +20,7 @@ import annotations
 import checkpoint
 import common
 import data
+import ending
 import evaluate
 import imaging
 import losses
@@ -230,4 +231,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main)
+    ending.run(main)

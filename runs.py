@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import checkpoint
 import common
+import ending
 import health
 from common import gather_objects
 from files import replacing, write_json, writing
@@ -124,7 +125,7 @@ class Run:
 
         In a validation, which may take long, everything has just been saved, so a run of one process ends at once."""
         if self.validating and self.saved == self.done and not common.in_group():
-            raise common.Stopped(self._stopped())
+            raise ending.Stopped(self._stopped())
         if self.stop_asked and number == signal.SIGINT and not common.in_group():
             raise KeyboardInterrupt
         self.stop_asked = True
@@ -147,10 +148,10 @@ class Run:
             return batches
         if self.saved < self.done:
             self.save()
-        if error is not None and not common.is_dead_worker(error):
+        if error is not None and not ending.is_dead_worker(error):
             raise error
-        cause = "" if error is None else f"{common.WORKER_DIED}; "
-        raise common.Stopped(cause + self._stopped())
+        cause = "" if error is None else f"{ending.WORKER_DIED}; "
+        raise ending.Stopped(cause + self._stopped())
 
     def _stopped(self):
         return f"stopped after update {self.done}, {self.folder / 'last.pt'}; --resume=auto goes on"

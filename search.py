@@ -25,6 +25,7 @@ import annotations
 import checkpoint
 import common
 import data
+import ending
 import evaluate
 import imaging
 import pictures
@@ -272,4 +273,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    ending.run(main)

@@ -20,6 +20,7 @@ from torch import nn
 import annotations
 import common
 import data
+import ending
 import formats
 import imaging
 import runs
@@ -496,4 +497,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main)
+    ending.run(main)

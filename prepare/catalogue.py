@@ -29,7 +29,7 @@ from layout import number_labels, place, read_labels, write_together, written_as
 from rows import COLUMNS, FIELD, clear_cells, image_file, image_names, read_row, read_tables  # noqa: E402
 
 import annotations  # noqa: E402
-import common  # noqa: E402
+import ending  # noqa: E402
 import imaging  # noqa: E402
 import settings  # noqa: E402
 from settings import FROM_0, InputError, setting  # noqa: E402
@@ -323,4 +323,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main)
+    ending.run(main)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py and data.py stan
 
 from layout import number_labels, read_labels, write_together, written_aside  # noqa: E402
 
-from common import run  # noqa: E402
+from ending import run  # noqa: E402
 from settings import InputError, load_config, setting  # noqa: E402
 
 TEXTS = {  # our key: the release's

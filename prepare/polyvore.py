@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py and data.py stan
 from layout import place, write_together, written_aside  # noqa: E402
 
 from annotations import need, read_json  # noqa: E402
-from common import run  # noqa: E402
+from ending import run  # noqa: E402
 from settings import InputError, check_limits, load_config, setting  # noqa: E402
 
 SPLITS = ("disjoint", "nondisjoint")

@@ -22,6 +22,7 @@ from test_pretrain import small
 
 import checkpoint
 import common
+import ending
 import finetune
 import health
 import pretrain
@@ -59,7 +60,7 @@ def test_a_signal_saves_and_leaves_and_the_resumed_run_is_the_whole_one(catalogu
     at_update(4, lambda loss: os.kill(os.getpid(), number) or loss)
     before = signal.getsignal(number)
     config = itc(catalogue, tmp_path / "parts", resume="auto")
-    with pytest.raises(common.Stopped, match="stopped after update 4, .*parts/last.pt; --resume=auto goes on"):
+    with pytest.raises(ending.Stopped, match="stopped after update 4, .*parts/last.pt; --resume=auto goes on"):
         pretrain.train(config, ONE)
     assert signal.getsignal(number) is before
     assert torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["step"] == 4
@@ -90,7 +91,7 @@ def test_a_run_whose_workers_get_a_signal_saves_and_resumes(catalogue, tmp_path,
     pretrain.train(itc(catalogue, tmp_path / "whole", max_steps=20), ONE)
     at_update(4, lambda loss: end() or loss)
     config = itc(catalogue, tmp_path / "parts", max_steps=20, resume="auto", workers=1)
-    with pytest.raises(common.Stopped, match=says):
+    with pytest.raises(ending.Stopped, match=says):
         pretrain.train(config, ONE)
     assert not multiprocessing.active_children()
     pretrain.train(config, ONE)
@@ -104,7 +105,7 @@ def test_processes_on_several_machines_ask_for_a_stop_at_every_tenth_update(
     monkeypatch.setattr(common, "on_several_machines", lambda: True)
     monkeypatch.setattr(common, "any_process", lambda flag: asked.append(flag) or flag)
     at_update(4, lambda loss: os.kill(os.getpid(), signal.SIGTERM) or loss)
-    with pytest.raises(common.Stopped, match="stopped after update 10, "):
+    with pytest.raises(ending.Stopped, match="stopped after update 10, "):
         pretrain.train(itc(catalogue, tmp_path, max_steps=12, eval_interval=-1), ONE)
     assert asked == [False, True]
 
@@ -114,7 +115,7 @@ def test_a_worker_killed_in_an_evaluation_ends_in_one_line(capsys):
         raise RuntimeError("DataLoader worker (pid(s) 1234) exited unexpectedly")
 
     with pytest.raises(SystemExit) as left:
-        common.run(evaluate)
+        ending.run(evaluate)
     said = capsys.readouterr().err
     assert left.value.code == 2 and said.startswith("error: a data loader worker was killed") and said.count("\n") == 1
 
@@ -165,7 +166,7 @@ def test_a_signal_in_a_validation_ends_the_run_at_once_and_the_resume_validates(
         os.kill(os.getpid(), signal.SIGTERM)
         return measure(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(common.Stopped, match="stopped after update 3, "):
+    with monkeypatch.context() as patch, pytest.raises(ending.Stopped, match="stopped after update 3, "):
         patch.setattr(pretrain.evaluate, "retrieval_metrics", interrupted)
         pretrain.train(config, ONE)
     assert not [row for row in read_log(tmp_path / "parts") if "val_mean_recall" in row]
@@ -182,11 +183,11 @@ def test_a_float32_run_goes_on_as_float16(catalogue, tmp_path):
 
 def test_a_stopped_process_has_its_own_exit_code(capsys):
     def stop():
-        raise common.Stopped("stopped after update 4")
+        raise ending.Stopped("stopped after update 4")
 
     with pytest.raises(SystemExit) as left:
-        common.run(stop)
-    assert left.value.code == common.EXIT_STOPPED == 75 and capsys.readouterr().err == "stopped after update 4\n"
+        ending.run(stop)
+    assert left.value.code == ending.EXIT_STOPPED == 75 and capsys.readouterr().err == "stopped after update 4\n"
 
 
 @pytest.mark.parametrize(
@@ -375,7 +376,7 @@ def test_fine_tuning_stops_for_signals_and_broken_numbers_too(catalogue, tmp_pat
     task = finetune.TASKS["fashioniq"]
     objective = task.objective
     for effect, error, says in (
-        (lambda loss: os.kill(os.getpid(), signal.SIGTERM) or loss, common.Stopped, "stopped after update 1"),
+        (lambda loss: os.kill(os.getpid(), signal.SIGTERM) or loss, ending.Stopped, "stopped after update 1"),
         (lambda loss: loss * float("nan"), InputError, r"update 2: loss nan.*objective fashioniq.*cap\..*entry"),
     ):
 

@@ -12,7 +12,7 @@ import pytest
 import soak
 import torch
 
-import common
+import ending
 import runs
 import settings
 
@@ -48,7 +48,7 @@ def test_three_kills(folder, whole, tmp_path):
     process = soak.start("pretrain", 1, folder, tmp_path / "run")
     assert soak.wait_for(process, tmp_path / "run", soak.reached(tmp_path / "run") + 4)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(600) == common.EXIT_STOPPED
+    assert process.wait(600) == ending.EXIT_STOPPED
     assert "; --resume=auto goes on" in (tmp_path / "run" / "output.txt").read_text()
     soak.finish(soak.start("pretrain", 1, folder, tmp_path / "run"), tmp_path / "run")
     soak.same_runs(whole("pretrain", 1), tmp_path / "run")

@@ -18,6 +18,7 @@ import annotations
 import checkpoint
 import common
 import data
+import ending
 import evaluate
 import finetune
 import formats
@@ -237,7 +238,7 @@ def test_a_batch_that_cannot_be_sent_is_not_waited_for():
     share = {"num_workers": 1, "worker_init_fn": data.leave_group, "collate_fn": list}
     with pytest.raises(RuntimeError) as error:
         next(iter(DataLoader(Unsendable(), batch_size=2, **share)))
-    assert common.is_dead_worker(error.value)
+    assert ending.is_dead_worker(error.value)
 
 
 @pytest.mark.parametrize("token", ["red", ""])

@@ -21,6 +21,7 @@ import annotations
 import checkpoint
 import common
 import data
+import ending
 import evaluate
 import finetune
 import imaging
@@ -216,4 +217,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main)
+    ending.run(main)

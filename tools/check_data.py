@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import annotations
-from common import run
+from ending import run
 from imaging import open_image
 from settings import InputError, load_config, setting
 

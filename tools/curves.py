@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-import common
+import ending
 from files import replacing
 from settings import InputError
 
@@ -69,4 +69,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    ending.run(main)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
+import ending
 import settings
 from files import write_json
 from tools.bench import NAMES, BenchConfig, Ours, apart, step
@@ -110,6 +111,4 @@ def main():
 
 
 if __name__ == "__main__":
-    import common
-
-    common.run(main)
+    ending.run(main)

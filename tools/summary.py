@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 import annotations
-import common
 import data
+import ending
 import formats
 import imaging
 import vqvae
@@ -67,4 +67,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    ending.run(main)

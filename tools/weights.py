@@ -11,7 +11,7 @@ import torch
 
 import checkpoint
 import vqvae
-from common import run
+from ending import run
 from files import replacing
 from formats import is_zip, read_weights, reading, shown
 from settings import InputError

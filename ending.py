@@ -1,0 +1,85 @@
+"""How a program ends: in one line for the user, after a save, and for all processes together."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from settings import InputError
+
+EXIT_STOPPED = 75  # exit code of a run that was stopped and has saved: "try again" in sysexits.h
+WORKER_DIED = "a data loader worker was killed, perhaps for lack of memory or of /dev/shm; set fewer --workers"
+
+
+_stores = []  # of the process group, where its processes leave notes for each other
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved. Its text is the one line that the user sees."""
+
+
+def run(main):
+    """Call `main()`. InputError and Stopped print their one line and exit with 2 and EXIT_STOPPED; a bug traces.
+
+    Where one of several processes fails, the others leave within seconds, and its line is the last one."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name can hold bytes that the terminal's encoding refuses
+        stream.reconfigure(errors="backslashreplace")
+    code = 0
+    try:
+        main()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Stopped as stopped:
+        tqdm.write(str(stopped), file=sys.stderr)
+        code = EXIT_STOPPED
+    except (InputError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_dead_worker(error):
+            if _stores and _stores[-1].check(["failed"]):  # it is the lost connection to the process that failed
+                os._exit(2)
+            raise
+        # An error of a loader worker arrives inside that worker's traceback. Its last line is ours.
+        line = str(error).strip().splitlines()[-1].removeprefix("settings.InputError: ")
+        line = f"error: {WORKER_DIED if isinstance(error, RuntimeError) else line}"
+        if _stores:
+            end_group(line)
+        tqdm.write(line, file=sys.stderr)
+        code = 2
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    if code:
+        sys.exit(code)
+
+
+def is_dead_worker(error):
+    """Whether a RuntimeError is how torch says that the system killed a data loader worker."""
+    return any(sign in str(error) for sign in ("DataLoader worker", "Pin memory thread"))
+
+
+def watch_others(store):
+    """In a thread: leave soon after another process has failed. This one may wait for that one's gradient forever."""
+
+    def watch():
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            while not store.check(["failed"]):
+                time.sleep(1)
+            time.sleep(3)  # torchrun reports the process that ends first, and that is the one that failed
+            os._exit(2)
+
+    _stores.append(store)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def end_group(line):
+    """End this process and tell the others, which end within seconds. To close the group would wait for them.
+
+    torchrun's own report follows `line`, so a small process prints it once more when torchrun has ended."""
+    _stores[-1].set("failed", "")
+    tqdm.write(line, file=sys.stderr)
+    wait = 'while kill -0 "$0" 2>/dev/null; do sleep 0.1; done; echo "$1" >&2'
+    subprocess.Popen(["timeout", "60", "sh", "-c", wait, str(os.getppid()), line], start_new_session=True)
+    os._exit(2)
