@@ -47,7 +47,7 @@ def test_the_marked_ones_need_what_ci_lacks():
 @pytest.mark.slow
 def test_the_others_run(tmp_path):
     """One after another: later ones need what earlier ones wrote. The stages come first, for they repeat the demo."""
-    for name in ("prepare", "configs", "tools"):
+    for name in ("prepare", "configs", "tools", "assets"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
