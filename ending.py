@@ -17,6 +17,8 @@ WORKER_DIED = "a data loader worker was killed, perhaps for lack of memory or of
 
 
 _stores = []  # of the process group, where its processes leave notes for each other
+_watchers = []  # the thread of `watch_others`
+_ended = threading.Event()  # this process needs its watcher no more
 
 
 class Stopped(Exception):
@@ -49,6 +51,10 @@ def run(main):
             end_group(line)
         tqdm.write(line, file=sys.stderr)
         code = 2
+    finally:
+        _ended.set()
+        for watcher in _watchers:  # a thread that still runs when Python ends aborts it
+            watcher.join()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     if code:
@@ -65,13 +71,14 @@ def watch_others(store):
 
     def watch():
         with contextlib.suppress(RuntimeError):  # the store is gone
-            while not store.check(["failed"]):
-                time.sleep(1)
-            time.sleep(3)  # torchrun reports the process that ends first, and that is the one that failed
-            os._exit(2)
+            while not _ended.wait(1):
+                if store.check(["failed"]):
+                    time.sleep(3)  # torchrun reports the process that ends first, and that is the one that failed
+                    os._exit(2)
 
     _stores.append(store)
-    threading.Thread(target=watch, daemon=True).start()
+    _watchers.append(threading.Thread(target=watch, daemon=True))
+    _watchers[-1].start()
 
 
 def end_group(line):
