@@ -440,7 +440,7 @@ def test_a_run_folder_that_was_named_keeps_its_name():
 
 
 def test_names_that_the_terminal_cannot_show():
-    code = r"import common; ending.run(lambda: print('caf\udce9'))"
+    code = r"import ending; ending.run(lambda: print('caf\udce9'))"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, capture_output=True
     )
