@@ -33,7 +33,7 @@ from imaging import crop_then_resize, resize_then_crop
 from metrics import classification, composed_retrieval, full_gallery, outfit_retrieval, sample_100
 from model import CSANet
 from othermodels import OtherModel
-from settings import COUNT, DEVICES, DTYPES, FROM_0, STRIDE, InputError, setting
+from settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
 
 GALLERIES, SPLITS = ("original", "val"), ("disjoint", "nondisjoint")  # of FashionIQ and of Polyvore Outfits
 
@@ -163,7 +163,7 @@ def load_garment(name, config):
     gallery = {image: annotations.fashioniq_image(config.data_root, name, image, name) for image in gallery}
     paths = [query[key] for query in queries for key in ("image", "image2")]
     broken = imaging.leave_out([*gallery.values(), *paths], config, f"FashionIQ {name}")
-    kept = [query for query in queries if not {query["image"], query["image2"]} & broken]
+    kept = data.with_both_images(queries, broken)
     if not kept:
         raise InputError(f"FashionIQ {name}: no query has both its images, expected some under {config.data_root}")
     kept_gallery = {image: path for image, path in gallery.items() if path not in broken}
@@ -196,8 +196,8 @@ def evaluate_fashioniq(model, tokenizer, config, processes):
 
 def recognition_row(config, path, prediction, label):
     """The pictures.Row of one image with the names of its classes, from labels.json of the data root, or numbers."""
-    (names,) = annotations.label_names(config.data_root, config.task).values() or [[]]
-    names = dict(enumerate(names))
+    labels = annotations.label_names(config.data_root, config.task)  # of one kind, or none
+    names = {number: name for names in labels.values() for number, name in enumerate(names)}
     true, predicted = (names.get(number, f"class {number}") for number in (label, prediction))
     frame = pictures.RIGHT if prediction == label else pictures.WRONG
     return pictures.Row(pictures.Cell([path], label=f"true: {true}"), [pictures.Cell(text=predicted, frame=frame)])
@@ -336,9 +336,8 @@ def read_tokenizer(path, model, config):
     return tokenizer
 
 
-def as_trained(config, path):
-    """The config with the image_size and max_tokens of checkpoint `path` (or "random", "pretrained") where it has 0."""
-    trained = {} if path in ("random", "pretrained") else checkpoint.read_weights(path)[1]["config"]
+def as_trained(config, trained):
+    """The config with image_size and max_tokens of `trained`, a checkpoint's "config" or {}, where it has 0."""
     image_size, max_tokens = trained.get("image_size", 224), trained.get("max_tokens", 0)
     return replace(config, image_size=config.image_size or image_size, max_tokens=config.max_tokens or max_tokens)
 
@@ -369,7 +368,7 @@ def evaluate_checkpoint(path, config, processes):
         return run_other(OtherModel(path), config, processes)
     model, info = checkpoint.load_model(path, processes.device, evaluation.needs)
     checkpoint.check_labels(path, info["labels"], annotations.label_names(config.data_root, config.task))
-    config = as_trained(config, path)
+    config = as_trained(config, info["config"])
     tokenizer = None
     if config.task != "polyvore":  # a CSA-Net reads no text
         tokenizer = read_tokenizer(path, model, config)
@@ -408,8 +407,6 @@ def report(results, config, device, path, out, seconds, baseline=None, intervals
 
 def main():
     config = settings.load_config(EvalConfig, description=__doc__)
-    # All settings are checked before anything is loaded. An image size of 0 is read from the checkpoint later.
-    settings.check_limits(replace(config, image_size=config.image_size or STRIDE))
     path = config.embeddings or config.checkpoint
     if not path and not config.list:
         raise InputError("checkpoint: none given, expected --checkpoint=FILE, --embeddings=FILE.npz or --list=FILE")

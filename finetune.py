@@ -127,7 +127,8 @@ def build_model(config, heads, vocab_size, n_classes=0, n_categories=0):
 def train(config, processes):
     """The whole stage on this process. Returns {protocol: Result} of the best checkpoint."""
     settings.check_limits(config)
-    config = evaluate.as_trained(config, config.init)
+    is_checkpoint = config.init not in ("random", "pretrained")
+    config = evaluate.as_trained(config, checkpoint.read_weights(config.init)[1]["config"] if is_checkpoint else {})
     task, evaluation, device = TASKS[config.task], evaluate.EVALUATIONS[config.task], processes.device
     if task.objective is not losses.recognition:
         data.check_candidates(config)

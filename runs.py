@@ -95,7 +95,9 @@ class Run:
                 f"resume: the data had {before} items, has {batches.n}; their order is another from here on"
             )
         if self.processes.is_main:
-            best = self.older_best.read_bytes() if self.best > -1 else b""  # before open_folder may rename it
+            # The best model of another checkpoint's run comes along. It is read before open_folder may rename it.
+            is_other = self.best > -1 and self.config.resume != "auto"
+            best = self.older_best.read_bytes() if is_other else b""
             open_folder(self.config, self.start, self.validating)
             if best:
                 with replacing(self.folder / "best.pt") as file:
@@ -280,13 +282,13 @@ def open_folder(config, start, validating=False):
         lock_folder(folder)
         old = [name for name in files if (folder / name).exists()]
         if not goes_on and {"last.pt", "best.pt"} & set(old):
-            ending, number = "before", 1
-            while any((folder / f"{name}.{ending}").exists() for name in files):
+            suffix, number = "before", 1
+            while any((folder / f"{name}.{suffix}").exists() for name in files):
                 number += 1
-                ending = f"before{number}"
+                suffix = f"before{number}"
             for name in old:
-                os.replace(folder / name, folder / f"{name}.{ending}")
-            print(f"{folder}: holds an older run, kept as *.{ending} (--resume=auto would have gone on with it)")
+                os.replace(folder / name, folder / f"{name}.{suffix}")
+            print(f"{folder}: holds an older run, kept as *.{suffix} (--resume=auto would have gone on with it)")
     write_json(folder / "run.json", describe_run(config))
     cut_log(folder / "log.jsonl", start, validating)
 

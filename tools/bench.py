@@ -100,7 +100,7 @@ class Ours:
             build = partial(pretrain.build_model, own, sizes)
         else:
             own = settings.load_config(finetune.FinetuneConfig, [fine, *argv, f"--task={name}"])
-            own = evaluate.as_trained(own, own.init)
+            own = evaluate.as_trained(own, {})
             words = data.wordpiece(checkpoint.vocabulary(own, own.init))
             task = finetune.TASKS[name]
             self.objective, (items, sizes) = task.objective, task.load_items(own)

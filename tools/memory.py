@@ -9,7 +9,7 @@ the image tokenizer. fits_24 and fits_80 are products of a process on cards of 2
 kernels, and its allocator leaves gaps, so RESERVED of the card is left free."""
 
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,11 +19,22 @@ import data
 import ending
 import settings
 from files import write_json
+from settings import InputError, setting
 from tools.bench import NAMES, BenchConfig, Ours, apart, step
 
 RESERVED = 0.15  # share of a card
 CARDS = (24, 80)  # GB
 MLM_TARGETS = 11  # of 75 tokens, about 15 %
+
+
+@dataclass
+class MemoryConfig:
+    """Settings of `python -m tools.memory`."""
+
+    only: str = setting("", "objectives and tasks, as itc,mlm,fashioniq; empty: all")
+    dtype: str = setting("float32", "float32 or bfloat16 (autocast)", choices=("float32", "bfloat16"))
+    data_root: str = setting("data/fashion-mini", "photos of the batches")
+    out: str = setting("memory.json", "all figures")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -73,7 +84,7 @@ def with_longest_texts(batch, n_tokens):
 
 def peak_gb(config, name, n_products):
     """Peak of the second of two steps on n_products products, in GB. The first one makes the optimizer's moments."""
-    side = Ours(replace(config, batch_size=n_products, pairs=1), name)
+    side = Ours(BenchConfig(data_root=config.data_root, batch_size=n_products, pairs=1), name)
     n_tokens = data.FASHIONIQ_MAX_TOKENS if name == "fashioniq" else data.MAX_TOKENS
     side.batches = [with_longest_texts(side.batches[0], n_tokens)]
     step(config, side, 0)
@@ -91,9 +102,11 @@ def peak_gb(config, name, n_products):
 
 
 def main():
-    config = settings.load_config(BenchConfig, description=__doc__)
+    config = settings.load_config(MemoryConfig, description=__doc__)
     rows = []
     for name in config.only.split(",") if config.only else NAMES:
+        if name not in NAMES:
+            raise InputError(f"only: found {name!r}, expected some of {', '.join(NAMES)}")
         small, large = (apart(peak_gb, config, name, n) for n in (2, 4))
         row = {
             "name": name,
