@@ -20,10 +20,10 @@ from imaging import (
     leave_out,
     leave_out_of_products,
     normalize,
-    open_image,
     resize_then_crop,
     stack_images,
 )
+from photos import open_image
 from settings import NO_LABEL, STRIDE, InputError
 
 MAX_TOKENS, FASHIONIQ_MAX_TOKENS = 75, 50  # [CLS] and [SEP] included

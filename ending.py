@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 
-import torch.distributed as dist
 from tqdm import tqdm
 
 from settings import InputError
@@ -55,8 +54,10 @@ def run(main):
         _ended.set()
         for watcher in _watchers:  # a thread that still runs when Python ends aborts it
             watcher.join()
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    if _stores:
+        import torch.distributed  # here, for programs that prepare data do without torch
+
+        torch.distributed.destroy_process_group()
     if code:
         sys.exit(code)
 

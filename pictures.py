@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-import imaging
+import photos
 from files import replacing
 from settings import InputError
 
@@ -78,7 +78,7 @@ def draw_cell(page, x, y, cell):
     for i, path in enumerate(cell.images):
         side = CELL // tiles
         place = (x + i % tiles * side, y + i // tiles * side)
-        page.paste(ImageOps.pad(imaging.open_image(path), (side, side), color="white"), place)
+        page.paste(ImageOps.pad(photos.open_image(path), (side, side), color="white"), place)
     if cell.images:
         draw.text((x, y + CELL + 2 * LINE), wrap(cell.text, small, CELL, TEXT_LINES), (70, 70, 70), small)
     else:

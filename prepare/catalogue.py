@@ -30,10 +30,10 @@ from rows import COLUMNS, FIELD, clear_cells, image_file, image_names, read_row,
 
 import annotations  # noqa: E402
 import ending  # noqa: E402
-import imaging  # noqa: E402
 import settings  # noqa: E402
+from files import content_keys  # noqa: E402
+from photos import CROPPED, RESIZED, open_image  # noqa: E402
 from settings import FROM_0, InputError, setting  # noqa: E402
-from tools.check_data import content_keys  # noqa: E402
 
 # Words that tell nothing of how a garment looks; no phrase crosses them. --stop_words adds those of a shop.
 STOP_WORDS = frozenset(
@@ -174,13 +174,13 @@ def check_photo(path, photos, image_size):
     Training makes a square of 256 / 224 of its image size before it crops, so this is the copy's shorter side.
     Copies are written below the folder `photos`. Raises ValueError where the image cannot be read."""
     try:
-        image = imaging.open_image(path)
+        image = open_image(path)
     except InputError as error:
         message = str(error).removesuffix(", or leave it out by --missing=skip")
         if path.is_relative_to(photos):  # it is no file of the user's
             message = message.removeprefix(f"{path}: ").removesuffix("; replace the file")
         raise ValueError(message) from None
-    share = round(image_size * imaging.RESIZED / imaging.CROPPED) / min(image.size)
+    share = round(image_size * RESIZED / CROPPED) / min(image.size)
     if not 0 < share < 1:
         return path
     handle, copy = tempfile.mkstemp(".jpg", dir=photos)

@@ -233,7 +233,7 @@ def mutate(folder, seconds, rng):
     under 60 s and 1 GB is an error, with the damaged file kept in `folder`."""
     import checkpoint
     import evaluate  # noqa: F401  # imports must not count as time or memory of the first reading
-    import imaging
+    import photos
     from settings import InputError
     from tools import check_data
 
@@ -257,7 +257,7 @@ def mutate(folder, seconds, rng):
         if path in annotations:
             return check_data.check(root, open_images=False)
         if path in images:
-            return imaging.open_image(path)
+            return photos.open_image(path)
         checkpoint.find_resume(str(path), folder)
         return checkpoint.load_model(path)
 

@@ -29,6 +29,7 @@ import pretrain
 import settings
 import vqvae
 from common import Processes
+from files import content_keys
 from settings import InputError
 from tools import check_data
 
@@ -514,7 +515,7 @@ def test_content_keys_tell_files_of_one_size_apart(tmp_path):
     contents = {"a": b"one", "b": b"two", "c": b"one", "d": b"longer", "e": b"", "f": b""}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    keys = check_data.content_keys([tmp_path / name for name in [*contents, "gone"]])
+    keys = content_keys([tmp_path / name for name in [*contents, "gone"]])
     by_name = {path.name: key for path, key in keys.items()}
     assert by_name["a"] == by_name["c"] and len(set(by_name.values())) == 6
 

@@ -17,6 +17,7 @@ from PIL import Image
 import annotations
 import data
 import imaging
+import photos
 from common import Processes
 from settings import InputError
 from tools import check_data
@@ -385,21 +386,21 @@ def test_images_of_every_mode(tmp_path):
     }
     for name, image in files.items():
         image.save(tmp_path / name)
-        opened = imaging.open_image(tmp_path / name)
+        opened = photos.open_image(tmp_path / name)
         assert opened.mode == "RGB" and opened.size == (20, 10)
         if "grey" not in name:
             assert np.abs(np.asarray(opened, int)[5, 5] - [200, 30, 40]).max() < 6, name
     Image.fromarray(np.full((10, 20), 40_000, np.uint16)).save(tmp_path / "deep.png")
-    assert np.asarray(imaging.open_image(tmp_path / "deep.png"))[0, 0].tolist() == [156] * 3  # 40000 / 256
+    assert np.asarray(photos.open_image(tmp_path / "deep.png"))[0, 0].tolist() == [156] * 3  # 40000 / 256
     frames = [Image.new("RGB", (8, 8), c) for c in ((250, 0, 0), (0, 250, 0))]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    assert np.asarray(imaging.open_image(tmp_path / "moving.gif"))[0, 0, 0] > 200  # its first frame
+    assert np.asarray(photos.open_image(tmp_path / "moving.gif"))[0, 0, 0] > 200  # its first frame
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     xmp = b'<rdf:Description tiff:Orientation="6"/>'
     for name, more in {"turned.jpg": {"exif": exif}, "turned.png": {"exif": exif}, "xmp.jpg": {"xmp": xmp}}.items():
         red.save(tmp_path / name, **more)
-        assert imaging.open_image(tmp_path / name).size == (10, 20), name
+        assert photos.open_image(tmp_path / name).size == (10, 20), name
 
 
 def test_transforms_crop_and_scale():
@@ -576,13 +577,13 @@ def test_transparent_parts_are_white(tmp_path):
     images["palette"] = (palette, {"transparency": palette.getpixel((0, 0))})
     for name, (image, more) in images.items():
         image.save(tmp_path / f"{name}.png", **more)
-        opened = np.asarray(imaging.open_image(tmp_path / f"{name}.png")).astype(int)
+        opened = np.asarray(photos.open_image(tmp_path / f"{name}.png")).astype(int)
         assert opened[0, 0].tolist() == [255] * 3, name
         expected = [cut_out.convert("L").getpixel((40, 40))] * 3 if name == "grey" else [200, 30, 40]
         assert np.abs(opened[40, 40] - expected).max() < 6, name
     half = np.full((8, 8, 4), (200, 0, 0, 128), np.uint8)
     Image.fromarray(half).save(tmp_path / "half.png")
-    assert np.asarray(imaging.open_image(tmp_path / "half.png"))[0, 0].tolist() == [
+    assert np.asarray(photos.open_image(tmp_path / "half.png"))[0, 0].tolist() == [
         227,
         127,
         127,
@@ -600,6 +601,6 @@ def test_odd_metadata_do_not_hide_a_sound_photo(tmp_path, denominator):
         exif = b"Exif\0\0" + exif
         head = b"\xff\xd8\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
         (tmp_path / "odd.jpg").write_bytes(head + photo.getvalue()[2:])
-        opened = imaging.open_image(tmp_path / "odd.jpg")
+        opened = photos.open_image(tmp_path / "odd.jpg")
         assert size is None or opened.size == size
         assert np.abs(np.asarray(opened)[5, 5].astype(int) - [200, 30, 40]).max() < 6

@@ -16,6 +16,7 @@ import annotations
 import checkpoint
 import data
 import imaging
+import photos
 import search
 from model import SIZES, CSANet, FashionViL, ModelConfig
 from settings import InputError
@@ -67,7 +68,7 @@ WHOLE = imaging.crop_then_resize
 
 
 def by_hand(path, fit=imaging.resize_then_crop):
-    image = imaging.image_transform(fit, 64, train=False)(imaging.open_image(path))
+    image = imaging.image_transform(fit, 64, train=False)(photos.open_image(path))
     return imaging.normalize(imaging.stack_images([image]))
 
 

@@ -22,7 +22,7 @@ import ending
 import evaluate
 import finetune
 import formats
-import imaging
+import photos
 import pretrain
 import runs
 import search
@@ -101,7 +101,7 @@ def test_cut_out_of_16_bits_lies_on_white(tmp_path):
     rows = np.zeros((4, 4, 4), np.uint16)
     rows[:2] = (200 * 257, 30 * 257, 40 * 257, 65535)
     save_png_16(tmp_path / "a.png", rows)
-    pixels = np.asarray(imaging.open_image(tmp_path / "a.png"))
+    pixels = np.asarray(photos.open_image(tmp_path / "a.png"))
     assert pixels[0, 0].tolist() == [200, 30, 40]
     assert pixels[3, 3].tolist() == [255, 255, 255]
 
@@ -109,9 +109,9 @@ def test_cut_out_of_16_bits_lies_on_white(tmp_path):
 def test_transparent_colour_of_16_bit_grey_lies_on_white(tmp_path):
     rows = np.array([[300, 301, 200 * 256, 65535]], np.uint16)
     save_png_16(tmp_path / "a.png", rows, transparent=(300).to_bytes(2, "big"))
-    assert np.asarray(imaging.open_image(tmp_path / "a.png"))[0, :, 0].tolist() == [255, 1, 200, 255]
+    assert np.asarray(photos.open_image(tmp_path / "a.png"))[0, :, 0].tolist() == [255, 1, 200, 255]
     save_png_16(tmp_path / "b.png", rows)
-    assert np.asarray(imaging.open_image(tmp_path / "b.png"))[0, :, 0].tolist() == [1, 1, 200, 255]
+    assert np.asarray(photos.open_image(tmp_path / "b.png"))[0, :, 0].tolist() == [1, 1, 200, 255]
 
 
 @pytest.mark.parametrize("mode, value", [("I", 200), ("F", 0.8)])
@@ -120,7 +120,7 @@ def test_32_bits_a_pixel_are_refused(tmp_path, mode, value):
     path = tmp_path / "a.tif"
     Image.new(mode, (8, 8), value).save(path)
     with pytest.raises(InputError) as error:
-        imaging.open_image(path)
+        photos.open_image(path)
     assert str(error.value).startswith(
         f"{path}: image cannot be read: 32 bits a pixel (mode {mode}), expected 8 or 16; replace the file"
     )
@@ -131,14 +131,14 @@ def test_grey_of_16_bits_keeps_its_brightness(tmp_path):
     Image.fromarray(np.full((8, 8), 200 * 256, np.uint16)).save(tmp_path / "a.tif")
     (tmp_path / "a.pgm").write_bytes(b"P5 1 1 65535\n" + (200 * 256).to_bytes(2, "big"))
     for name in ("a.tif", "a.pgm"):
-        assert np.asarray(imaging.open_image(tmp_path / name))[0, 0].tolist() == [200, 200, 200]
+        assert np.asarray(photos.open_image(tmp_path / name))[0, 0].tolist() == [200, 200, 200]
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
 def test_cmyk_is_not_inverted(tmp_path, name):
     """python-pillow/Pillow#4860, haraldk/TwelveMonkeys#147: Adobe stores CMYK inverted, so red came out as cyan."""
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / name)
-    pixel = np.asarray(imaging.open_image(tmp_path / name))[8, 8]
+    pixel = np.asarray(photos.open_image(tmp_path / name))[8, 8]
     assert np.abs(pixel - np.array([255, 0, 0])).max() <= 3
 
 
@@ -148,7 +148,7 @@ def test_content_counts_and_not_the_ending(tmp_path, kind):
     if not features.check(kind.lower()):
         pytest.skip(f"this Pillow has no {kind}")
     Image.new("RGB", (16, 16), (200, 30, 40)).save(tmp_path / "a.jpg", kind)
-    assert np.abs(np.asarray(imaging.open_image(tmp_path / "a.jpg"))[8, 8] - np.array([200, 30, 40])).max() <= 3
+    assert np.abs(np.asarray(photos.open_image(tmp_path / "a.jpg"))[8, 8] - np.array([200, 30, 40])).max() <= 3
 
 
 def test_vocabulary_with_the_line_ends_of_windows(tmp_path, catalogue):

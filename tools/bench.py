@@ -25,6 +25,7 @@ import ending
 import evaluate
 import finetune
 import imaging
+import photos
 import pretrain
 import runs
 import settings
@@ -167,7 +168,7 @@ def measure_data(config, n_images=64):
     dataset.products = [replace(product, images=product.images[:1]) for product in dataset.products]
     n = 5 * config.pairs  # for a run is short
     rows = np.random.default_rng(0).integers(len(dataset), size=(n, n_images)).tolist()
-    side = round(dataset.side * settings.STRIDE * imaging.RESIZED / imaging.CROPPED)  # pixels before the crop
+    side = round(dataset.side * settings.STRIDE * photos.RESIZED / photos.CROPPED)  # pixels before the crop
 
     def ours(i):
         data.collate([dataset[data.Key(0, row, "itc")] for row in rows[i]])

@@ -2,7 +2,6 @@
 
 import collections
 import concurrent.futures
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from tqdm import tqdm
 
 import annotations
 from ending import run
-from imaging import open_image
+from files import content_keys
+from photos import open_image
 from settings import InputError, load_config, setting
 
 NEEDS = """
@@ -73,19 +73,6 @@ def image_fault(path, name):
         open_image(path)
     except InputError as error:
         return f"{name}: {error}"
-
-
-def content_keys(paths):
-    """{path: a text that two paths share where both files hold the same bytes}; it is the path where there is no other.
-
-    Only files of one size are compared, by their hashes. Missing and empty files are like no other."""
-    sizes = {path: os.path.getsize(path) for path in paths if os.path.isfile(path)}
-    keys, count = {path: str(path) for path in paths}, collections.Counter(sizes.values())
-    for path, size in sizes.items():
-        if size and count[size] > 1:
-            with open(path, "rb") as file:
-                keys[path] = hashlib.file_digest(file, "sha256").hexdigest()
-    return keys
 
 
 def check(root, workers=1, open_images=True):
