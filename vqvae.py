@@ -23,7 +23,6 @@ import data
 import ending
 import formats
 import imaging
-import photos
 import runs
 import settings
 from settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
@@ -374,7 +373,7 @@ def load_held_out(config):
     if len(broken) == len(set(paths)):
         raise InputError("FashionGen val: none of its images can be read, expected some to measure on")
     transform = imaging.image_transform(imaging.resize_then_crop, config.image_size, train=False)
-    return imaging.stack_images([transform(photos.open_image(path)) for path in paths if path not in broken])
+    return imaging.stack_images([transform(imaging.open_image(path)) for path in paths if path not in broken])
 
 
 def usage(counts):
