@@ -12,12 +12,12 @@ resnet = "resnet18"
 width = 32
 
 batch_size = 64
-max_steps = 160
+max_steps = 400
 lr = 5e-4
 lr_factor = 1.0  # as in configs/mini.py: one rate for all of the model
-warmup = 15
-milestones = (120,)
+warmup = 40
+milestones = (300, 370)
 
 eval_interval = 0  # validate only at the end
-log_interval = 40
+log_interval = 50
 workers = 1  # two cores: one trains, one loads
