@@ -28,22 +28,15 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 # --- what there is ----------------------------------------------------------------------------------------------------
 
-COLOURS = {
-    "red": (204, 28, 42),
-    "orange": (245, 132, 22),
-    "yellow": (250, 214, 50),
-    "green": (24, 122, 62),
-    "mint": (140, 226, 178),
-    "blue": (64, 140, 235),
-    "navy": (24, 36, 100),
-    "purple": (112, 44, 156),
-    "pink": (250, 140, 185),
-    "brown": (112, 66, 34),
-    "beige": (222, 192, 146),
-    "black": (32, 32, 36),
-    "grey": (134, 138, 144),
-    "white": (250, 250, 250),
+FAMILIES = {  # an outfit keeps to one family of colours
+    "warm": {"red": (204, 28, 42), "orange": (245, 132, 22), "yellow": (250, 214, 50)},
+    "green": {"green": (24, 122, 62), "mint": (140, 226, 178)},
+    "blue": {"blue": (64, 140, 235), "navy": (24, 36, 100)},
+    "berry": {"purple": (112, 44, 156), "pink": (250, 140, 185)},
+    "earth": {"brown": (112, 66, 34), "beige": (222, 192, 146)},
+    "neutral": {"black": (32, 32, 36), "grey": (134, 138, 144), "white": (250, 250, 250)},
 }
+COLOURS = {name: rgb for family in FAMILIES.values() for name, rgb in family.items()}
 MIN_CONTRAST = 100  # RGB distance of a garment's two colours, below which a pattern is hard to see at 64 pixels
 PLAIN_SHARE = 0.2  # of the products
 PATTERNS = {  # name: (adjectives, nouns for what has the second colour)
@@ -170,17 +163,17 @@ CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-'"
 # --- designs ----------------------------------------------------------------------------------------------------------
 
 
-def contrasting(colour):
-    """The colours that stand out in a pattern on `colour`; all, where there is no colour."""
-    return [c for c in COLOURS if not colour or math.dist(COLOURS[c], COLOURS[colour]) >= MIN_CONTRAST]
+def contrasting(colour, colours=tuple(COLOURS)):
+    """Those of `colours` that stand out in a pattern on `colour`; all, where there is no colour."""
+    return [c for c in colours if not colour or math.dist(COLOURS[c], COLOURS[colour]) >= MIN_CONTRAST]
 
 
-def make_design(rng, subcategory, colour=None, pattern=None):
-    """A product's attributes as a dict; a colour or pattern that is not given is drawn. What the kind lacks is None."""
+def make_design(rng, subcategory, colour=None, colours=tuple(COLOURS)):
+    """A product's attributes as a dict, both colours from `colours`; what the kind does not have is None."""
     kind, field, value, _ = SUBCATEGORIES[subcategory]
-    colour = colour or rng.choice(list(COLOURS))
-    pattern = pattern or ("plain" if rng.random() < PLAIN_SHARE else rng.choice(list(PATTERNS)[1:]))
-    second = None if pattern == "plain" else rng.choice(contrasting(colour))
+    colour = colour or rng.choice(colours)
+    pattern = "plain" if rng.random() < PLAIN_SHARE else rng.choice(list(PATTERNS)[1:])
+    second = None if pattern == "plain" else rng.choice(contrasting(colour, colours))
     sleeve, neckline, detail = (rng.choice(allowed.split() or [None]) for allowed in KINDS[kind][1:])
     design = {"kind": kind, "colour": colour, "second": second, "pattern": pattern, "sleeve": sleeve}
     return {**design, "neckline": neckline, "length": None, "detail": detail, "cut": None, field: value}
@@ -714,17 +707,17 @@ def make_described(cat):
 
 
 def make_outfits(cat):
-    """PolyvoreOutfits. The rule: items of an outfit are of different kinds and have one pattern."""
+    """PolyvoreOutfits. The rule: items of an outfit are of different kinds and of one colour family."""
     kinds, metadata, rows, pools = list(KINDS), {}, [], {}
-    each = cat.count(5, 1)  # items of one kind and pattern: 35 per kind in the test gallery, 5 of them fit
+    each = cat.count(6, 1)  # items of one kind and family: 36 per kind in the test gallery, 6 of them in tune
     for part in ("train", "test"):
-        pools[part] = {(pattern, kind): [] for pattern in PATTERNS for kind in kinds}
-        for (pattern, kind), pool in pools[part].items():
+        pools[part] = {(family, kind): [] for family in FAMILIES for kind in kinds}
+        for (family, kind), pool in pools[part].items():
             for _ in range(each):
                 name = str(10001 + len(metadata))
                 rng = cat.rng("PolyvoreOutfits", name)
                 subcategory = rng.choice([s for s, row in SUBCATEGORIES.items() if row[0] == kind])
-                design = cat.new(make_design, rng, subcategory, pattern=pattern)
+                design = cat.new(make_design, rng, subcategory, colours=tuple(FAMILIES[family]))
                 title, description = write_texts(rng, design)
                 texts = {"title": title, "description": description}
                 (image,) = cat.shoot("PolyvoreOutfits", name, design, rng, (0,))
@@ -737,8 +730,8 @@ def make_outfits(cat):
         for part, number in (("train", cat.count(150, 12)), ("test", cat.count(60, 6))):
             rng, pool, questions = cat.rng("outfits", split, part), pools[part] if split == "disjoint" else both, []
             for i in range(number):
-                pattern = list(PATTERNS)[i % len(PATTERNS)]
-                items = [rng.choice(pool[pattern, kind]) for kind in rng.sample(kinds, rng.randint(3, 5))]
+                family = list(FAMILIES)[i % len(FAMILIES)]
+                items = [rng.choice(pool[family, kind]) for kind in rng.sample(kinds, rng.randint(3, 5))]
                 questions += [{"question": [x for x in items if x != blank], "blank": blank} for blank in items]
             if part == "test":
                 asked = {row["blank"] for row in questions}

@@ -122,6 +122,7 @@ def test_vocabulary_covers_the_texts(root):
 
 def test_outfits(root):
     products, metadata = read(root, "products.json"), read(root, "PolyvoreOutfits/polyvore_item_metadata.json")
+    family = {colour: name for name, colours in demo.FAMILIES.items() for colour in colours}
     assert {row["category_id"] for row in metadata.values()} == {str(i) for i in range(len(demo.KINDS))}
     assert read(root, "PolyvoreOutfits/categories.json") == list(demo.KINDS)
     items, queries = {}, []
@@ -137,13 +138,14 @@ def test_outfits(root):
             for row in queries:
                 outfit = [products[f"PolyvoreOutfits/{x}"] for x in [*row["question"], row["blank"]]]
                 assert 3 <= len(outfit) <= 5 and len({design["kind"] for design in outfit}) == len(outfit)
-                assert len({design["pattern"] for design in outfit}) == 1
-            if part == "test":  # the gallery of a category has every pattern, so the category alone says nothing
+                colours = {design[field] for design in outfit for field in ("colour", "second")} - {None}
+                assert len({family[colour] for colour in colours}) == 1
+            if part == "test":  # the gallery of a category has every family, so the category alone says nothing
                 fake = {row["blank"] for row in rows if row["fake_data"]}
                 assert fake and not fake & {row["blank"] for row in queries}
                 for kind in range(len(demo.KINDS)):
                     gallery = {row["blank"] for row in rows if metadata[row["blank"]]["category_id"] == str(kind)}
-                    assert {products[f"PolyvoreOutfits/{x}"]["pattern"] for x in gallery} == set(demo.PATTERNS)
+                    assert {family[products[f"PolyvoreOutfits/{x}"]["colour"]] for x in gallery} == set(demo.FAMILIES)
     assert not items["disjoint", "train"] & items["disjoint", "test"]
     assert items["nondisjoint", "train"] & items["nondisjoint", "test"]
 
