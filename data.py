@@ -402,8 +402,8 @@ def pick_pair(outfit, rng):
 
 
 # ---- items of fine-tuning --------------------------------------------------------------------------------------------
-# Each function returns (training items for `Samples`, sizes that the model takes from the data). Each also reads the
-# validation data once, so that a fault in it ends the run now and not at the first validation.
+# Each function returns (training items for `Samples`, label counts that the model takes from the data). Each also reads
+# the validation data once, so that a fault in it ends the run now and not at the first validation.
 
 
 def retrieval_items(config):

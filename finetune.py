@@ -39,7 +39,7 @@ class Task:
 
     objective: Callable
     heads: tuple
-    load_items: Callable  # (config) -> (items, sizes), in data.py
+    load_items: Callable  # (config) -> (items, label counts), in data.py
     pick: Callable | None  # what a visit takes of an item; None: all of it
     fit: Callable = resize_then_crop  # how an image gets the size of the model
     max_tokens: int = data.MAX_TOKENS
@@ -117,11 +117,11 @@ def build_model(config, heads, vocab_size, n_classes=0, n_categories=0):
     """The task's model, of the sizes of the --init checkpoint, else of the config's own settings."""
     if config.init in ("random", "pretrained"):
         sizes = {**checkpoint.transformer_sizes(config.bert, config.size), "vocab_size": vocab_size}
-        sizes = ModelConfig(resnet=config.resnet, width=config.width, **sizes)
+        model_config = ModelConfig(resnet=config.resnet, width=config.width, **sizes)
     else:
-        sizes = checkpoint.load_model(config.init)[0].config
-    sizes = dataclasses.replace(sizes, heads=heads, n_classes=n_classes, dropout=config.dropout)
-    return FashionViL(sizes) if heads else CSANet(sizes, n_categories)
+        model_config = checkpoint.load_model(config.init)[0].config
+    model_config = dataclasses.replace(model_config, heads=heads, n_classes=n_classes, dropout=config.dropout)
+    return FashionViL(model_config) if heads else CSANet(model_config, n_categories)
 
 
 def train(config, processes):
@@ -135,11 +135,11 @@ def train(config, processes):
     torch.manual_seed(config.seed)  # every process starts from the same weights
 
     # The data and the model.
-    items, sizes = task.load_items(config)  # sizes: what the model takes from the data
+    items, label_counts = task.load_items(config)  # {} or the number of classes or of outfit categories
     labels = annotations.label_names(config.data_root, config.task)
     vocab = checkpoint.vocabulary(config, config.init)
     tokenizer = data.wordpiece(vocab)
-    model = build_model(config, task.heads, tokenizer.get_vocab_size(), **sizes)
+    model = build_model(config, task.heads, tokenizer.get_vocab_size(), **label_counts)
     if task.heads:  # a CSA-Net reads no text
         data.check_lengths(config, model.config.max_position_embeddings, task.max_tokens)
     report = checkpoint.initialise(model, config.init, bert=config.bert, resnet=config.resnet_file)
@@ -147,7 +147,7 @@ def train(config, processes):
     optimizer = common.make_optimizer(model, config.lr, config.weight_decay, config.lr_factor)
 
     # The bookkeeping, which resumes an earlier run where config.resume says so.
-    contents = {"kind": "fashionvil" if task.heads else "csa_net", "task": config.task, "vocab": vocab, **sizes}
+    contents = {"kind": "fashionvil" if task.heads else "csa_net", "task": config.task, "vocab": vocab, **label_counts}
     contents |= {"model_config": dataclasses.asdict(model.config), "labels": labels}
     run = runs.Run(config, processes, model, optimizer, contents)
 

@@ -104,10 +104,10 @@ class Ours:
             own = evaluate.as_trained(own, {})
             words = data.wordpiece(checkpoint.vocabulary(own, own.init))
             task = finetune.TASKS[name]
-            self.objective, (items, sizes) = task.objective, task.load_items(own)
+            self.objective, (items, label_counts) = task.objective, task.load_items(own)
             transform = imaging.image_transform(task.fit, own.image_size, train=True)
             self.dataset = data.Samples(items, words, transform, own.max_tokens or task.max_tokens, task.pick)
-            build = partial(finetune.build_model, own, task.heads, words.get_vocab_size(), **sizes)
+            build = partial(finetune.build_model, own, task.heads, words.get_vocab_size(), **label_counts)
         with torch.device("meta" if shapes_only else self.device):
             self.model = build().train()
         order = data.Batches(len(items), own, processes, objective_at=lambda step: name)
