@@ -363,7 +363,7 @@ def test_held_out_images_that_are_broken(data_root, tmp_path):
     for i in range(3):
         (folder / f"{i}.png").write_bytes(b"no image")
     imaging.is_readable.cache_clear()
-    with pytest.raises(settings.InputError, match="^FashionGen val: none of its images can be read"):
+    with pytest.raises(settings.InputError, match="^FashionGen val: none of its 3 images can be read"):
         vqvae.load_held_out(config)
 
 
