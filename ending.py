@@ -12,7 +12,7 @@ from tqdm import tqdm
 from settings import InputError
 
 EXIT_STOPPED = 75  # exit code of a run that was stopped and has saved: "try again" in sysexits.h
-WORKER_DIED = "a data loader worker was killed, perhaps for lack of memory or of /dev/shm; set fewer --workers"
+WORKER_DIED = "a data loader worker was lost, perhaps for lack of memory, /dev/shm or open files; set fewer --workers"
 
 
 _stores = []  # of the process group, where its processes leave notes for each other
@@ -63,8 +63,9 @@ def run(main):
 
 
 def is_dead_worker(error):
-    """Whether a RuntimeError is how torch says that the system killed a data loader worker."""
-    return any(sign in str(error) for sign in ("DataLoader worker", "Pin memory thread"))
+    """Whether a RuntimeError is how torch says that a data loader worker was killed or cannot send any more."""
+    signs = ("DataLoader worker", "Pin memory thread", "Too many open files", "received 0 items of ancdata")
+    return any(sign in str(error) for sign in signs)
 
 
 def watch_others(store):

@@ -84,7 +84,7 @@ def kill_a_worker():
     "end, says",
     [
         (terminate_all, "^stopped after update 4, .*; --resume=auto goes on"),
-        (kill_a_worker, "a data loader worker was killed, .*fewer --workers; stopped after update 4, .*=auto goes on"),
+        (kill_a_worker, "a data loader worker was lost, .*fewer --workers; stopped after update 4, .*=auto goes on"),
     ],
 )
 def test_a_run_whose_workers_get_a_signal_saves_and_resumes(catalogue, tmp_path, at_update, end, says):
@@ -117,7 +117,7 @@ def test_a_worker_killed_in_an_evaluation_ends_in_one_line(capsys):
     with pytest.raises(SystemExit) as left:
         ending.run(evaluate)
     said = capsys.readouterr().err
-    assert left.value.code == 2 and said.startswith("error: a data loader worker was killed") and said.count("\n") == 1
+    assert left.value.code == 2 and said.startswith("error: a data loader worker was lost") and said.count("\n") == 1
 
 
 def test_a_run_that_fails_in_its_validation_has_saved_and_resumes_with_that_validation(

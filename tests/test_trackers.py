@@ -241,6 +241,14 @@ def test_a_batch_that_cannot_be_sent_is_not_waited_for():
     assert ending.is_dead_worker(error.value)
 
 
+@pytest.mark.parametrize(
+    "said", ["Too many open files. Communication with the workers is no longer", "received 0 items of ancdata"]
+)
+def test_too_many_open_files_are_a_lost_worker(said):
+    """pytorch/pytorch#11201 and #973: every batch of a worker holds open files, and the system allows so many."""
+    assert ending.is_dead_worker(RuntimeError(said)) and not ending.is_dead_worker(RuntimeError("shape"))
+
+
 @pytest.mark.parametrize("token", ["red", ""])
 def test_a_word_twice_in_the_vocabulary(catalogue, token):
     """huggingface/transformers#2020: a dictionary with words twice; ids ran past the table of words."""
