@@ -170,8 +170,8 @@ def distribute(model, processes):
     """The model as DistributedDataParallel where there are several processes, else the model itself."""
     # An update uses the heads of one objective. DDP must not wait for gradients of the others. All gradients lie in the
     # memory of DDP, for a second copy would take as much as the weights.
-    share = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
-    return DistributedDataParallel(model, **share) if processes.world_size > 1 else model
+    options = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(model, **options) if processes.world_size > 1 else model
 
 
 def averaging(model, is_last):

@@ -312,8 +312,7 @@ class Batches:
     update go to micro-batches, then to processes, in order. The rest of an epoch that fills no batch is left out."""
 
     def __init__(self, n, config, processes, start=0, objective_at=lambda step: None):
-        share = processes.world_size * config.grad_accum
-        if config.batch_size % share:
+        if config.batch_size % (processes.world_size * config.grad_accum):
             parts = f"processes x grad_accum = {processes.world_size} x {config.grad_accum}"
             raise InputError(f"batch_size: found {config.batch_size}, expected a multiple of {parts}")
         if n < config.batch_size:

@@ -51,8 +51,8 @@ def embed(
     # Neighbours have texts of similar length, so that batches hold little padding.
     order = sorted(range(len(items)), key=lambda i: len(items[i].get("text", "")))
     # Where there are fewer items than processes, the others embed the first item again.
-    shares = [order[rank :: processes.world_size] or order[:1] for rank in range(processes.world_size)]
-    own = [items[i] for i in shares[processes.rank]]
+    places = [order[rank :: processes.world_size] or order[:1] for rank in range(processes.world_size)]
+    own = [items[i] for i in places[processes.rank]]  # that this process embeds
     transform = imaging.image_transform(fit, config.image_size, train=False)
     dataset = data.Samples(own, tokenizer, transform, config.max_tokens or max_tokens)
     reading = {"worker_init_fn": data.leave_group, "collate_fn": data.collate}
@@ -68,8 +68,8 @@ def embed(
     # Every process receives all rows, and puts them into the order of the items.
     rows = torch.cat(rows).cpu()
     out = rows.new_empty(len(items), *rows.shape[1:])
-    for share, part in zip(shares, common.gather_objects(rows), strict=True):
-        out[share] = part
+    for place, part in zip(places, common.gather_objects(rows), strict=True):
+        out[place] = part
     return finite(out, items)
 
 
@@ -173,15 +173,15 @@ def load_garment(name, config):
 
 def evaluate_fashioniq(model, tokenizer, config, processes):
     """TGIR on FashionIQ val with the gallery `config.gallery`: each gallery image and each query is embedded once."""
-    share = (tokenizer, config, processes, crop_then_resize, data.FASHIONIQ_MAX_TOKENS)
+    how = (tokenizer, config, processes, crop_then_resize, data.FASHIONIQ_MAX_TOKENS)
     garments = {name: load_garment(name, config) for name in annotations.FASHIONIQ_CLASSES}
     classes = {}
     for name, (queries, gallery, _) in garments.items():
         items = [{key: query[key] for key in ("image", "text", "name")} for query in queries]
         place = {image: i for i, image in enumerate(gallery)}
         classes[name] = {
-            "gallery": embed(encoder_of(model), image_items(gallery.values()), *share),
-            "queries": embed(encoder_of(model), items, *share),
+            "gallery": embed(encoder_of(model), image_items(gallery.values()), *how),
+            "queries": embed(encoder_of(model), items, *how),
             "query_id": torch.tensor([place[query["target"]] for query in queries]),
             "gallery_id": torch.arange(len(gallery)),
         }
