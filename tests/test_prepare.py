@@ -468,6 +468,12 @@ def test_memory_does_not_grow_with_a_parquet_file(tmp_path):
     assert 1e6 < pool.max_memory() < 20e6
 
 
+def test_a_catalogue_is_prepared_without_torch():
+    """To import torch takes some 700 MB, which is more than the rest of the program needs for 50,000 products."""
+    program = "import sys; sys.path.insert(0, 'prepare'); import catalogue; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1]).returncode == 0
+
+
 def rename_column(path, old, new):
     parquet = pytest.importorskip("pyarrow.parquet")
     table = parquet.read_table(path)
