@@ -22,7 +22,7 @@ python pretrain.py configs/demo.py "$@"
 python -m tools.summary runs/demo
 tasks="fashiongen_retrieval fashioniq fashiongen_category fashiongen_subcategory polyvore"
 for task in $tasks; do
-    # The rule of the outfits is so simple that 90 updates bring either start to 100 %.
+    # OCIR gets 15 updates, because its rule is so simple that after 90 both starts have 100 %.
     few=$([ $task != polyvore ] || echo --max_steps=15 --warmup=3 --milestones=12)
     python finetune.py configs/demo_finetune.py --task=$task --out_dir=runs/demo_$task $few "$@"
     python finetune.py configs/demo_finetune.py --task=$task --out_dir=runs/demo_$task-scratch --init=random $few "$@"

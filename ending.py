@@ -12,7 +12,7 @@ from tqdm import tqdm
 from settings import InputError
 
 EXIT_STOPPED = 75  # exit code of a run that was stopped and has saved: "try again" in sysexits.h
-WORKER_DIED = "a data loader worker was lost, perhaps for lack of memory, /dev/shm or open files; set fewer --workers"
+WORKER_DIED = "a data loader worker was lost, perhaps for lack of memory, /dev/shm or `ulimit -n`; set fewer --workers"
 
 
 _stores = []  # of the process group, where its processes leave notes for each other
@@ -55,9 +55,10 @@ def run(main):
         for watcher in _watchers:  # a thread that still runs when Python ends aborts it
             watcher.join()
     if _stores:
-        import torch.distributed  # here, for programs that prepare data do without torch
+        import torch.distributed as dist  # here, for programs that prepare data do without torch
 
-        torch.distributed.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     if code:
         sys.exit(code)
 

@@ -23,7 +23,7 @@ def leave_out(paths, config, what):
     """The set of image files `paths` that a validation or an evaluation must do without; usually empty.
 
     config.missing "stop": raises InputError where a file is missing or empty, and says how many of `what` are.
-    "skip": opens every file, in config.workers threads, and prints how many cannot be read. Raises it if none can."""
+    "skip": opens every file, in config.workers threads, and prints how many cannot be read. InputError if none can."""
     paths = list(dict.fromkeys(map(str, paths)))
     if config.missing == "stop":
         gone = [path for path in paths if not os.path.exists(path) or not os.path.getsize(path)]
@@ -35,7 +35,7 @@ def leave_out(paths, config, what):
         broken = {path for path, fine in zip(paths, pool.map(is_readable, paths), strict=True) if not fine}
     if broken:
         if len(broken) == len(paths):
-            raise InputError(f"{what}: none of its {len(paths)} images can be read, as {min(broken)}; fetch them anew")
+            raise InputError(f"{what}: none of its {len(paths)} images can be read; fetch them anew, as {min(broken)}")
         print(f"{what}: {len(broken)} of {len(paths)} images cannot be read and are left out, as {min(broken)}")
     return broken
 

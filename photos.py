@@ -1,4 +1,4 @@
-"""Photos: any image file is opened as RGB. No torch is needed, so to prepare data takes little memory."""
+"""Any image file, opened as RGB. This file needs no torch, so that the programs in prepare/ take little memory."""
 
 import contextlib
 import warnings
