@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import annotations
+import bert
 import checkpoint
 import common
 import data
@@ -327,9 +328,11 @@ class EvalConfig:
     device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES)
 
 
-def read_tokenizer(path, model, config):
-    """The WordPiece tokenizer of checkpoint `path`. Raises InputError where there is none or it is not the model's."""
-    tokenizer = data.wordpiece(checkpoint.vocabulary(config, path))
+def read_tokenizer(path, model, config, trained):
+    """The WordPiece tokenizer of checkpoint `path`, whose own vocabulary is `trained`, a text or None.
+
+    Raises InputError where there is no vocabulary or it is not the model's."""
+    tokenizer = data.wordpiece(bert.vocabulary(config, trained))
     if tokenizer.get_vocab_size() != model.config.vocab_size:
         found = f"found a vocabulary of {tokenizer.get_vocab_size()} words, expected {model.config.vocab_size}"
         raise InputError(f"{path}: {found}; set --vocab=FILE to the one of its training")
@@ -371,7 +374,7 @@ def evaluate_checkpoint(path, config, processes):
     config = as_trained(config, info["config"])
     tokenizer = None
     if config.task != "polyvore":  # a CSA-Net reads no text
-        tokenizer = read_tokenizer(path, model, config)
+        tokenizer = read_tokenizer(path, model, config, info["vocab"])
         data.check_lengths(config, model.config.max_position_embeddings)
     return evaluation.run(model, tokenizer, config, processes)
 

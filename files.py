@@ -1,10 +1,11 @@
-"""Files are written whole or not at all, and a download that brought something else is recognised."""
+"""Files are written whole or not at all, and every fault of one that is read becomes a line that names it."""
 
 import collections
 import contextlib
 import hashlib
 import json
 import os
+import reprlib
 from pathlib import Path
 
 from settings import InputError
@@ -25,6 +26,32 @@ def not_the_file(path):
 
 
 @contextlib.contextmanager
+def reading(path, problem):
+    """Turn whatever a reader raises on a damaged or hostile file into one InputError that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        cause = f"{shown(error.args[0])} is missing" if isinstance(error, KeyError) else cause_of(error)
+        said = not_the_file(path) or f"{problem}: {cause}"
+        raise InputError(f"{path}: {said}") from None
+
+
+def cause_of(error):
+    """One line of an exception's text; of torch's long advice about weights_only, the part that says what was found."""
+    text = getattr(error, "strerror", None) or str(error)
+    for advice_ends in ("WeightsUnpickler error:", "from a trusted source."):
+        text = text.partition(advice_ends)[2] or text
+    return text.strip().partition("\n")[0][:300] or type(error).__name__
+
+
+def shown(value):
+    """A short text of any value of a file; its full text can be endless where it holds itself many times."""
+    return reprlib.repr(value)[:80]
+
+
+@contextlib.contextmanager
 def writing(path):
     """Turn what the disk refuses while `path` is written into one line, an InputError."""
     try:
@@ -32,8 +59,7 @@ def writing(path):
     except (OSError, RuntimeError) as error:
         while not isinstance(error, OSError) and error.__context__:  # torch's writer hides what the disk said
             error = error.__context__
-        cause = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0][:300] or type(error).__name__
-        raise InputError(f"{path}: cannot be saved: {cause}; what was there before is unharmed") from None
+        raise InputError(f"{path}: cannot be saved: {cause_of(error)}; what was there before is unharmed") from None
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import annotations
+import bert
 import checkpoint
 import common
 import data
@@ -75,10 +76,10 @@ class FinetuneConfig:
     missing: str = setting("stop", imaging.MISSING, choices=("stop", "skip"))
     max_tokens: int = setting(0, "longest text; 0: the checkpoint's own, else the paper's 75, for fashioniq 50", FROM_0)
 
-    init: str = setting("pretrained", "a checkpoint, pretrained (ImageNet ResNet + BERT) or random", group="model")
-    size: str = setting(
-        "base", "Transformer size, a row of model.SIZES; a checkpoint brings its own", choices=tuple(SIZES)
+    init: str = setting(
+        "pretrained", "a checkpoint, which brings its sizes; pretrained (ResNet + BERT); random", group="model"
     )
+    size: str = setting("base", "Transformer size, a row of model.SIZES", choices=tuple(SIZES))
     resnet: str = setting("resnet50", "resnet18, resnet34 or resnet50", choices=tuple(RESNETS))
     width: int = setting(64, "channels of the ResNet's first stage", COUNT)
     dropout: float = setting(0.1, "dropout of the Transformer", SHARE)
@@ -113,36 +114,34 @@ class FinetuneConfig:
     wandb: str = setting("", "Weights & Biases project; empty: off")
 
 
-def build_model(config, heads, vocab_size, n_classes=0, n_categories=0):
-    """The task's model, of the sizes of the --init checkpoint, else of the config's own settings."""
-    if config.init in ("random", "pretrained"):
-        sizes = {**checkpoint.transformer_sizes(config.bert, config.size), "vocab_size": vocab_size}
-        model_config = ModelConfig(resnet=config.resnet, width=config.width, **sizes)
-    else:
-        model_config = checkpoint.load_model(config.init)[0].config
-    model_config = dataclasses.replace(model_config, heads=heads, n_classes=n_classes, dropout=config.dropout)
+def build_model(config, sizes, heads, vocab_size, n_classes=0, n_categories=0):
+    """The task's model. sizes: {field of ModelConfig: value} of what it starts from."""
+    own = {"heads": heads, "vocab_size": vocab_size, "n_classes": n_classes, "dropout": config.dropout}
+    model_config = ModelConfig(**{**sizes, **own})
     return FashionViL(model_config) if heads else CSANet(model_config, n_categories)
 
 
 def train(config, processes):
     """The whole stage on this process. Returns {protocol: Result} of the best checkpoint."""
     settings.check_limits(config)
-    is_checkpoint = config.init not in ("random", "pretrained")
-    config = evaluate.as_trained(config, checkpoint.read_weights(config.init)[1]["config"] if is_checkpoint else {})
     task, evaluation, device = TASKS[config.task], evaluate.EVALUATIONS[config.task], processes.device
     if task.objective is not losses.recognition:
         data.check_candidates(config)
     torch.manual_seed(config.seed)  # every process starts from the same weights
 
+    # What the model starts from. A checkpoint brings its image size and text length where the settings have 0.
+    start = checkpoint.read_start(config, uses_bert=bool(task.heads))
+    config = evaluate.as_trained(config, start.trained)
+
     # The data and the model.
     items, label_counts = task.load_items(config)  # {} or the number of classes or of outfit categories
     labels = annotations.label_names(config.data_root, config.task)
-    vocab = checkpoint.vocabulary(config, config.init)
+    vocab = bert.vocabulary(config, start.vocab)
     tokenizer = data.wordpiece(vocab)
-    model = build_model(config, task.heads, tokenizer.get_vocab_size(), **label_counts)
+    model = build_model(config, start.sizes, task.heads, tokenizer.get_vocab_size(), **label_counts)
     if task.heads:  # a CSA-Net reads no text
         data.check_lengths(config, model.config.max_position_embeddings, task.max_tokens)
-    report = checkpoint.initialise(model, config.init, bert=config.bert, resnet=config.resnet_file)
+    report = checkpoint.initialise(model, start)
     model.to(device)
     optimizer = common.make_optimizer(model, config.lr, config.weight_decay, config.lr_factor)
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import annotations
+import bert
 import checkpoint
 import common
 import data
@@ -27,7 +28,7 @@ import runs
 import settings
 import vqvae
 from losses import OBJECTIVES
-from model import RESNETS, SIZES, FashionViL, ModelConfig, compile_parts
+from model import PRETRAINING_HEADS, RESNETS, SIZES, FashionViL, ModelConfig, compile_parts
 from settings import COUNT, DEVICES, DTYPES, FROM_0, SHARE, InputError, setting
 
 PAPER_MIX = {"itm": 0.15, "pac": 0.15, "itc": 0.20, "mvc": 0.20, "mlm": 0.15, "mpfc": 0.15}
@@ -47,7 +48,9 @@ class PretrainConfig:
     n_attributes: int = setting(2232, "size of the pseudo-attribute vocabulary; 0: largest id of the data + 1", FROM_0)
     missing: str = setting("stop", imaging.MISSING, choices=("stop", "skip"))
 
-    init: str = setting("pretrained", "pretrained (ImageNet ResNet + BERT), random, or a checkpoint", group="model")
+    init: str = setting(
+        "pretrained", "pretrained (ResNet + BERT), random, or a checkpoint, which brings its sizes", group="model"
+    )
     size: str = setting("base", "Transformer size, a row of model.SIZES", choices=tuple(SIZES))
     resnet: str = setting("resnet50", "resnet18, resnet34 or resnet50", choices=tuple(RESNETS))
     width: int = setting(64, "channels of the ResNet's first stage", COUNT)
@@ -135,10 +138,10 @@ def prepare_image_tokenizer(config, device):
     return image_tokenizer
 
 
-def build_model(config, sizes):
-    """FashionViL with the pre-training heads. sizes: {field of ModelConfig: value} of the Transformer and the data."""
-    own = {name: getattr(config, name) for name in ("resnet", "width", "dropout", "pac_scale", "itm_candidates")}
-    return FashionViL(ModelConfig(**own, **sizes))
+def build_model(config, sizes, **data_sizes):
+    """FashionViL with the pre-training heads. sizes, data_sizes: {field of ModelConfig: value}; the latter count."""
+    own = {name: getattr(config, name) for name in ("dropout", "pac_scale", "itm_candidates")}
+    return FashionViL(ModelConfig(**{**sizes, **own, **data_sizes, "heads": PRETRAINING_HEADS, "n_classes": 0}))
 
 
 def train(config, processes):
@@ -160,14 +163,13 @@ def train(config, processes):
     if image_tokenizer:
         labels["image tokenizer"] = [checkpoint.checksum(image_tokenizer)]
 
-    # The words of the texts and the sizes of the Transformer, then the model and its first weights.
-    vocab, sizes = checkpoint.vocabulary(config, config.init), checkpoint.transformer_sizes(config.bert, config.size)
+    # What the model starts from, the words of the texts, then the model and its first weights.
+    start = checkpoint.read_start(config)
+    vocab = bert.vocabulary(config, start.vocab)
     tokenizer = data.wordpiece(vocab)
     n_words = tokenizer.get_vocab_size()
-    sizes = {**sizes, "vocab_size": n_words, "n_attributes": n_attributes, "n_codes": n_codes}
-    model = build_model(config, sizes)
-    data.check_lengths(config, model.config.max_position_embeddings)
-    report = checkpoint.initialise(model, config.init, bert=config.bert, resnet=config.resnet_file)
+    model = build_model(config, start.sizes, vocab_size=n_words, n_attributes=n_attributes, n_codes=n_codes)
+    report = checkpoint.initialise(model, start)
     model.to(device)
     optimizer = common.make_optimizer(model, config.lr, config.weight_decay, config.lr_factor)
 
@@ -177,6 +179,7 @@ def train(config, processes):
     run = runs.Run(config, processes, model, optimizer, contents)
 
     # The order of the samples, and their batches for the updates that are left.
+    data.check_lengths(config, model.config.max_position_embeddings)
     objective_of = functools.partial(objective_at, objectives=config.objectives, seed=config.seed)
     order = data.Batches(len(products), config, processes, run.start, objective_of)
     dataset = data.Pretraining(products, tokenizer, n_attributes, config)

@@ -4,6 +4,7 @@ pretrain.py shows how a loop uses it. A run folder holds run.json (how to run it
 resume needs), best.pt (the best model by the metric that selects) and lock."""
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import json
@@ -25,7 +26,7 @@ import common
 import ending
 import health
 from common import gather_objects
-from files import replacing, write_json, writing
+from files import reading, replacing, shown, write_json, writing
 from settings import InputError
 
 ASK_EVERY = 10  # updates
@@ -50,7 +51,7 @@ class Run:
         self.skipped_images, self.stop_asked, self.report, self.older_best = 0, False, [], None
         self.sums = {}  # {objective: {name: sum since the last log line}}, on the device
         self.update_loss = 0.0  # of the current update, over its micro-batches
-        state = checkpoint.find_resume(config.resume, self.folder, model)
+        state = find_resume(config.resume, self.folder, model)
         if state is not None:
             self._restore(state)
         self.done = self.saved = self.start
@@ -59,21 +60,36 @@ class Run:
         common.same_everywhere("resume", f"a start at update {self.start}", cure)
 
     def _restore(self, state):
-        """Go on from what `find_resume` found. Raises InputError where the data mean something else than before."""
+        """Go on from what `find_resume` found. Learning rates and weight decay are those of the settings.
+
+        Raises InputError where the file does not fit, or where the data mean something else than before."""
+        path, config = state["path"], self.config
         theirs, ours = (
             {"words": run.get("vocab", "").splitlines(), **run.get("labels", {})} for run in (state, self.contents)
         )
-        checkpoint.check_labels(state["path"], theirs, ours)
-        self.report = checkpoint.restore(state, self.config, self.model, self.optimizer, self.scaler)
+        checkpoint.check_labels(path, theirs, ours)
+        rates = [(group["base_lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
+        with reading(path, "cannot be resumed"):
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"]:  # only float16 has one, and the earlier run may have had another dtype
+                self.scaler.load_state_dict(state["scaler"])
+            if state["step"] > config.max_steps:
+                raise ValueError(f"{state['step']} updates done, but max_steps is {config.max_steps}")
+        for group, (base_lr, decay) in zip(self.optimizer.param_groups, rates, strict=True):
+            group["base_lr"], group["weight_decay"] = base_lr, decay
+        self.report, now = [f"{path}: resumed after update {state['step']}"], vars(config)
+        for name, value in state.get("config", {}).items():
+            if name in now and now[name] != value and name not in ("out_dir", "resume"):
+                self.report.append(f"resume: {name} was {shown(value)}, is {shown(now[name])} from here on")
         self.start, self.best = state["step"], state.get("best", -1.0)
         if "n_items" in state:
             self.contents["n_items"] = state["n_items"]
         self.validating = state.get("validation_due", False)  # the run ended while it validated
         # The best model so far comes along from another run folder. Where it is gone, a validation finds a new one.
-        path = Path(state["path"])
         self.older_best = path.with_name("best.pt" + path.name.partition("last.pt")[2])  # of last.pt.before, too
         if self.best > -1 and not self.older_best.exists():
-            self.best, self.validating = -1.0, self.config.eval_interval >= 0
+            self.best, self.validating = -1.0, config.eval_interval >= 0
         for name, value in state.get("lasting", {}).items():
             self.lasting[name].copy_(value)
         # Each process has its own sums. With another number of processes the parts are shared out as they come.
@@ -245,6 +261,22 @@ class Run:
         if self.processes.is_main:
             state = {**self.contents, "model": self.model.state_dict(), "config": dataclasses.asdict(self.config)}
             checkpoint.save(self.folder / name, {**state, "step": self.done, "best": self.best, **more})
+
+
+def find_resume(resume, folder, model):
+    """The whole dict of the checkpoint that the setting `resume` means, with its "path"; None for a fresh start.
+
+    "": none; "auto": last.pt of the run folder if it exists; else a file.
+    Raises InputError where the file is broken, holds no optimizer state or does not fit `model`."""
+    path = Path(folder, "last.pt") if resume == "auto" else Path(resume)
+    if not resume or (resume == "auto" and not path.exists()):
+        return None
+    with reading(path, "cannot be resumed"):
+        file = copy.deepcopy(checkpoint.read_file(path))  # a copy in memory, since the file may be written over
+    if "format" not in file or "optimizer" not in file:
+        raise InputError(f"{path}: holds no optimizer state, so it cannot be resumed; --init={path} starts from it")
+    checkpoint.check_names(path, model.state_dict(), file["model"])
+    return {**file, "path": path}
 
 
 _locks = {}  # {run folder: its open lock file}; the system lets go of it when the process dies

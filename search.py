@@ -196,7 +196,7 @@ def search(config):
     own = evaluate.EvalConfig(vocab=config.vocab, workers=0)
     own.data_root = config.data_root or trained.get("data_root", "data/datasets")
     own.image_size, own.max_tokens = trained.get("image_size", 224), trained.get("max_tokens", 0)
-    tokenizer = evaluate.read_tokenizer(config.checkpoint, model, own) if config.text else None
+    tokenizer = evaluate.read_tokenizer(config.checkpoint, model, own, info["vocab"]) if config.text else None
     # FashionIQ and Polyvore have images and texts of their own kind: docs/recipe.md "Images" and "Texts".
     whole = bool(config.outfit) or info["task"] == "fashioniq"
     kind = (crop_then_resize, data.FASHIONIQ_MAX_TOKENS) if whole else (resize_then_crop, data.MAX_TOKENS)

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import annotations
+import checkpoint
 import common
 import data
 import ending
-import formats
 import imaging
 import runs
 import settings
@@ -273,7 +273,7 @@ def random_image_tokenizer(config):
 def load_image_tokenizer(path, device="cpu"):
     """The ImageTokenizer of a file, frozen, in eval mode: ours (last.pt), a released encoder, or a pre-training file of
     the original, which has one inside. The tensors tell the sizes. Raises InputError where one is missing."""
-    file = formats.read_file(path)
+    file = checkpoint.read_file(path)
     state = file["model"] if isinstance(file.get("model"), dict) else file
     state = {str(name).removeprefix("module."): value for name, value in state.items() if torch.is_tensor(value)}
     if any(name.startswith(INSIDE) for name in state):

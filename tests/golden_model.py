@@ -12,8 +12,8 @@ sys.path.insert(0, str(HERE))
 import inputs  # noqa: E402
 from fill import fill  # noqa: E402
 
+import checkpoint  # noqa: E402
 import data  # noqa: E402
-import formats  # noqa: E402
 import vqvae  # noqa: E402
 from model import PRETRAINING_HEADS, CSANet, FashionViL, ModelConfig  # noqa: E402
 
@@ -30,7 +30,9 @@ def to_original(state_dict, norm=None):
         pretraining = any(name.startswith(f"heads.{head}.") for name in state_dict for head in PRETRAINING_HEADS[1:])
         norm = "model.contrastive_norm.norm_s" if pretraining else "model.norm_layer.norm_s"
         norm = "norm_layer.norm_s" if "proj_layer.weight" in state_dict else norm
-    theirs = formats.rename(state_dict, [row for row in formats.NAMES if row[0] != "logit_scale" or row[1] == norm])
+    theirs = checkpoint.rename(
+        state_dict, [row for row in checkpoint.NAMES if row[0] != "logit_scale" or row[1] == norm]
+    )
     if "model.heads.mlm.bias" in theirs:
         theirs["model.heads.mlm.decoder.bias"] = theirs["model.heads.mlm.bias"]
     return theirs
@@ -39,7 +41,7 @@ def to_original(state_dict, norm=None):
 def filled(model):
     """The model with the golden weights, which depend on the original's parameter names alone."""
     weights = fill(to_original(model.state_dict()), META["scale"])
-    model.load_state_dict(formats.rename(weights, formats.RENAME["fashionvil"]))
+    model.load_state_dict(checkpoint.rename(weights, checkpoint.RENAME["fashionvil"]))
     # The reference was computed in this memory format; in ours the kernels round otherwise, and what a ReLU makes of a
     # value next to zero moves gradient norms by up to 1.4e-3.
     model.image_encoder.to(memory_format=torch.contiguous_format)

@@ -20,11 +20,11 @@ from test_finetune import small as small_finetune
 from test_pretrain import small as small_pretrain
 
 import annotations
+import bert
 import checkpoint
 import data
 import evaluate
 import finetune
-import formats
 import pretrain
 import settings
 import vqvae
@@ -406,8 +406,8 @@ def test_data_check_finds_all_faults_in_one_pass(root, monkeypatch, capsys):
 def test_pointers_and_web_pages(content, problem, tmp_path):
     for name, read in (
         ("weights.pth", checkpoint.load_model),
-        ("weights.bin", formats.read_weights),
-        ("model.safetensors", formats.read_weights),
+        ("weights.bin", checkpoint.read_weights),
+        ("model.safetensors", checkpoint.read_weights),
         ("rows.json", lambda path: annotations.read_json(path, list)),
     ):
         (tmp_path / name).write_bytes(content)
@@ -422,7 +422,7 @@ def test_byte_order_marks_are_no_content(tmp_path):
     assert settings.load_config(pretrain.PretrainConfig, [str(tmp_path / "run.py")]).max_steps == 7
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n", encoding="utf-8-sig")
     config = pretrain.PretrainConfig(vocab=str(tmp_path / "vocab.txt"))
-    assert checkpoint.vocabulary(config, "random").startswith("[PAD]")
+    assert bert.vocabulary(config).startswith("[PAD]")
 
 
 @pytest.mark.parametrize("argv", [["max_steps=3"], ["configs/demo.py", "max_steps=3"]])
@@ -594,6 +594,6 @@ def test_another_vocabulary_than_the_checkpoints_is_refused(root, tmp_path):
     words = (root / "vocab.txt").read_text().splitlines()
     (root / "other.txt").write_text("\n".join([*words[:-2], words[-1], words[-2]]) + "\n")
     evaluation = evaluate.EvalConfig("fashioniq", path, data_root=str(root), vocab=str(root / "other.txt"), workers=0)
-    found = f"token {len(words) - 2} is '{words[-1]}', but '{words[-2]}' in the vocabulary of {path}"
+    found = f"token {len(words) - 2} is '{words[-1]}', but '{words[-2]}' in the checkpoint's vocabulary"
     message = f"vocab: {{root}}/other.txt: {found}; leave --vocab out to take that one"
     refuse(lambda: evaluate.evaluate_checkpoint(path, evaluation, ONE), message, root)

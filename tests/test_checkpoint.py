@@ -21,10 +21,11 @@ import torch
 from golden_model import GOLDEN, HERE, META, build, build_csa, difference, fill, golden_batch, to_original
 from torch import nn
 
+import bert
 import checkpoint
-import formats
+import runs
 import vqvae
-from formats import WORDS
+from checkpoint import WORDS
 from model import SIZES, CSANet, FashionViL, ModelConfig
 from settings import InputError
 from tools import weights
@@ -46,6 +47,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def start_from(init, bert="", resnet_file="", uses_bert=True, resnet="resnet18"):
+    """What a new model starts from by these settings."""
+    words = dict(init=init, bert=bert, resnet_file=resnet_file, resnet=resnet)
+    words = {name: str(value) for name, value in words.items()}
+    return checkpoint.read_start(SimpleNamespace(**words, width=8, size="tiny"), uses_bert)
+
+
+def sizes_of(folder):
+    """The Transformer's sizes that a BERT folder brings."""
+    sizes = start_from("random", folder).sizes
+    return {name: value for name, value in sizes.items() if name not in ("resnet", "width")}
 
 
 def small(heads=("contrastive",), seed=0, **sizes):
@@ -113,7 +127,7 @@ def test_full_size_names(layout):
     theirs = to_original(ours)
     assert {n: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in theirs.items()} == released
     tensors = {name: torch.empty(shape, device="meta") for name, (shape, _) in released.items()}
-    back = formats.rename(tensors, formats.RENAME["fashionvil"])
+    back = checkpoint.rename(tensors, checkpoint.RENAME["fashionvil"])
     assert {n: t.shape for n, t in back.items()} == {n: t.shape for n, t in ours.items()}
 
 
@@ -217,7 +231,7 @@ def test_converted_file_has_the_tensors_and_nothing_else(tmp_path, capsys, monke
     weights.main()
     printed = capsys.readouterr().out
     assert "126 tensors" in printed and "omegaconf.dictconfig.DictConfig" in printed and "OrderedDict" not in printed
-    content = formats.read_file(target)
+    content = checkpoint.read_file(target)
     assert list(content) == ["model"]
     scale = content["model"]["model.contrastive_norm.norm_s"]
     assert scale.shape == (1,) and scale.dtype == torch.float32
@@ -225,7 +239,7 @@ def test_converted_file_has_the_tensors_and_nothing_else(tmp_path, capsys, monke
     with zipfile.ZipFile(source) as archive:
         for index, (name, tensor) in enumerate(content["model"].items()):
             assert archive.read(f"best/data/{index}") == tensor.numpy().tobytes(), name
-    assert formats.read_weights(target)[1]["layout"] == "pretraining"
+    assert checkpoint.read_weights(target)[1]["layout"] == "pretraining"
     with pytest.raises(InputError, match="'image_encoder.conv1.weight' is missing"):  # it holds but a few tensors
         checkpoint.load_model(target)
 
@@ -248,7 +262,7 @@ def test_image_tokenizer_files(tmp_path):
     model = vqvae.random_image_tokenizer(vqvae.ImageTokenizerConfig(ch=32))
     assert set(keys("vqvae")) == set(model.state_dict())
     torch.save(model.state_dict(), tmp_path / "vqvae.pth")
-    assert formats.read_weights(tmp_path / "vqvae.pth")[1]["kind"] == "image_tokenizer"
+    assert checkpoint.read_weights(tmp_path / "vqvae.pth")[1]["kind"] == "image_tokenizer"
     with pytest.raises(InputError, match="image_tokenizer weights, expected fashionvil or csa_net"):
         checkpoint.load_model(tmp_path / "vqvae.pth")
     weights.describe(tmp_path / "vqvae.pth")
@@ -256,8 +270,9 @@ def test_image_tokenizer_files(tmp_path):
     for word in ("tokenizer", "image_tokenizer"):
         state = {"kind": word, "model": vqvae.VQVAE(model.config).state_dict(), f"{word}_config": asdict(model.config)}
         checkpoint.save(tmp_path / "last.pt", {**state, "optimizer": {}})
-        assert formats.read_weights(tmp_path / "last.pt")[1]["kind"] == "image_tokenizer"
-        assert checkpoint.find_resume("auto", tmp_path)["image_tokenizer_config"] == asdict(model.config)
+        assert checkpoint.read_weights(tmp_path / "last.pt")[1]["kind"] == "image_tokenizer"
+        found = runs.find_resume("auto", tmp_path, vqvae.VQVAE(model.config))
+        assert found["image_tokenizer_config"] == asdict(model.config)
         assert vqvae.load_image_tokenizer(tmp_path / "last.pt").config == model.config
 
 
@@ -283,9 +298,9 @@ def test_real_minilm_weights(tmp_path):
     """Mean-pooled embeddings of ten sentences by torch's own Transformer layer, from the same file read by numpy."""
     resnet = tmp_path / "resnet18.pth"
     torch.save(torchvision_resnet("resnet18").state_dict(), resnet)
-    model = FashionViL(ModelConfig(resnet="resnet18", **checkpoint.transformer_sizes(str(MINILM), ""))).eval()
-    report = checkpoint.initialise(model, "pretrained", bert=str(MINILM), resnet=str(resnet))
-    assert len(report) == 2 and "; new logit_scale, bert.embeddings.projection, heads.itm, heads.mlm" in report[1]
+    model = FashionViL(ModelConfig(resnet="resnet18", **sizes_of(MINILM))).eval()
+    report = checkpoint.initialise(model, start_from("pretrained", MINILM, resnet))
+    assert len(report) == 3 and report[2].startswith("new weights: logit_scale, bert.embeddings.projection, heads.itm")
     assert (model.config.num_hidden_layers, model.config.hidden_size, model.config.num_attention_heads) == (6, 384, 12)
 
     raw = (MINILM / "model.safetensors").read_bytes()
@@ -309,7 +324,7 @@ def test_real_minilm_weights(tmp_path):
             state[f"self_attn.in_proj_{kind}"] = torch.cat(parts)
         layer.load_state_dict(state)
         layers.append(layer.eval())
-    vocab = {word: i for i, word in enumerate(vocabulary(bert=MINILM).rstrip("\n").split("\n"))}
+    vocab = {word: i for i, word in enumerate(vocabulary(bert_folder=MINILM).rstrip("\n").split("\n"))}
     tokenizer = tokenizers.BertWordPieceTokenizer(vocab, lowercase=True)
     tokenizer.enable_padding(length=40)
     encoded = tokenizer.encode_batch(SENTENCES)
@@ -331,8 +346,8 @@ def test_real_minilm_weights(tmp_path):
     assert torch.equal(model.bert.pooler["dense"].weight, weight("pooler.dense.weight"))
 
 
-def vocabulary(init="random", vocab="", bert="", data_root="none"):
-    return checkpoint.vocabulary(SimpleNamespace(vocab=str(vocab), bert=str(bert), data_root=str(data_root)), str(init))
+def vocabulary(trained=None, vocab="", bert_folder="", data_root="none"):
+    return bert.vocabulary(SimpleNamespace(vocab=str(vocab), bert=str(bert_folder), data_root=str(data_root)), trained)
 
 
 def image_part(model):
@@ -391,11 +406,11 @@ def test_bert_folders(tmp_path, form, prefix, gamma, mlm, pooler):
     torch.save(image_part(source), resnet)
     model = small(("contrastive", "itm", "mlm"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert checkpoint.transformer_sizes(folder, "") == BERT_SIZES
-    report = checkpoint.initialise(model, "pretrained", bert=str(folder), resnet=str(resnet))
-    assert ("bert.pooler" in report[1].partition("new")[2]) == (not pooler)
-    assert ("heads.mlm" in report[1].partition("new")[2]) == (not mlm)
-    assert ("cls.seq_relationship (1)" in report[1].partition("left over")[2]) == mlm
+    assert sizes_of(folder) == BERT_SIZES
+    report = checkpoint.initialise(model, start_from("pretrained", folder, resnet))
+    assert ("bert.pooler" in report[2]) == (not pooler)
+    assert ("heads.mlm" in report[2]) == (not mlm)
+    assert ("cls.seq_relationship" in report[1].partition("left over")[2]) == mlm
     for name, tensor in model.state_dict().items():
         new = ("bert.embeddings.projection", "heads.itm", "logit_scale")
         new += () if mlm else ("heads.mlm.dense", "heads.mlm.LayerNorm", "heads.mlm.decoder.bias")
@@ -408,9 +423,9 @@ def test_bert_folders(tmp_path, form, prefix, gamma, mlm, pooler):
 def test_vocabulary_of_either_file(tmp_path):
     words = ["[PAD]", "[UNK]", "dress", "##es", "\u2028"]
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": dict(zip(words, range(5), strict=True))}}))
-    from_json = vocabulary(bert=tmp_path)
+    from_json = vocabulary(bert_folder=tmp_path)
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    assert from_json == vocabulary(bert=tmp_path) == "[PAD]\n[UNK]\ndress\n##es\n\u2028\n"
+    assert from_json == vocabulary(bert_folder=tmp_path) == "[PAD]\n[UNK]\ndress\n##es\n\u2028\n"
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
@@ -423,15 +438,18 @@ def test_torchvision_resnets(tmp_path, name):
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     torch.save(state, path)
     model = CSANet(ModelConfig(resnet=name), n_categories=3).eval()
-    (report,) = checkpoint.initialise(model, "pretrained", resnet=path)
-    assert "left over fc (2)" in report and "new logit_scale, proj_layer, fusion_module;" in report
+    report = checkpoint.initialise(model, start_from("pretrained", "", path, False, name))
+    assert report == [
+        f"{path}: loaded image_encoder; left over fc",
+        "new weights: logit_scale, proj_layer, fusion_module",
+    ]
     image = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         body = nn.Sequential(*list(reference.children())[:-2])
         assert difference(model.image_encoder(image), body(image).flatten(2).transpose(1, 2)) <= 1e-5
     torch.save({n: t for n, t in state.items() if "fc." not in n and "num_batches" not in n}, path)
     other = CSANet(ModelConfig(resnet=name), n_categories=3)
-    checkpoint.initialise(other, "pretrained", resnet=path)
+    checkpoint.initialise(other, start_from("pretrained", "", path, False, name))
     assert same(other.image_encoder.state_dict(), model.image_encoder.state_dict())
 
 
@@ -446,9 +464,9 @@ def test_a_failed_fetch_says_which_file_goes_where(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     said = r"resnet18-f37072fd.pth could not .*service not known.* --resnet_file=FILE"
     with pytest.raises(InputError, match=said):
-        checkpoint.initialise(small(), "pretrained")
+        start_from("pretrained")
     with pytest.raises(InputError, match=r"of 'bert-base-uncased' could not be .* set --bert=FOLDER"):
-        checkpoint.transformer_sizes("bert-base-uncased", "")
+        sizes_of("bert-base-uncased")
     said = "bert: vocab.txt of 'bert-base-uncased' could not be .*service not known.* set --vocab=FILE"
     with pytest.raises(InputError, match=said):
         vocabulary(data_root=tmp_path)
@@ -470,7 +488,7 @@ def test_saving_and_loading_is_exact(tmp_path, heads):
     with torch.no_grad():
         model.logit_scale.fill_(5.5) if hasattr(model, "logit_scale") else None
     path = saved(tmp_path / "last.pt", model, optimizer=optimizer.state_dict(), best=0.25)
-    file = checkpoint.find_resume("auto", tmp_path)
+    file = runs.find_resume("auto", tmp_path, model)
     assert file["format"] == 1 and file["step"] == 7 and file["best"] == 0.25 and file["config"] == {"lr": 0.1}
     assert same(file["model"], model.state_dict())
     found, expected = file["optimizer"]["state"], optimizer.state_dict()["state"]
@@ -495,25 +513,25 @@ def test_saving_and_loading_is_exact(tmp_path, heads):
 def test_what_is_read_outlives_its_file(tmp_path):
     """A resumed run saves over the file that it read: what it holds must not be mapped from it."""
     path = saved(tmp_path / "last.pt", small(), optimizer={})
-    file = checkpoint.find_resume("auto", tmp_path)
+    file = runs.find_resume("auto", tmp_path, small())
     kept = {name: tensor.clone() for name, tensor in file["model"].items()}
     path.write_bytes(b"\0" * path.stat().st_size)
     assert same(file["model"], kept)
 
 
 def test_resume_setting(tmp_path):
-    assert checkpoint.find_resume("", tmp_path) is None and checkpoint.find_resume("auto", tmp_path / "new") is None
+    assert runs.find_resume("", tmp_path, None) is None and runs.find_resume("auto", tmp_path / "new", None) is None
     path = saved(tmp_path / "best.pt", small())
     with pytest.raises(InputError, match=r"best.pt: holds no optimizer state, .* --init="):
-        checkpoint.find_resume(str(path), tmp_path)
+        runs.find_resume(str(path), tmp_path, small())
     (tmp_path / "last.pt").write_bytes(path.read_bytes()[:-9])
     with pytest.raises(InputError, match="last.pt"):  # never a quiet new start over a broken file
-        checkpoint.find_resume("auto", tmp_path)
+        runs.find_resume("auto", tmp_path, small())
     saved(tmp_path / "last.pt", small(("contrastive", "itm")), optimizer={})
-    assert checkpoint.find_resume("auto", tmp_path, small(("contrastive", "itm")))["step"] == 7
+    assert runs.find_resume("auto", tmp_path, small(("contrastive", "itm")))["step"] == 7
     said = "last.pt: does not fit the model: 2 left over: heads.itm.weight, heads.itm.bias"
     with pytest.raises(InputError, match=said):
-        checkpoint.find_resume("auto", tmp_path, small())
+        runs.find_resume("auto", tmp_path, small())
 
 
 class RemoteEntryNotFoundError(Exception):
@@ -537,16 +555,16 @@ def test_vocabulary_of_a_run(tmp_path, monkeypatch):
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(f"[PAD]\n{place.parent.name}\n")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda bert, name: fake_hub(name, {"vocab.txt": hub}))
-    setting, bert, *others = places
-    init = saved(tmp_path / "pre.pt", small())
-    arguments = {"bert": bert.parent, "data_root": data_root}
+    setting, of_bert, *others = places
+    arguments = {"bert_folder": of_bert.parent, "data_root": data_root}
     assert vocabulary(vocab=setting, **arguments) == setting.read_text()
-    assert vocabulary(init, **arguments) == "[PAD]\n[UNK]\n"
-    assert vocabulary(**arguments) == bert.read_text()
+    trained = start_from(saved(tmp_path / "pre.pt", small())).vocab
+    assert vocabulary(trained, **arguments) == trained == "[PAD]\n[UNK]\n"
+    assert vocabulary(**arguments) == of_bert.read_text()
     checkpoint.save(tmp_path / "none.pt", {"kind": "fashionvil", "model": small().state_dict()})
-    assert vocabulary(tmp_path / "none.pt", **arguments) == bert.read_text()
+    assert start_from(tmp_path / "none.pt").vocab is None
     for place in others:
-        assert vocabulary(bert="name/on-the-hub", data_root=data_root) == place.read_text()
+        assert vocabulary(bert_folder="name/on-the-hub", data_root=data_root) == place.read_text()
         assert vocabulary(data_root=data_root) == place.read_text()
         place.unlink()
     with pytest.raises(InputError, match="none.txt: no WordPiece vocabulary: No such file"):
@@ -560,23 +578,24 @@ def test_starting_from_a_checkpoint(tmp_path):
     path = saved(tmp_path / "pre.pt", source)
     model = small(("contrastive", "itm", "pac", "recognition"), n_attributes=8, n_classes=3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    (report,) = checkpoint.initialise(model, str(path))
+    report = checkpoint.initialise(model, start_from(path))
     for name, tensor in model.state_dict().items():
         new = name.startswith(("heads.pac", "heads.recognition", "logit_scale"))
         assert torch.equal(tensor, before[name] if new else source.state_dict()[name]), name
-    assert "heads.itm (2)" in report
-    assert "new logit_scale, heads.pac (the file's is of another shape), heads.recog" in report
+    assert "heads.itm; left over heads.pac" in report[0]
+    assert report[1] == "new weights: logit_scale, heads.pac, heads.recognition"
     bare = small(("recognition",), n_classes=3)
-    (report,) = checkpoint.initialise(bare, str(path))
-    assert "left over" in report and "heads.pac (1)" in report
+    report = checkpoint.initialise(bare, start_from(path))
+    assert report[0].endswith("; left over heads.itm, heads.pac")
     outfit = CSANet(ModelConfig(resnet="resnet18", width=8), 3)
-    (report,) = checkpoint.initialise(outfit, str(path))
+    report = checkpoint.initialise(outfit, start_from(path, uses_bert=False))
     assert same(outfit.image_encoder.state_dict(), source.image_encoder.state_dict())
-    assert "new logit_scale, proj" in report
+    assert report[1] == "new weights: logit_scale, proj_layer, fusion_module"
     again = CSANet(ModelConfig(resnet="resnet18", width=8), 3)
-    checkpoint.initialise(again, str(saved(tmp_path / "csa.pt", outfit)))
+    checkpoint.initialise(again, start_from(saved(tmp_path / "csa.pt", outfit), uses_bert=False))
     assert same(again.state_dict(), outfit.state_dict())
-    assert checkpoint.initialise(model, "random") == ["init: random weights"]
+    (report,) = checkpoint.initialise(model, start_from("random"))
+    assert report.startswith("new weights: logit_scale, image_encoder, bert.embeddings.word_embeddings, ")
 
 
 def test_starting_from_a_released_file(tmp_path):
@@ -586,11 +605,11 @@ def test_starting_from_a_released_file(tmp_path):
     with torch.no_grad():
         for tensor in model.parameters():
             tensor.zero_()
-    (report,) = checkpoint.initialise(model, str(path))
+    report = checkpoint.initialise(model, start_from(path))
     image = golden_batch()["image"][:2]
     with torch.no_grad():
         assert torch.equal(model.encode_image(image), build().encode_image(image))
-    assert "new heads.recognition" in report and "model.image_tokenizer (1)" in report
+    assert "model.image_tokenizer" in report[0] and report[1] == "new weights: heads.recognition"
 
 
 def no_space(*args, **kwargs):
@@ -643,7 +662,7 @@ def test_a_kill_between_write_and_rename(tmp_path):
     assert path.read_bytes() == whole and len(os.listdir(tmp_path)) == 2
     model = small(seed=5)
     saved(path, model)
-    assert same(formats.read_file(path)["model"], model.state_dict()) and os.listdir(tmp_path) == ["last.pt"]
+    assert same(checkpoint.read_file(path)["model"], model.state_dict()) and os.listdir(tmp_path) == ["last.pt"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -811,7 +830,7 @@ CONTENTS = [
     ),
     ("no model has these sizes", lambda: own(lambda state: state.update({WORDS: torch.ones(64)}))),
     (r"found '\(2, 2, 1, 2\) blocks a stage', expected one of resnet18", lambda: own(drop_block)),
-    (f"{WORDS} differ", lambda: own(lambda state: state.update({formats.DECODER: torch.ones(100, 64)}), ("mlm",))),
+    (f"{WORDS} differ", lambda: own(lambda state: state.update({checkpoint.DECODER: torch.ones(100, 64)}), ("mlm",))),
 ]
 TENSORS = {"a": torch.ones(4, 4), "b": torch.zeros(3)}
 
@@ -852,7 +871,7 @@ def check_refusal(tmp_path, path, says, call):
 def test_broken_files(tmp_path, how, says, make):
     path, marker = tmp_path / "bad.pt", tmp_path / "marker"
     make(path, marker)
-    calls = {"read": lambda: formats.read_file(path), "convert": lambda: weights.convert(path, tmp_path / "out.pt")}
+    calls = {"read": lambda: checkpoint.read_file(path), "convert": lambda: weights.convert(path, tmp_path / "out.pt")}
     check_refusal(tmp_path, path, says, calls[how])
     assert not marker.exists()
 
@@ -871,22 +890,22 @@ def test_files_of_another_task_or_kind(tmp_path):
     check_refusal(tmp_path, path, says, lambda: checkpoint.load_model(path, needs=("recognition",)))
     saved(path, small(vocab_size=90))
     says = r"word_embeddings.weight \(90, 64\), expected \(100, 64\)"
-    check_refusal(tmp_path, path, says, lambda: checkpoint.initialise(small(), str(path)))
+    check_refusal(tmp_path, path, says, lambda: checkpoint.initialise(small(), start_from(path)))
     saved(path, CSANet(ModelConfig(resnet="resnet18", width=8), 3))
-    check_refusal(tmp_path, path, "csa_net weights", lambda: checkpoint.initialise(small(), str(path)))
+    check_refusal(tmp_path, path, "csa_net weights", lambda: checkpoint.initialise(small(), start_from(path)))
 
 
 @pytest.mark.parametrize("bad, says", SAFETENSORS, ids=range(len(SAFETENSORS)))
 def test_broken_safetensors(tmp_path, bad, says):
     path = tmp_path / "model.safetensors"
     path.write_bytes(bad) if isinstance(bad, bytes) else write_safetensors(path, TENSORS, bad)
-    check_refusal(tmp_path, path, says, lambda: formats.read_weights(path))
+    check_refusal(tmp_path, path, says, lambda: checkpoint.read_weights(path))
 
 
 def test_safetensors_types(tmp_path):
     tensors = {"a": torch.randn(2, 3), "b": torch.arange(3), "c": torch.ones(()).half(), "d": torch.ones(0, 4)}
     write_safetensors(tmp_path / "a.safetensors", tensors)
-    assert same(formats.read_safetensors(tmp_path / "a.safetensors"), tensors)
+    assert same(checkpoint.read_safetensors(tmp_path / "a.safetensors"), tensors)
 
 
 @pytest.mark.parametrize(
@@ -905,21 +924,21 @@ def test_bad_bert_configs(tmp_path, change, says):
     bert_file(tmp_path / "bert", "safetensors")
     path = tmp_path / "bert" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}) if change else "{")
-    check_refusal(tmp_path, path, says, lambda: checkpoint.transformer_sizes(str(tmp_path / "bert"), ""))
+    check_refusal(tmp_path, path, says, lambda: sizes_of(tmp_path / "bert"))
 
 
 def test_bad_bert_folders(tmp_path):
     bert_file(tmp_path / "bert", "bin")
     folder = tmp_path / "none"
-    check_refusal(tmp_path, folder, "no config.json in folder", lambda: checkpoint.transformer_sizes(str(folder), ""))
+    check_refusal(tmp_path, folder, "no model.safetensors or .* in folder", lambda: sizes_of(folder))
     model, resnet = small(vocab_size=101), tmp_path / "resnet.pth"
     write(resnet, image_part(model))
     wrong = tmp_path / "bert" / "pytorch_model.bin"
     says = "100 rows in the word table, but 101 words in the vocabulary; set --vocab=FILE to the vocab.txt of this BERT"
-    bert = str(tmp_path / "bert")
-    check_refusal(tmp_path, wrong, says, lambda: checkpoint.initialise(model, "pretrained", bert, str(resnet)))
+    folder = tmp_path / "bert"
+    check_refusal(tmp_path, wrong, says, lambda: checkpoint.initialise(model, start_from("pretrained", folder, resnet)))
     says = "bert weights, expected resnet"
-    check_refusal(tmp_path, wrong, says, lambda: checkpoint.initialise(model, "pretrained", bert, str(wrong)))
+    check_refusal(tmp_path, wrong, says, lambda: start_from("pretrained", folder, wrong))
 
 
 class Setting:
@@ -937,7 +956,7 @@ def test_converting_loads_no_object(tmp_path):
     write(path, {"model": OrderedDict(tensors), "config": setting, "more": [setting, Path("a")]})
     report = weights.convert(path, tmp_path / "out.pt")
     assert "test_checkpoint.Setting" in report[1] and "pathlib" in report[1] and not marker.exists()
-    assert same(formats.read_file(tmp_path / "out.pt")["model"], {n: t.data for n, t in tensors.items()})
+    assert same(checkpoint.read_file(tmp_path / "out.pt")["model"], {n: t.data for n, t in tensors.items()})
     with pytest.raises(InputError, match="out.pt: exists"):
         weights.convert(path, tmp_path / "out.pt")
 
@@ -951,7 +970,7 @@ def test_weights_in_several_files(tmp_path, form, monkeypatch):
     source = bert_file(folder, form)
     torch.save(image_part(source), resnet)
     one = folder / ("model.safetensors" if form == "safetensors" else "pytorch_model.bin")
-    tensors = formats.read_safetensors(one) if form == "safetensors" else formats.read_file(one)
+    tensors = checkpoint.read_safetensors(one) if form == "safetensors" else checkpoint.read_file(one)
     one.unlink()
     names = {f"part-{i}{one.suffix}": list(tensors)[i::2] for i in (0, 1)}
     index, second = folder / f"{one.name}.index.json", folder / f"part-1{one.suffix}"
@@ -963,21 +982,21 @@ def test_weights_in_several_files(tmp_path, form, monkeypatch):
 
     for place, own in names.items():
         write_shard(place, own)
-    assert checkpoint.transformer_sizes(str(folder), "") == BERT_SIZES
-    checkpoint.initialise(model, "pretrained", bert=str(folder), resnet=str(resnet))
+    assert sizes_of(folder) == BERT_SIZES
+    checkpoint.initialise(model, start_from("pretrained", folder, resnet))
     expected = {n: t for n, t in source.state_dict().items() if "_visual" not in n and "projection" not in n}
     assert same({n: t for n, t in model.state_dict().items() if n in expected}, expected)
     files = {path.name: path for path in folder.iterdir()}
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda bert, name: fake_hub(name, files))
-    assert checkpoint.transformer_sizes("some/bert", "") == BERT_SIZES
+    assert sizes_of("some/bert") == BERT_SIZES
     write_shard(second.name, names[second.name][1:])
     says = rf"lists {len(tensors)} tensors, but its files lack 1, as '.{{9,90}}'$"
-    check_refusal(tmp_path, index, says, lambda: checkpoint.transformer_sizes(str(folder), ""))
+    check_refusal(tmp_path, index, says, lambda: sizes_of(folder))
     second.unlink()
-    check_refusal(tmp_path, second.name, "bert: no part-1", lambda: checkpoint.transformer_sizes(str(folder), ""))
+    check_refusal(tmp_path, second.name, "bert: no part-1", lambda: sizes_of(folder))
     index.write_text(json.dumps({"weight_map": {"a": "../a.bin"}}))
     says = "expected names of files in the same folder"
-    check_refusal(tmp_path, index, says, lambda: checkpoint.transformer_sizes(str(folder), ""))
+    check_refusal(tmp_path, index, says, lambda: sizes_of(folder))
 
 
 FIT = [(2112, 2105), (2176, 2105), (2105, 2105)]
@@ -990,11 +1009,11 @@ def test_padded_word_tables(tmp_path, rows, words):
     source = bert_file(folder, "bin", rows=rows)
     torch.save(image_part(source), resnet)
     model = small(("mlm",), vocab_size=words)
-    start = lambda: checkpoint.initialise(model, "pretrained", bert=str(folder), resnet=str(resnet))  # noqa: E731
+    start = lambda: checkpoint.initialise(model, start_from("pretrained", folder, resnet))  # noqa: E731
     if (rows, words) in FIT:
         report = start()
-        assert (f"padding of the word table ({rows - words})" in report[1]) == (rows > words)
-        for name in (WORDS, formats.DECODER, "heads.mlm.decoder.bias"):
+        assert (f"{rows - words} padding rows of the word table" in report[1]) == (rows > words)
+        for name in (WORDS, checkpoint.DECODER, "heads.mlm.decoder.bias"):
             assert torch.equal(model.state_dict()[name], source.state_dict()[name][:words])
     else:
         says = f"{rows} rows in the word table, but {words} words in the vocabulary"
@@ -1042,14 +1061,12 @@ def test_tokenizer_settings_of_a_bert_folder(tmp_path, name, content, says):
     (folder / "vocab.txt").write_text("[PAD]\ndress\n##es\n")
     (folder / name).write_text(content if name == "vocab.txt" else json.dumps(content))
     if not says:
-        assert vocabulary(bert=folder) == "[PAD]\ndress\n##es\n"
+        assert vocabulary(bert_folder=folder) == "[PAD]\ndress\n##es\n"
         return
-    check_refusal(tmp_path, folder / name, says, lambda: vocabulary(bert=folder))
-    if name != "vocab.txt":
-        model = small(("mlm",), vocab_size=3)
-        check_refusal(
-            tmp_path, folder / name, says, lambda: checkpoint.initialise(model, "pretrained", str(folder), "random")
-        )
+    check_refusal(tmp_path, folder / name, says, lambda: vocabulary(bert_folder=folder))
+    if name != "vocab.txt":  # with words from another place, too
+        (tmp_path / "vocab.txt").write_text("[PAD]\ndress\n##es\n")
+        check_refusal(tmp_path, folder / name, says, lambda: vocabulary(None, tmp_path / "vocab.txt", folder))
 
 
 def test_command_line_ends_in_one_line(tmp_path):

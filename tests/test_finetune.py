@@ -152,11 +152,12 @@ def test_frozen_parts_of_csa_net_do_not_move(catalogue, tmp_path):
 def test_init_takes_the_body_of_another_checkpoint(catalogue, tmp_path):
     finetune.train(small("fashiongen_retrieval", catalogue, tmp_path / "a", max_steps=1), ONE)
     config = small("fashiongen_category", catalogue, tmp_path / "b", init=str(tmp_path / "a" / "best.pt"), size="base")
-    model = finetune.build_model(config, ("recognition",), 0, n_classes=10)
-    report = checkpoint.initialise(model, config.init)
+    start = checkpoint.read_start(config)
+    model = finetune.build_model(config, start.sizes, ("recognition",), start.sizes["vocab_size"], n_classes=10)
+    report = checkpoint.initialise(model, start)
     source = torch.load(tmp_path / "a" / "best.pt", weights_only=True)["model"]
     assert torch.equal(model.bert.pooler["dense"].weight, source["bert.pooler.dense.weight"])  # and of its size
-    assert "new heads.recognition" in report[0]
+    assert report[1] == "new weights: heads.recognition"
 
 
 @pytest.mark.parametrize(

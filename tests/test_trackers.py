@@ -15,13 +15,13 @@ from test_pretrain import small
 from torch.utils.data import DataLoader, Dataset
 
 import annotations
+import bert
 import checkpoint
 import common
 import data
 import ending
 import evaluate
 import finetune
-import formats
 import photos
 import pretrain
 import runs
@@ -156,7 +156,7 @@ def test_vocabulary_with_the_line_ends_of_windows(tmp_path, catalogue):
     text = (catalogue / "vocab.txt").read_text()
     (tmp_path / "vocab.txt").write_bytes(text.replace("\n", "\r\n").encode())
     config = pretrain.PretrainConfig(vocab=str(tmp_path / "vocab.txt"))
-    read = checkpoint.vocabulary(config, "random")
+    read = bert.vocabulary(config)
     assert data.wordpiece(read).get_vocab() == data.wordpiece(text).get_vocab()
 
 
@@ -168,7 +168,7 @@ def test_weights_in_a_part_of_the_file(tmp_path, prefix, key):
     state = torchvision.models.resnet18().state_dict()
     file = {"epoch": 9, "arch": "resnet18", key: {f"{prefix}{name}": tensor for name, tensor in state.items()}}
     torch.save(file, tmp_path / "a.pth")
-    found, info = formats.read_weights(tmp_path / "a.pth", ("resnet",), "resnet_file")
+    found, info = checkpoint.read_weights(tmp_path / "a.pth", ("resnet",), "resnet_file")
     assert info["kind"] == "resnet"
     assert torch.equal(found["image_encoder.layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
 
@@ -177,7 +177,7 @@ def test_our_checkpoint_with_the_names_of_torch_compile(trained, tmp_path):
     file = torch.load(f"{trained.out_dir}/best.pt", weights_only=True)
     renamed = {f"_orig_mod.{name}": tensor for name, tensor in file["model"].items()}
     torch.save({**file, "model": renamed}, tmp_path / "a.pt")
-    found, _ = formats.read_weights(tmp_path / "a.pt", ("fashionvil",), "init")
+    found, _ = checkpoint.read_weights(tmp_path / "a.pt", ("fashionvil",), "init")
     assert found.keys() == file["model"].keys()
 
 

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import common
-import formats
 import imaging
 import pretrain
 import runs
@@ -331,7 +330,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(data_root, tmp_path, monkeypatch
 
     for name, value in model.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-    one, two = (formats.read_file(folder / "last.pt") for folder in (whole, parts))
+    one, two = (checkpoint.read_file(folder / "last.pt") for folder in (whole, parts))
     assert one["step"] == two["step"] == 6
     for a, b in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)

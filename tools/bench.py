@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import annotations
+import bert
 import checkpoint
 import common
 import data
@@ -90,9 +91,9 @@ class Ours:
         argv += [f"--batch_size={config.batch_size}", f"--max_steps={config.pairs}"]
         if name in OBJECTIVES:
             own = settings.load_config(pretrain.PretrainConfig, [pre, *argv, f"--objectives={name}"])
-            words = data.wordpiece(checkpoint.vocabulary(own, own.init))
+            words = data.wordpiece(bert.vocabulary(own))
             self.objective, items = OBJECTIVES[name], annotations.load_pretraining(own.data_root)
-            sizes = dict(checkpoint.transformer_sizes(own.bert, own.size), vocab_size=words.get_vocab_size())
+            sizes = dict(checkpoint.read_start(own).sizes, vocab_size=words.get_vocab_size())
             sizes["n_attributes"] = annotations.count_labels(items, "attributes", own.n_attributes)
             self.image_tokenizer = pretrain.prepare_image_tokenizer(own, self.device)
             if self.image_tokenizer:
@@ -102,12 +103,13 @@ class Ours:
         else:
             own = settings.load_config(finetune.FinetuneConfig, [fine, *argv, f"--task={name}"])
             own = evaluate.as_trained(own, {})
-            words = data.wordpiece(checkpoint.vocabulary(own, own.init))
+            words = data.wordpiece(bert.vocabulary(own))
             task = finetune.TASKS[name]
             self.objective, (items, label_counts) = task.objective, task.load_items(own)
             transform = imaging.image_transform(task.fit, own.image_size, train=True)
             self.dataset = data.Samples(items, words, transform, own.max_tokens or task.max_tokens, task.pick)
-            build = partial(finetune.build_model, own, task.heads, words.get_vocab_size(), **label_counts)
+            sizes = checkpoint.read_start(own).sizes
+            build = partial(finetune.build_model, own, sizes, task.heads, words.get_vocab_size(), **label_counts)
         with torch.device("meta" if shapes_only else self.device):
             self.model = build().train()
         order = data.Batches(len(items), own, processes, objective_at=lambda step: name)

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 import annotations
+import checkpoint
 import data
 import ending
-import formats
 import imaging
 import vqvae
 from losses import OBJECTIVES
@@ -54,7 +54,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder of pretrain.py, as runs/demo")
     folder = Path(parser.parse_args(argv).run)
-    curves, info = read_curves(folder), formats.read_weights(folder / "last.pt", ("fashionvil",), "run")[1]
+    curves, info = read_curves(folder), checkpoint.read_weights(folder / "last.pt", ("fashionvil",), "run")[1]
     print("objective   loss: first    last  trivial     accuracy: first    last  trivial")
     for name in OBJECTIVES:
         if f"{name}_loss" in curves:

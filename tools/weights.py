@@ -11,9 +11,9 @@ import torch
 
 import checkpoint
 import vqvae
+from checkpoint import is_zip, read_weights
 from ending import run
-from files import replacing
-from formats import is_zip, read_weights, reading, shown
+from files import reading, replacing, shown
 from settings import InputError
 
 
@@ -59,8 +59,7 @@ def describe(path):
     for what, tensors in info["set_aside"].items():
         print(f"set aside: {len(tensors)} names of {what}")
     if info["kind"] in ("bert", "resnet"):
-        with reading(path, "incomplete"):
-            print(checkpoint.read_sizes(state, info["kind"]))
+        print(checkpoint.read_sizes(path, state, info))
         print("loads: with --bert=ITS FOLDER" if info["kind"] == "bert" else "loads: with --resnet_file=FILE")
         return
     if info["kind"] == "image_tokenizer":
