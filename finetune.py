@@ -77,7 +77,7 @@ class FinetuneConfig:
     max_tokens: int = setting(0, "longest text; 0: the checkpoint's own, else the paper's 75, for fashioniq 50", FROM_0)
 
     init: str = setting(
-        "pretrained", "a checkpoint, which brings its sizes; pretrained (ResNet + BERT); random", group="model"
+        "pretrained", "a checkpoint with its sizes, pretrained (ResNet + BERT) or random", group="model"
     )
     size: str = setting("base", "Transformer size, a row of model.SIZES", choices=tuple(SIZES))
     resnet: str = setting("resnet50", "resnet18, resnet34 or resnet50", choices=tuple(RESNETS))
