@@ -76,9 +76,7 @@ class FinetuneConfig:
     missing: str = setting("stop", imaging.MISSING, choices=("stop", "skip"))
     max_tokens: int = setting(0, "longest text; 0: the checkpoint's own, else the paper's 75, for fashioniq 50", FROM_0)
 
-    init: str = setting(
-        "pretrained", "a checkpoint with its sizes, pretrained (ResNet + BERT) or random", group="model"
-    )
+    init: str = setting("pretrained", "a checkpoint with its sizes, pretrained (ResNet, BERT) or random", group="model")
     size: str = setting("base", "Transformer size, a row of model.SIZES", choices=tuple(SIZES))
     resnet: str = setting("resnet50", "resnet18, resnet34 or resnet50", choices=tuple(RESNETS))
     width: int = setting(64, "channels of the ResNet's first stage", COUNT)

@@ -49,7 +49,7 @@ class PretrainConfig:
     missing: str = setting("stop", imaging.MISSING, choices=("stop", "skip"))
 
     init: str = setting(
-        "pretrained", "pretrained (ResNet + BERT), random, or a checkpoint with its sizes", group="model"
+        "pretrained", "pretrained (ResNet, BERT), random, or a checkpoint with its sizes", group="model"
     )
     size: str = setting("base", "Transformer size, a row of model.SIZES", choices=tuple(SIZES))
     resnet: str = setting("resnet50", "resnet18, resnet34 or resnet50", choices=tuple(RESNETS))
