@@ -1,7 +1,10 @@
 """How a program ends: in one line for the user, after a save, and for all processes together."""
 
 import contextlib
+import errno
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -28,7 +31,8 @@ def run(main):
     """Call `main()`. InputError and Stopped print their one line and exit with 2 and EXIT_STOPPED; a bug traces.
 
     Where one of several processes fails, the others leave within seconds, and its line is the last one."""
-    for stream in (sys.stdout, sys.stderr):  # a file's name can hold bytes that the terminal's encoding refuses
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # `>&-` makes it None
+        # A file's name can hold bytes that the terminal's encoding refuses.
         stream.reconfigure(errors="backslashreplace")
     code = 0
     try:
@@ -38,19 +42,28 @@ def run(main):
     except Stopped as stopped:
         tqdm.write(str(stopped), file=sys.stderr)
         code = EXIT_STOPPED
-    except (InputError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_dead_worker(error):
+    except KeyboardInterrupt:
+        tqdm.write("interrupted", file=sys.stderr)
+        code = 130  # as a shell says it of Ctrl-C
+    except (InputError, RuntimeError, OSError, EOFError) as error:
+        if getattr(error, "errno", 0) == errno.ENOSPC:
+            error = InputError("what is printed cannot be written: the disk is full")
+        if not isinstance(error, InputError) and not is_dead_worker(error):
             if _stores and _stores[-1].check(["failed"]):  # it is the lost connection to the process that failed
                 os._exit(2)
             raise
         # An error of a loader worker arrives inside that worker's traceback. Its last line is ours.
         line = str(error).strip().splitlines()[-1].removeprefix("settings.InputError: ")
-        line = f"error: {WORKER_DIED if isinstance(error, RuntimeError) else line}"
+        line = f"error: {line if isinstance(error, InputError) else WORKER_DIED}"
         if _stores:
             end_group(line)
         tqdm.write(line, file=sys.stderr)
         code = 2
     finally:
+        # Loader workers ignore the first SIGTERM, and Python waits for them when it ends. torch's handler would raise.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():
+            worker.kill()
         _ended.set()
         for watcher in _watchers:  # a thread that still runs when Python ends aborts it
             watcher.join()
@@ -64,7 +77,9 @@ def run(main):
 
 
 def is_dead_worker(error):
-    """Whether a RuntimeError is how torch says that a data loader worker was killed or cannot send any more."""
+    """Whether an error is how torch says that a data loader worker was killed or cannot send any more."""
+    if isinstance(error, (ConnectionError, EOFError)):
+        return True
     signs = ("DataLoader worker", "Pin memory thread", "Too many open files", "received 0 items of ancdata")
     return any(sign in str(error) for sign in signs)
 

@@ -30,6 +30,8 @@ from files import reading, replacing, shown, write_json, writing
 from settings import InputError
 
 ASK_EVERY = 10  # updates
+# SIGHUP is a closed terminal. SLURM sends SIGTERM, or before the end of the time what its --signal says, often SIGUSR1.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Run:
@@ -126,11 +128,12 @@ class Run:
         self.logged = self.start
 
     def steps(self):
-        """The numbers of the updates to do. Meanwhile SIGTERM and Ctrl-C only ask for a stop.
+        """The numbers of the updates to do. Meanwhile the STOP_SIGNALS only ask for a stop.
 
         When a loader worker dies, torch raises an error wherever the main process is, perhaps within an update. Without
         that handler of SIGCHLD the error waits for `next_batches`."""
-        handlers = {number: signal.signal(number, self._ask_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        asking = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
+        handlers = {number: signal.signal(number, self._ask_stop) for number in asking}
         handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             yield from self.bar
@@ -158,7 +161,7 @@ class Run:
         try:
             if not (asks and self.stop_asked):
                 batches = [next(loader) for _ in range(self.config.grad_accum)]
-        except (InputError, RuntimeError) as caught:
+        except (InputError, RuntimeError, ConnectionError, EOFError) as caught:
             if not asks:
                 raise
             error = caught

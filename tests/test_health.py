@@ -98,6 +98,26 @@ def test_a_run_whose_workers_get_a_signal_saves_and_resumes(catalogue, tmp_path,
     same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize(
+    "number, code, says", [(signal.SIGKILL, 75, "a data loader worker was lost"), (signal.SIGHUP, 75, "stopped after")]
+)
+def test_a_program_with_two_workers_ends(catalogue, tmp_path, number, code, says):
+    """Its workers ignore the first SIGTERM, which Python sends them when it ends. SIGKILL goes to one of them, SIGHUP,
+    as from a terminal that closes, to the main process."""
+    command = [sys.executable, ROOT / "pretrain.py", ROOT / "configs" / "demo.py", f"--data_root={catalogue}"]
+    command += ["--objectives=itc", "--max_steps=100000", "--log_interval=1", "--eval_interval=-1", "--workers=2"]
+    command += ["--image_size=32", "--batch_size=8", f"--out_dir={tmp_path}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "log.jsonl").exists() or not read_log(tmp_path):
+        assert process.poll() is None
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]) if number == signal.SIGKILL else process.pid, number)
+    _, printed = process.communicate(timeout=30)
+    assert process.returncode == code and says in printed.strip().splitlines()[-1] and "Traceback" not in printed
+    assert (tmp_path / "last.pt").exists() and not any(Path(f"/proc/{child}").exists() for child in children)
+
+
 def test_processes_on_several_machines_ask_for_a_stop_at_every_tenth_update(
     catalogue, tmp_path, at_update, monkeypatch
 ):
