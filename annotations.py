@@ -137,7 +137,7 @@ def load_products(root, source, split, faults=None):
             names.add(product.name)
             products.append(product)
     if found and faults is None:
-        lister = f"python -m tools.check_data --data_root={root}"
+        lister = f"python prepare/check_data.py --data_root={root}"
         raise InputError(f"{found[0]}; {len(found)} such in the file, {lister} lists them")
     return products
 

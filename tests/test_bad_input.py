@@ -12,6 +12,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import check_data
 import numpy as np
 import pytest
 import torch
@@ -31,7 +32,6 @@ import vqvae
 from common import Processes
 from files import content_keys
 from settings import InputError
-from tools import check_data
 
 ONE = Processes(0, 1, torch.device("cpu"))
 TRAIN, VAL = "FashionGen/train_info.json", "FashionGen/val_info.json"
@@ -175,7 +175,7 @@ def test_settings_of_fine_tuning(changes, message, catalogue, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # annotation files
 
-ONE_SUCH = "; 1 such in the file, python -m tools.check_data --data_root={root} lists them"
+ONE_SUCH = "; 1 such in the file, python prepare/check_data.py --data_root={root} lists them"
 ENTRIES = [  # changes of entry 1 of the training file, what the message says of it
     (dict(title=None), "key 'title': found None, expected str"),
     (dict(title=5), "key 'title': found 5, expected str"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from zlib import crc32
 
+import check_data
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,6 @@ import imaging
 import photos
 from common import Processes
 from settings import InputError
-from tools import check_data
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 VOCAB = SHARED / "bert-base-uncased" / "vocab.txt"
