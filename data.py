@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 
 import annotations
 from imaging import (
-    image_transform,
     leave_out,
     leave_out_of_products,
     normalize,
     resize_then_crop,
     stack_images,
+    to_pixels,
 )
 from photos import open_image
 from settings import NO_LABEL, STRIDE, InputError
@@ -190,70 +190,81 @@ class Key(NamedTuple):  # of one sample
     objective: str
 
 
-class ProductSamples(Dataset):
-    """Samples of products, by `Key`. A subclass makes one in `sample(epoch, index, objective)`.
+class Samples(Dataset):
+    """Samples of `items`: in training by `Key`, in evaluation by index.
 
-    A broken image raises InputError. With missing="skip" the next product takes its place; "skipped" counts it."""
+    An item is a dict of "image", "image2" (paths), "text", "name" (for messages) and numbers, as far as it has them;
+    all have a text or none has. `pick(item, rng)` gives what a visit takes of an item; pick=None takes it as it is.
+    A broken image raises InputError. In training with config.missing "skip" the next item takes its place, which
+    "skipped" counts."""
 
-    def __init__(self, products, config):
-        self.products, self.seed, self.missing = products, config.seed, config.missing
-        self.transform = image_transform(resize_then_crop, config.image_size, train=True)
+    def __init__(self, items, tokenizer, fit, config, max_tokens, pick=None):
+        self.items, self.fit, self.config, self.pick = items, fit, config, pick
+        self.texts = Texts(tokenizer, [item["text"] for item in items if "text" in item], max_tokens)
 
     def __len__(self):
-        return len(self.products)
+        return len(self.items)
 
     def __getitem__(self, key):
-        epoch, index, objective = key
-        for skipped in range(len(self.products)):
+        if not isinstance(key, tuple):
+            return self.sample(key, None, None)
+        epoch, first, objective = key
+        for skipped in range(len(self)):
+            index = (first + skipped) % len(self)
+            rng = np.random.default_rng([self.config.seed, epoch, index])
             try:
-                sample = self.sample(epoch, (index + skipped) % len(self.products), objective)
-                return {**sample, "skipped": skipped}
+                return {**self.sample(index, rng, objective), "skipped": skipped}
             except InputError:
-                if self.missing == "stop":
+                if self.config.missing == "stop":
                     raise
         raise InputError("no image of the data set can be read")
 
+    def sample(self, index, rng, objective):
+        """The sample of one item. rng: None in evaluation. objective: for subclasses that need to know it."""
+        item = self.pick(self.items[index], rng) if self.pick else self.items[index]
+        sample = {key: value for key, value in item.items() if key not in ("text", "name")}
+        for key in ("image", "image2"):
+            if key in item:
+                sample[key] = self.open(index, item[key], rng)
+        if "text" in item:
+            sample["input_ids"] = self.texts[index].ids
+        return sample
 
-class Pretraining(ProductSamples):
-    """Samples of pre-training; each holds only what its objective needs."""
+    def open(self, index, path, rng):
+        """The pixels of an image of item `index`, uint8 (S, S, 3). InputError begins with the item's name."""
+        try:
+            return to_pixels(open_image(path), self.fit, self.config.image_size, rng)
+        except InputError as error:
+            raise InputError(f"{self.items[index].get('name', f'item {index}')}: {error}") from None
+
+
+class Pretraining(Samples):
+    """Samples of products for pre-training; each holds only what its objective needs."""
 
     def __init__(self, products, tokenizer, n_attributes, config):
-        super().__init__(products, config)
-        self.tokenizer, self.n_attributes, self.mask_share = tokenizer, n_attributes, config.mask_share
-        self.texts = Texts(tokenizer, [product.text for product in products], config.max_tokens or MAX_TOKENS)
-        self.side = config.image_size // STRIDE
+        items = [{"image": p.images, "text": p.text, "name": p.name, "labels": p.attributes} for p in products]
+        super().__init__(items, tokenizer, resize_then_crop, config, config.max_tokens or MAX_TOKENS)
+        self.tokenizer, self.n_attributes, self.side = tokenizer, n_attributes, config.image_size // STRIDE
 
-    def sample(self, epoch, index, objective):
-        rng = np.random.default_rng([self.seed, epoch, index])
-        product = self.products[index]
+    def sample(self, index, rng, objective):
         ids, words = self.texts[index]
-        sample = {"input_ids": ids, "product_id": index}
         # the first and the last of the shuffled images are two different ones wherever the product has two
-        paths = rng.permutation(product.images)
-        paths = [paths[0], paths[-1]] if objective == "mvc" else [paths[0]]
-        images = open_augmented(product.name, paths, self.transform, rng)
-        sample["image"] = images[0]
+        paths = rng.permutation(self.items[index]["image"])
+        sample = {"input_ids": ids, "product_id": index, "image": self.open(index, paths[0], rng)}
         if objective == "itm":
             sample["itm_draws"] = rng.random()
         elif objective == "mlm":
-            sample["masked_ids"], sample["mlm_labels"] = mask_words(ids, words, self.tokenizer, rng, self.mask_share)
+            masked = mask_words(ids, words, self.tokenizer, rng, self.config.mask_share)
+            sample["masked_ids"], sample["mlm_labels"] = masked
         elif objective == "mpfc":
             sample["patch_mask"] = mask_patches(self.side, rng)
         elif objective == "mvc":
-            sample["image2"] = images[1]
+            sample["image2"] = self.open(index, paths[-1], rng)
             sample["text_drop"] = [False, *drop_some(len(ids) - 2, 0.25, rng), False]  # never [CLS] and [SEP]
             sample["patch_drop"] = drop_some(self.side**2, 0.25, rng)
         elif objective == "pac":
-            sample["attributes"] = attribute_weights(product.attributes, self.n_attributes)
+            sample["attributes"] = attribute_weights(self.items[index]["labels"], self.n_attributes)
         return sample
-
-
-def open_augmented(name, paths, transform, rng):
-    """The transformed images, uint8 (S, S, 3) each. The InputError of a broken image begins with the product's name."""
-    try:
-        return [transform(open_image(path), rng) for path in paths]
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
 
 
 def attribute_weights(attributes, n):
@@ -359,31 +370,6 @@ def train_loader(dataset, batches, config, device):
     if config.workers:
         workers |= {"prefetch_factor": 4, "persistent_workers": True}
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **workers)
-
-
-class Samples(Dataset):
-    """Samples of fine-tuning, by `Key`, and of evaluation, by index.
-
-    An item is a dict of "image", "image2" (paths), "text", "name" (for messages) and numbers, as far as it has them;
-    all have a text or none has. `pick(item, rng)` gives what a visit takes of an item; pick=None takes it as it is."""
-
-    def __init__(self, items, tokenizer, transform, max_tokens, pick=None, seed=0):
-        self.items, self.transform, self.pick, self.seed = items, transform, pick, seed
-        self.texts = Texts(tokenizer, [item["text"] for item in items if "text" in item], max_tokens)
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, key):
-        epoch, index = key[:2] if isinstance(key, tuple) else (0, key)
-        rng = np.random.default_rng([self.seed, epoch, index])
-        row = self.pick(self.items[index], rng) if self.pick else self.items[index]
-        sample = {k: v for k, v in row.items() if k not in ("image", "image2", "text", "name")}
-        if "text" in row:
-            sample["input_ids"] = self.texts[index].ids
-        names = [k for k in ("image", "image2") if k in row]
-        images = open_augmented(row.get("name", f"item {index}"), [row[k] for k in names], self.transform, rng)
-        return {**sample, **dict(zip(names, images, strict=True))}
 
 
 def pick_image(item, rng):

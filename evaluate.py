@@ -53,8 +53,7 @@ def embed(
     # Where there are fewer items than processes, the others embed the first item again.
     places = [order[rank :: processes.world_size] or order[:1] for rank in range(processes.world_size)]
     own = [items[i] for i in places[processes.rank]]  # that this process embeds
-    transform = imaging.image_transform(fit, config.image_size, train=False)
-    dataset = data.Samples(own, tokenizer, transform, config.max_tokens or max_tokens)
+    dataset = data.Samples(own, tokenizer, fit, config, config.max_tokens or max_tokens)
     reading = {"worker_init_fn": data.leave_group, "collate_fn": data.collate}
     reading |= {"num_workers": config.workers if any("image" in item for item in own) else 0}  # texts are tokenized
     reading |= {"pin_memory": processes.device.type == "cuda"}

@@ -152,8 +152,7 @@ def train(config, processes):
     run = runs.Run(config, processes, model, optimizer, contents)
 
     # The batches of the updates that are left, and the model that averages gradients over processes.
-    transform = imaging.image_transform(task.fit, config.image_size, train=True)
-    dataset = data.Samples(items, tokenizer, transform, config.max_tokens or task.max_tokens, task.pick, config.seed)
+    dataset = data.Samples(items, tokenizer, task.fit, config, config.max_tokens or task.max_tokens, task.pick)
     order = data.Batches(len(items), config, processes, run.start, lambda step: config.task)
     loader = iter(data.train_loader(dataset, order, config, device))
     if config.compile:

@@ -58,17 +58,13 @@ def leave_out_of_products(products, config, what):
     return [product for product in kept if product.images]
 
 
-def image_transform(fit, size, train):
-    """A function (PIL image, np.random.Generator) -> uint8 array (size, size, 3). Source: docs/recipe.md "Images".
+def to_pixels(image, fit, size, rng=None):
+    """A PIL image -> uint8 array (size, size, 3). Source: docs/recipe.md "Images".
 
-    fit: `resize_then_crop` (pre-training, FashionGen) or `crop_then_resize` (FashionIQ, OCIR). In training the part is
-    random and half of the images are flipped; else no generator is needed."""
-    return functools.partial(_transform, fit, size, train)
-
-
-def _transform(fit, size, train, image, rng=None):
-    image = fit(image, size, rng if train else None)
-    if train and rng.random() < 0.5:
+    fit: `resize_then_crop` (pre-training, FashionGen) or `crop_then_resize` (FashionIQ, OCIR). In training `rng`, a
+    np.random.Generator, picks the part of the image and mirrors half of the images."""
+    image = fit(image, size, rng)
+    if rng is not None and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(image)
 
@@ -115,5 +111,4 @@ def normalize(images):
 
 def load_images(paths, size):
     """Image files -> normalised float32 (B, 3, size, size), fitted as in the validation of pre-training."""
-    transform = image_transform(resize_then_crop, size, train=False)
-    return normalize(stack_images([transform(open_image(path)) for path in paths]))
+    return normalize(stack_images([to_pixels(open_image(path), resize_then_crop, size) for path in paths]))

@@ -12,7 +12,6 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,6 +22,7 @@ import data
 import ending
 import formats
 import imaging
+import photos
 import runs
 import settings
 from settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
@@ -355,23 +355,13 @@ def check_config(config):
     return sizes
 
 
-class Photos(data.ProductSamples):
-    """The training images alone: one of the product's at random, under the pre-training transform."""
-
-    def sample(self, epoch, index, objective):
-        rng = np.random.default_rng([self.seed, epoch, index])
-        product = self.products[index]
-        path = product.images[rng.integers(len(product.images))]
-        return {"image": data.open_augmented(product.name, [path], self.transform, rng)[0]}
-
-
 def load_held_out(config):
     """The first `eval_images` FashionGen-val images, uint8 (n, 3, S, S), less those that config.missing leaves out."""
     products = annotations.load_products(config.data_root, "FashionGen", "val")
     paths = [str(path) for product in products for path in product.images][: config.eval_images]
     broken = imaging.leave_out(paths, config, "FashionGen val")
-    transform = imaging.image_transform(imaging.resize_then_crop, config.image_size, train=False)
-    return imaging.stack_images([transform(imaging.open_image(path)) for path in paths if path not in broken])
+    images = [photos.open_image(path) for path in paths if path not in broken]
+    return imaging.stack_images([imaging.to_pixels(x, imaging.resize_then_crop, config.image_size) for x in images])
 
 
 def usage(counts):
@@ -417,7 +407,9 @@ def train(config, processes):
 
     # The order of the samples, and their batches for the updates that are left.
     order = data.Batches(len(products), config, processes, run.start, lambda step: "reconstruction")
-    loader = iter(data.train_loader(Photos(products, config), order, config, device))
+    items = [{"image": product.images, "name": product.name} for product in products]
+    dataset = data.Samples(items, None, imaging.resize_then_crop, config, 0, data.pick_image)
+    loader = iter(data.train_loader(dataset, order, config, device))
 
     # What the user sees at the start.
     n = sum(p.numel() for p in model.parameters())

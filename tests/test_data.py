@@ -326,21 +326,19 @@ def test_sampling_leaves_the_callers_generator_alone(root):
     expected = torch.rand(3)
     torch.manual_seed(5)
     samples(root)[0, 0, "mvc"]
-    imaging.image_transform(imaging.crop_then_resize, 32, train=True)(
-        Image.new("RGB", (40, 40)), np.random.default_rng(0)
-    )
+    imaging.to_pixels(Image.new("RGB", (40, 40)), imaging.crop_then_resize, 32, np.random.default_rng(0))
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_views_of_mvc_differ_where_there_are_two_images(root):
     dataset = samples(root)
-    dataset.transform = lambda image, rng: np.asarray(image)[0, 0]
-    for index, product in enumerate(dataset.products):
+    dataset.fit = lambda image, size, rng: image
+    for index, item in enumerate(dataset.items):
         for epoch in range(5):
             sample = dataset[epoch, index, "mvc"]
-            colors = {crc32(Path(path).name.encode()) % 200 for path in product.images}
+            colors = {crc32(Path(path).name.encode()) % 200 for path in item["image"]}
             same = np.array_equal(sample["image"], sample["image2"])
-            assert same == (len(product.images) == 1) or len(colors) < len(product.images)
+            assert same == (len(item["image"]) == 1) or len(colors) < len(item["image"])
 
 
 def test_collate_pads_to_the_longest_text_only(root):
@@ -407,13 +405,13 @@ def test_transforms_crop_and_scale():
     grid = np.zeros((100, 100, 3), np.uint8)
     grid[:, 50:] = 255
     image = Image.fromarray(grid)
-    centre = imaging.image_transform(imaging.resize_then_crop, 64, train=False)(image)
+    centre = imaging.to_pixels(image, imaging.resize_then_crop, 64)
     assert centre.shape == (64, 64, 3) and centre[0, 0, 0] == 0 and centre[0, -1, 0] == 255
-    whole = imaging.image_transform(imaging.crop_then_resize, 64, train=False)(image)
+    whole = imaging.to_pixels(image, imaging.crop_then_resize, 64)
     assert [int((x[0, :, 0] > 127).sum()) for x in (centre, whole)] == [32, 32]
     for fit in (imaging.resize_then_crop, imaging.crop_then_resize):
-        train, rng = imaging.image_transform(fit, 64, train=True), np.random.default_rng(0)
-        views = [train(image, rng) for _ in range(40)]
+        rng = np.random.default_rng(0)
+        views = [imaging.to_pixels(image, fit, 64, rng) for _ in range(40)]
         assert 8 < sum(bool(v[0, 0, 0] > 127) for v in views) < 32  # half are flipped
         assert len({v.tobytes() for v in views}) > 5  # parts differ
     batch = imaging.stack_images([centre, whole])

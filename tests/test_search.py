@@ -68,7 +68,7 @@ WHOLE = imaging.crop_then_resize
 
 
 def by_hand(path, fit=imaging.resize_then_crop):
-    image = imaging.image_transform(fit, 64, train=False)(photos.open_image(path))
+    image = imaging.to_pixels(photos.open_image(path), fit, 64)
     return imaging.normalize(imaging.stack_images([image]))
 
 
