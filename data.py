@@ -48,7 +48,7 @@ def wordpiece(vocab):
 
 class Tokens(NamedTuple):
     ids: list  # of [CLS], the text's tokens and [SEP]
-    words: list  # the number of each token's word, from 0; -1 for [CLS] and [SEP]
+    word_numbers: list  # of the word that each token belongs to, from 0; -1 for [CLS] and [SEP]
 
 
 def tokenize(tokenizer, texts, max_tokens=MAX_TOKENS):
@@ -69,17 +69,16 @@ class Texts:
 
     def __init__(self, tokenizer, texts, max_tokens, chunk=4096):
         self.ids = np.zeros((len(texts), max_tokens), np.int32)
-        self.words = np.zeros((len(texts), max_tokens), np.int16)
+        self.word_numbers = np.zeros((len(texts), max_tokens), np.int16)
         self.lengths = np.zeros(len(texts), np.int16)
         for start in range(0, len(texts), chunk):
-            for i, (ids, words) in enumerate(tokenize(tokenizer, texts[start : start + chunk], max_tokens), start):
-                self.lengths[i] = len(ids)
-                self.ids[i, : len(ids)] = ids
-                self.words[i, : len(ids)] = words
+            for i, tokens in enumerate(tokenize(tokenizer, texts[start : start + chunk], max_tokens), start):
+                n = self.lengths[i] = len(tokens.ids)
+                self.ids[i, :n], self.word_numbers[i, :n] = tokens
 
     def __getitem__(self, i):
         n = self.lengths[i]
-        return Tokens(self.ids[i, :n].tolist(), self.words[i, :n].tolist())
+        return Tokens(self.ids[i, :n].tolist(), self.word_numbers[i, :n].tolist())
 
 
 def check_lengths(config, positions, max_tokens=MAX_TOKENS):
@@ -120,22 +119,22 @@ def text_batch(vocab, texts, max_tokens=MAX_TOKENS):
     return pad_texts([tokens.ids for tokens in tokenize(wordpiece(vocab), texts, max_tokens)])
 
 
-# ---- masks -----------------------------------------------------------------------------------------------------------
+# ---- masks: True is what the model does not see (in "attention_mask" alone 1 is what it sees) ------------------------
 
 
-def mask_words(ids, words, tokenizer, rng, share=0.15):
+def mask_words(ids, word_numbers, tokenizer, rng, share=0.15):
     """Whole-word masking -> (masked ids, labels), lists as long as ids. Source: docs/recipe.md "MLM".
 
     A word is chosen with probability `share`. Of the chosen words 80 % become [MASK], 10 % become random tokens (a new
     one for each piece) and 10 % stay. The labels are the ids of chosen words, and NO_LABEL elsewhere.
     Every text has a label: where no word was chosen, one is chosen at random; where there is no word, it is [SEP]."""
-    n_words = 1 + max(words)
+    n_words = 1 + max(word_numbers)
     chosen = rng.random(n_words) < share
     if n_words and not chosen.any():
         chosen[rng.integers(n_words)] = True
     fate = rng.random(n_words)
     masked, labels = list(ids), [NO_LABEL] * len(ids)
-    for i, word in enumerate(words):
+    for i, word in enumerate(word_numbers):
         if word < 0 or not chosen[word]:
             continue
         labels[i] = ids[i]
@@ -247,14 +246,14 @@ class Pretraining(Samples):
         self.tokenizer, self.n_attributes, self.side = tokenizer, n_attributes, config.image_size // STRIDE
 
     def sample(self, index, rng, objective):
-        ids, words = self.texts[index]
+        ids, word_numbers = self.texts[index]
         # the first and the last of the shuffled images are two different ones wherever the product has two
         paths = rng.permutation(self.items[index]["image"])
         sample = {"input_ids": ids, "product_id": index, "image": self.open(index, paths[0], rng)}
         if objective == "itm":
-            sample["itm_draws"] = rng.random()
+            sample["itm_draws"] = np.float32(rng.random())
         elif objective == "mlm":
-            masked = mask_words(ids, words, self.tokenizer, rng, self.config.mask_share)
+            masked = mask_words(ids, word_numbers, self.tokenizer, rng, self.config.mask_share)
             sample["masked_ids"], sample["mlm_labels"] = masked
         elif objective == "mpfc":
             sample["patch_mask"] = mask_patches(self.side, rng)
@@ -263,15 +262,10 @@ class Pretraining(Samples):
             sample["text_drop"] = [False, *drop_some(len(ids) - 2, 0.25, rng), False]  # never [CLS] and [SEP]
             sample["patch_drop"] = drop_some(self.side**2, 0.25, rng)
         elif objective == "pac":
-            sample["attributes"] = attribute_weights(self.items[index]["labels"], self.n_attributes)
+            weights = np.zeros(self.n_attributes, np.float32)
+            weights[self.items[index]["labels"]] = 1
+            sample["attributes"] = weights / max(weights.sum(), 1)  # they share weight 1; a product may have none
         return sample
-
-
-def attribute_weights(attributes, n):
-    """A product's attribute ids -> float32 array (n,) in which they share weight 1 equally; 0 where it has none."""
-    weights = np.zeros(n, np.float32)
-    weights[attributes] = 1.0
-    return weights / max(weights.sum(), 1.0)
 
 
 PADDING = {"masked_ids": 0, "mlm_labels": NO_LABEL, "text_drop": False}  # key with a value a token: what pads it
@@ -301,7 +295,7 @@ def collate(samples):
         batch["mlm_targets"] = places(batch["mlm_labels"] != NO_LABEL)
     if "patch_mask" in batch:
         batch["mpfc_targets"] = places(batch["patch_mask"])
-    return {key: value.float() if value.dtype == torch.float64 else value for key, value in batch.items()}
+    return batch
 
 
 def to_device(batch, device):
@@ -403,10 +397,9 @@ def recognition_items(config):
     """One item per product of FashionGen, and as many classes as training and validation labels need."""
     key = annotations.RECOGNITION_LABELS[config.task]
     train, val = (annotations.load_products(config.data_root, "FashionGen", split) for split in ("train", "val"))
-    n_classes = annotations.count_labels([*train, *val], key)
+    counts = {"n_classes": annotations.count_labels([*train, *val], key)}
     train = leave_out_of_products(train, config, "FashionGen train")
-    items = [{"image": p.images, "text": p.text, "label": getattr(p, key), "name": p.name} for p in train]
-    return items, {"n_classes": n_classes}
+    return [{"image": p.images, "text": p.text, "label": getattr(p, key), "name": p.name} for p in train], counts
 
 
 def fashioniq_items(config):
@@ -416,14 +409,10 @@ def fashioniq_items(config):
         annotations.load_fashioniq(config.data_root, garment, "val", config.gallery)
         queries, _ = annotations.load_fashioniq(config.data_root, garment, "train", gallery="val")
         paths = [query[key] for query in queries for key in ("image", "image2")]
-        queries = with_both_images(queries, leave_out(paths, config, f"FashionIQ {garment}"))
-        items += [{key: query[key] for key in ("image", "image2", "text", "name")} for query in queries]
+        broken = leave_out(paths, config, f"FashionIQ {garment}")
+        kept = [query for query in queries if not {query["image"], query["image2"]} & broken]
+        items += [{key: query[key] for key in ("image", "image2", "text", "name")} for query in kept]
     return items, {}
-
-
-def with_both_images(queries, broken):
-    """The queries of FashionIQ whose reference and target are not among the `broken` files."""
-    return [query for query in queries if not {query["image"], query["image2"]} & broken]
 
 
 def polyvore_items(config):

@@ -162,7 +162,7 @@ def load_garment(name, config):
     gallery = {image: annotations.fashioniq_image(config.data_root, name, image, name) for image in gallery}
     paths = [query[key] for query in queries for key in ("image", "image2")]
     broken = imaging.leave_out([*gallery.values(), *paths], config, f"FashionIQ {name}")
-    kept = data.with_both_images(queries, broken)
+    kept = [query for query in queries if not {query["image"], query["image2"]} & broken]
     if not kept:
         raise InputError(f"FashionIQ {name}: no query has both its images, expected some under {config.data_root}")
     kept_gallery = {image: path for image, path in gallery.items() if path not in broken}

@@ -52,8 +52,6 @@ def is_readable(path):
 def leave_out_of_products(products, config, what):
     """The products without the images that `leave_out` finds, and without products that lose all of theirs."""
     broken = leave_out([path for product in products for path in product.images], config, what)
-    if not broken:
-        return products
     kept = [replace(p, images=[path for path in p.images if str(path) not in broken]) for p in products]
     return [product for product in kept if product.images]
 

@@ -96,7 +96,7 @@ def check_greedy_rule(vocab, texts):
             *(piece for word in spaced.split() for piece in greedy(word)),
             "[SEP]",
         ]
-        numbers = data.tokenize(tokenizer, [text], max_tokens=10_000)[0].words
+        numbers = data.tokenize(tokenizer, [text], max_tokens=10_000)[0].word_numbers
         assert numbers[1:-1] == sorted(numbers[1:-1]) and numbers[0] == numbers[-1] == -1
     return len(texts)
 
@@ -351,9 +351,10 @@ def test_collate_pads_to_the_longest_text_only(root):
     assert batch["image"].dtype == torch.uint8 and batch["image"].shape == (2, 3, 64, 64)
 
 
-def test_attribute_weights():
-    assert data.attribute_weights([0, 2], 4).tolist() == [0.5, 0, 0.5, 0]
-    assert data.attribute_weights([], 3).sum() == 0
+def test_attributes_of_a_product_share_weight_1(root):
+    dataset = samples(root)
+    dataset.items[0]["labels"], dataset.items[1]["labels"] = [0, 2], []
+    assert dataset[0, 0, "pac"]["attributes"].tolist() == [0.5, 0, 0.5] and not dataset[0, 1, "pac"]["attributes"].any()
 
 
 def test_a_broken_image_names_file_and_product_or_is_counted(root):
