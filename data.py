@@ -396,7 +396,7 @@ def retrieval_items(config):
 def recognition_items(config):
     """One item per product of FashionGen, and as many classes as training and validation labels need."""
     key = annotations.RECOGNITION_LABELS[config.task]
-    train, val = (annotations.load_products(config.data_root, "FashionGen", split) for split in ("train", "val"))
+    train, val = (annotations.load_products(config.data_root, "FashionGen", part) for part in ("train", "val"))
     counts = {"n_classes": annotations.count_labels([*train, *val], key)}
     train = leave_out_of_products(train, config, "FashionGen train")
     return [{"image": p.images, "text": p.text, "label": getattr(p, key), "name": p.name} for p in train], counts

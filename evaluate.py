@@ -159,7 +159,6 @@ class Garment(NamedTuple):  # one class of FashionIQ val, as far as its images a
 def load_garment(name, config):
     """The `Garment` of one of FASHIONIQ_CLASSES. Raises InputError where no query has its images."""
     queries, gallery = annotations.load_fashioniq(config.data_root, name, "val", config.gallery)
-    gallery = {image: annotations.fashioniq_image(config.data_root, name, image, name) for image in gallery}
     paths = [query[key] for query in queries for key in ("image", "image2")]
     broken = imaging.leave_out([*gallery.values(), *paths], config, f"FashionIQ {name}")
     kept = [query for query in queries if not {query["image"], query["image2"]} & broken]
