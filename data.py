@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 import annotations
@@ -102,11 +103,8 @@ def check_candidates(config, processes=1):
 
 
 def pad(rows, value=0):
-    """Lists of unequal length -> tensor (B, longest) of the type of `value`, which fills the ends: int64 or bool."""
-    out = np.full((len(rows), max(map(len, rows))), value)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return torch.from_numpy(out)
+    """Lists of unequal length -> tensor (B, longest), int64 or bool as they are; `value` fills the ends."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
 def pad_texts(rows):
@@ -408,11 +406,9 @@ def fashioniq_items(config):
     for garment in annotations.FASHIONIQ_CLASSES:
         annotations.load_fashioniq(config.data_root, garment, "val", config.gallery)
         queries, _ = annotations.load_fashioniq(config.data_root, garment, "train", gallery="val")
-        paths = [query[key] for query in queries for key in ("image", "image2")]
-        broken = leave_out(paths, config, f"FashionIQ {garment}")
-        kept = [query for query in queries if not {query["image"], query["image2"]} & broken]
-        items += [{key: query[key] for key in ("image", "image2", "text", "name")} for query in kept]
-    return items, {}
+        items += [{key: query[key] for key in ("image", "image2", "text", "name")} for query in queries]
+    broken = leave_out([item[key] for item in items for key in ("image", "image2")], config, "FashionIQ train")
+    return [item for item in items if not {item["image"], item["image2"]} & broken], {}
 
 
 def polyvore_items(config):
