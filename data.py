@@ -3,6 +3,7 @@
 Images leave the loader as uint8, and `to_device` normalises them. Every random choice of a sample follows from (seed,
 epoch, index), and every batch from (seed, step). So neither the number of processes nor a restart changes them."""
 
+import functools
 import math
 import multiprocessing.queues
 import os
@@ -12,22 +13,18 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 import torch
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
 import annotations
-from imaging import (
-    leave_out,
-    leave_out_of_products,
-    normalize,
-    resize_then_crop,
-    stack_images,
-    to_pixels,
-)
-from photos import open_image
+from photos import CROPPED, RESIZED, leave_out, leave_out_of_products, open_image
 from settings import NO_LABEL, STRIDE, InputError
 
 MAX_TOKENS, FASHIONIQ_MAX_TOKENS = 75, 50  # [CLS] and [SEP] included
+MEAN = (0.46777044, 0.44531429, 0.40661017)  # of fashion photos (not ImageNet's), for model and image tokenizer
+STD = (0.12221994, 0.12145835, 0.14380469)
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # texts are tokenized before loaders fork; this stops a warning
 
@@ -115,6 +112,65 @@ def pad_texts(rows):
 def text_batch(vocab, texts, max_tokens=MAX_TOKENS):
     """Texts and the text of a vocab.txt -> {"input_ids", "attention_mask"}, as `pad_texts`."""
     return pad_texts([tokens.ids for tokens in tokenize(wordpiece(vocab), texts, max_tokens)])
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+def to_pixels(image, fit, size, rng=None):
+    """A PIL image -> uint8 array (size, size, 3). Source: docs/recipe.md "Images".
+
+    fit: `resize_then_crop` (pre-training, FashionGen) or `crop_then_resize` (FashionIQ, OCIR). In training `rng`, a
+    np.random.Generator, picks the part of the image and mirrors half of the images."""
+    image = fit(image, size, rng)
+    if rng is not None and rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(image)
+
+
+def resize_then_crop(image, size, rng):
+    """A PIL image resized to RESIZED / CROPPED of `size`; of that a part of size x size, the centre where rng is None.
+
+    One call of Pillow does both. Its pixels are those of two calls at size 224, and nearly those at other sizes."""
+    large = round(size * RESIZED / CROPPED)
+    centre = round((large - size) / 2)
+    left, top = (centre, centre) if rng is None else rng.integers(large - size + 1, size=2).tolist()
+    x, y = image.width / large, image.height / large
+    box = (left * x, top * y, (left + size) * x, (top + size) * y)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box)
+
+
+def crop_then_resize(image, size, rng):
+    """A random part of a PIL image, or without rng the whole image, resized to size x size."""
+    if rng is None:
+        return image.resize((size, size), Image.Resampling.BILINEAR)
+    # torchvision uses torch's generator, so give the caller its state back after it
+    with torch.random.fork_rng(devices=[]):
+        # seed the CPU's generator alone: torch.manual_seed also queues a call for GPUs, which a worker never starts
+        torch.default_generator.manual_seed(int(rng.integers(2**63)))
+        return v2.RandomResizedCrop(size, scale=(0.8, 1.0), ratio=(0.75, 1.3))(image)
+
+
+def stack_images(arrays):
+    """uint8 arrays (H, W, 3) -> tensor (B, 3, H, W) with channels last in memory, where convolutions are fast."""
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+@functools.cache  # to copy them to a GPU for every batch would make the host wait for it
+def mean_and_std(device):
+    """MEAN and STD in units of uint8, float32 (3, 1, 1) each, on the device."""
+    return [torch.tensor(x, device=device).view(3, 1, 1) * 255 for x in (MEAN, STD)]
+
+
+def normalize(images):
+    """uint8 (B, 3, H, W) on any device -> float32 of the same shape, in units of STD around MEAN."""
+    mean, std = mean_and_std(images.device)
+    return (images.float() - mean) / std
+
+
+def load_images(paths, size):
+    """Image files -> normalised float32 (B, 3, size, size), fitted as in the validation of pre-training."""
+    return normalize(stack_images([to_pixels(open_image(path), resize_then_crop, size) for path in paths]))
 
 
 # ---- masks: True is what the model does not see (in "attention_mask" alone 1 is what it sees) ------------------------

@@ -21,7 +21,6 @@ import common
 import data
 import ending
 import formats
-import imaging
 import photos
 import runs
 import settings
@@ -307,7 +306,7 @@ class VQVAEConfig:
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, ...", group="data")
     sets: tuple = setting(tuple(annotations.SETS), "data sets to train on")
     image_size: int = setting(224, "pixels a side, a multiple of 32")
-    missing: str = setting("stop", imaging.MISSING, choices=("stop", "skip"))
+    missing: str = setting("stop", photos.MISSING, choices=("stop", "skip"))
     eval_images: int = setting(1_000, "FashionGen-val images held out to measure on, at most", COUNT)
 
     ch: int = setting(128, "channels of the first level", COUNT, group="model")
@@ -359,9 +358,9 @@ def load_held_out(config):
     """The first `eval_images` FashionGen-val images, uint8 (n, 3, S, S), less those that config.missing leaves out."""
     products = annotations.load_products(config.data_root, "FashionGen", "val")
     paths = [str(path) for product in products for path in product.images][: config.eval_images]
-    broken = imaging.leave_out(paths, config, "FashionGen val")
+    broken = photos.leave_out(paths, config, "FashionGen val")
     images = [photos.open_image(path) for path in paths if path not in broken]
-    return imaging.stack_images([imaging.to_pixels(x, imaging.resize_then_crop, config.image_size) for x in images])
+    return data.stack_images([data.to_pixels(x, data.resize_then_crop, config.image_size) for x in images])
 
 
 def usage(counts):
@@ -376,10 +375,10 @@ def validate(model, images, device, chunk=64):
 
     l1_mean_image is the L1 of a trivial answer, the mean image."""
     model.eval()
-    mean_image = sum(imaging.normalize(part.to(device)).sum(0) for part in images.split(chunk)) / len(images)
+    mean_image = sum(data.normalize(part.to(device)).sum(0) for part in images.split(chunk)) / len(images)
     l1, l1_mean_image, counts = 0.0, 0.0, 0
     for part in images.split(chunk):
-        part = imaging.normalize(part.to(device))
+        part = data.normalize(part.to(device))
         reconstruction, _, _, codes = model(part)
         l1 += float(F.l1_loss(reconstruction, part)) * len(part) / len(images)
         l1_mean_image += float((mean_image - part).abs().mean()) * len(part) / len(images)
@@ -408,7 +407,7 @@ def train(config, processes):
     # The order of the samples, and their batches for the updates that are left.
     order = data.Batches(len(products), config, processes, run.start, lambda step: "reconstruction")
     items = [{"image": product.images, "name": product.name} for product in products]
-    dataset = data.Samples(items, None, imaging.resize_then_crop, config, 0, data.pick_image)
+    dataset = data.Samples(items, None, data.resize_then_crop, config, 0, data.pick_image)
     loader = iter(data.train_loader(dataset, order, config, device))
 
     # What the user sees at the start.

@@ -17,7 +17,6 @@ from PIL import Image
 
 import annotations
 import data
-import imaging
 import photos
 from common import Processes
 from settings import InputError
@@ -326,7 +325,7 @@ def test_sampling_leaves_the_callers_generator_alone(root):
     expected = torch.rand(3)
     torch.manual_seed(5)
     samples(root)[0, 0, "mvc"]
-    imaging.to_pixels(Image.new("RGB", (40, 40)), imaging.crop_then_resize, 32, np.random.default_rng(0))
+    data.to_pixels(Image.new("RGB", (40, 40)), data.crop_then_resize, 32, np.random.default_rng(0))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -371,8 +370,8 @@ def test_a_broken_image_names_file_and_product_or_is_counted(root):
 
 def test_normalisation_by_hand():
     image = torch.full((1, 3, 2, 2), 100, dtype=torch.uint8)
-    expected = [(100 / 255 - m) / s for m, s in zip(imaging.MEAN, imaging.STD, strict=True)]
-    assert imaging.normalize(image)[0, :, 0, 0].tolist() == pytest.approx(expected, rel=1e-5)
+    expected = [(100 / 255 - m) / s for m, s in zip(data.MEAN, data.STD, strict=True)]
+    assert data.normalize(image)[0, :, 0, 0].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_images_of_every_mode(tmp_path):
@@ -406,16 +405,16 @@ def test_transforms_crop_and_scale():
     grid = np.zeros((100, 100, 3), np.uint8)
     grid[:, 50:] = 255
     image = Image.fromarray(grid)
-    centre = imaging.to_pixels(image, imaging.resize_then_crop, 64)
+    centre = data.to_pixels(image, data.resize_then_crop, 64)
     assert centre.shape == (64, 64, 3) and centre[0, 0, 0] == 0 and centre[0, -1, 0] == 255
-    whole = imaging.to_pixels(image, imaging.crop_then_resize, 64)
+    whole = data.to_pixels(image, data.crop_then_resize, 64)
     assert [int((x[0, :, 0] > 127).sum()) for x in (centre, whole)] == [32, 32]
-    for fit in (imaging.resize_then_crop, imaging.crop_then_resize):
+    for fit in (data.resize_then_crop, data.crop_then_resize):
         rng = np.random.default_rng(0)
-        views = [imaging.to_pixels(image, fit, 64, rng) for _ in range(40)]
+        views = [data.to_pixels(image, fit, 64, rng) for _ in range(40)]
         assert 8 < sum(bool(v[0, 0, 0] > 127) for v in views) < 32  # half are flipped
         assert len({v.tobytes() for v in views}) > 5  # parts differ
-    batch = imaging.stack_images([centre, whole])
+    batch = data.stack_images([centre, whole])
     assert batch.shape == (2, 3, 64, 64) and batch.is_contiguous(memory_format=torch.channels_last)
     assert np.array_equal(batch[0, :, 5, 7], centre[5, 7])
 
@@ -431,9 +430,9 @@ def test_resize_then_crop_in_one_step_has_torchvisions_pixels(size, off, width, 
     whole = v2.Resize((large, large))(image)
     left, top = np.random.default_rng(1).integers(large - size + 1, size=2).tolist()
     pairs = [
-        (imaging.resize_then_crop(image, size, None), v2.CenterCrop(size)(whole)),
+        (data.resize_then_crop(image, size, None), v2.CenterCrop(size)(whole)),
         (
-            imaging.resize_then_crop(image, size, np.random.default_rng(1)),
+            data.resize_then_crop(image, size, np.random.default_rng(1)),
             v2.functional.crop(whole, top, left, size, size),
         ),
     ]
@@ -552,14 +551,14 @@ def test_images_to_leave_out(tmp_path, capsys):
     (tmp_path / "page.png").write_text("<html>")
     sound, empty, page, gone = (str(tmp_path / f"{name}.png") for name in ("sound", "empty", "page", "gone"))
     skip, stop = SimpleNamespace(missing="skip", workers=2), SimpleNamespace(missing="stop")
-    assert imaging.leave_out([sound, sound, empty, page, gone], skip, "val") == {empty, page, gone}
+    assert photos.leave_out([sound, sound, empty, page, gone], skip, "val") == {empty, page, gone}
     assert "val: 3 of 4 images cannot be read" in capsys.readouterr().out
     with pytest.raises(InputError, match="empty.png: image is missing; 2 of 4 images of val.*--missing=skip"):
-        imaging.leave_out([sound, empty, page, gone], stop, "val")
+        photos.leave_out([sound, empty, page, gone], stop, "val")
     with pytest.raises(InputError, match="^val: none of its 2 images can be read; fetch .*empty.png"):
-        imaging.leave_out([empty, page], skip, "val")
+        photos.leave_out([empty, page], skip, "val")
     products = [annotations.Product(str(i), images, "", []) for i, images in enumerate(([sound, gone], [page]))]
-    (kept,) = imaging.leave_out_of_products(products, skip, "val")
+    (kept,) = photos.leave_out_of_products(products, skip, "val")
     assert (kept.name, kept.images) == ("0", [sound])
 
 
