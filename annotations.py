@@ -26,12 +26,12 @@ POLYVORE_CATEGORIES = json.loads((Path(__file__).parent / "assets/polyvore_categ
 
 class DataSet(NamedTuple):
     text: tuple  # the fields of an entry whose texts are joined with "."
-    files: dict  # split: annotation file
-    images: str = "images"  # image folder; {split} stands for the split's name
+    files: dict  # part, train or val: annotation file
+    images: str = "images"  # image folder; {part} stands for the part's name
 
 
 SETS = {
-    "FashionGen": DataSet(("title", "description"), {"train": "train_info.json", "val": "val_info.json"}, "{split}"),
+    "FashionGen": DataSet(("title", "description"), {"train": "train_info.json", "val": "val_info.json"}, "{part}"),
     "BigFACAD": DataSet(("color", "title", "description"), {"train": "train_info.json", "val": "val_info.json"}),
     "Fashion200k": DataSet(("title",), {"train": "train_info.json", "val": "test_info.json"}),
     "PolyvoreOutfits": DataSet(("title", "description"), {"train": "train_info.json"}),
@@ -108,24 +108,25 @@ def parse_product(item, source, folder, where):
     name = f"{source} {need(item, 'id', where, int, str)}"
     check_printable(name, where)
     one_image = source == "PolyvoreOutfits"  # its files hold a string in place of a list
-    images = [need(item, "images", where, str)] if one_image else need(item, "images", where, list)
-    if not images or not all(isinstance(image, str) and image for image in images):
-        raise InputError(f"{where}: key 'images': found {images!r:.60}, expected file names")
-    attributes = need(item, "attributes_id", where, list)
-    labels = [("attributes_id", "ids", value) for value in attributes]
-    labels += [(key, "an id", item[key]) for key in ("category_id", "subcategory_id") if item.get(key) is not None]
-    for key, noun, value in labels:
+    images = need(item, "images", where, str if one_image else list)
+    paths = [image_path(folder, image, where) for image in ([images] if one_image else images)]
+    if not paths:
+        raise InputError(f"{where}: key 'images': found [], expected file names")
+    labels = [("attributes_id", value) for value in need(item, "attributes_id", where, list)]
+    labels += [(key, item[key]) for key in ("category_id", "subcategory_id") if item.get(key) is not None]
+    for key, value in labels:
         if type(value) is not int or not 0 <= value < MAX_LABEL:
-            raise InputError(f"{where}: key {key!r}: found {value!r:.60}, expected {noun} from 0 to {MAX_LABEL - 1}")
+            raise InputError(f"{where}: key {key!r}: found {value!r:.60}, expected an id from 0 to {MAX_LABEL - 1}")
     text = ".".join(need(item, key, where, str) for key in SETS[source].text)
-    paths = [image_path(folder, image, where) for image in dict.fromkeys(images)]  # a photo is no other view of itself
-    return Product(name, paths, text, attributes, item.get("category_id"), item.get("subcategory_id"), item["title"])
+    paths = list(dict.fromkeys(paths))  # a photo that stands twice is no other view of itself
+    numbers = item["attributes_id"], item.get("category_id"), item.get("subcategory_id")
+    return Product(name, paths, text, *numbers, item["title"])
 
 
-def load_products(root, source, split, faults=None):
-    """The products of one data set and split. InputError names the first faulty entry; a list `faults` gets all."""
-    path = Path(root, source, SETS[source].files[split])
-    folder = os.path.join(root, source, SETS[source].images.format(split=split))
+def load_products(root, source, part, faults=None):
+    """The products of one data set and part. InputError names the first faulty entry; a list `faults` gets all."""
+    path = Path(root, source, SETS[source].files[part])
+    folder = os.path.join(root, source, SETS[source].images.format(part=part))
     products, names, found = [], set(), [] if faults is None else faults
     for i, item in enumerate(read_json(path, list)):
         item_id = repr(item["id"])[:60] if isinstance(item, dict) and "id" in item else "missing"
@@ -137,7 +138,7 @@ def load_products(root, source, split, faults=None):
             names.add(product.name)
             products.append(product)
     if found and faults is None:
-        lister = f"python -m tools.check_data --data_root={root}"
+        lister = f"python prepare/check_data.py --data_root={root}"
         raise InputError(f"{found[0]}; {len(found)} such in the file, {lister} lists them")
     return products
 
@@ -146,9 +147,8 @@ def load_pretraining(root, sets=tuple(SETS)):
     """The training products of the sets in one list; training picks uniformly from it (docs/recipe.md "Data sets")."""
     unknown = [repr(name) for name in sets if name not in SETS]
     if unknown or not sets or len(set(sets)) < len(sets):
-        raise InputError(
-            f"sets: found {unknown[0] if unknown else sets}, expected some of {', '.join(SETS)}, each once"
-        )
+        found = unknown[0] if unknown else sets
+        raise InputError(f"sets: found {found}, expected some of {', '.join(SETS)}, each once")
     return [product for name in sets for product in load_products(root, name, "train")]
 
 
@@ -156,9 +156,9 @@ def load_titles(folder):
     """{image path: (product id, title)} of a data set's image folder, {} of another. Faulty entries are left out."""
     folder, titles = Path(folder).resolve(), {}
     source, root = folder.parent.name, folder.parent.parent
-    for split, file in SETS[source].files.items() if source in SETS else ():
-        if folder.name == SETS[source].images.format(split=split) and (folder.parent / file).exists():
-            for product in load_products(root, source, split, faults=[]):
+    for part, file in SETS[source].files.items() if source in SETS else ():
+        if folder.name == SETS[source].images.format(part=part) and (folder.parent / file).exists():
+            for product in load_products(root, source, part, faults=[]):
                 product_id = product.name.removeprefix(f"{source} ")
                 titles |= dict.fromkeys(product.images, (product_id, product.title))
     if source == "PolyvoreOutfits" and (folder.parent / POLYVORE_ITEMS).exists():
@@ -172,13 +172,11 @@ def label_names(root, task):
 
     ROOT/labels.json names pseudo-attributes, categories and sub-categories. Polyvore's categories have public ids."""
     if task == "polyvore":
-        return {
-            "Polyvore categories": [str(category) for category in load_polyvore_items(Path(root, "PolyvoreOutfits"))[1]]
-        }
+        return {"Polyvore categories": [*map(str, load_polyvore_items(Path(root, "PolyvoreOutfits"))[1])]}
     keys = {"pretrain": "attributes", "fashiongen_category": "categories", "fashiongen_subcategory": "subcategories"}
-    path = Path(root, "labels.json")
-    names = read_json(path, dict).get(keys.get(task)) if path.exists() else None
-    return {keys[task]: names} if names else {}
+    path, what = Path(root, "labels.json"), keys.get(task)
+    names = read_json(path, dict).get(what) if what and path.exists() else None
+    return {what: names} if names else {}
 
 
 def count_labels(products, key, limit=0):
@@ -215,18 +213,16 @@ def fashioniq_image(root, garment, name, where):
 
 class FashionIQ(NamedTuple):
     queries: list  # of {"image": path of the reference, "image2": path of the target, "text", "target", "name"}
-    gallery: list  # names of the images to search in; "target" of a query is one of them
+    gallery: dict  # {name: path} of the images to search in; "target" of a query is one of the names
 
 
-def load_fashioniq(root, garment, split, gallery="original", faults=None):
-    """The `FashionIQ` of one class and split. Source: docs/recipe.md "Text-guided image retrieval".
+def load_fashioniq(root, garment, part, gallery="original", faults=None):
+    """The `FashionIQ` of one class and part, train or val. Source: docs/recipe.md "Text-guided image retrieval".
     gallery: "original" is every image of the split file, "val" all references and targets. The authors' extended files
     name the gallery themselves: it is the targets of all rows. Raises InputError; `faults` as in `collecting`."""
-    if gallery not in ("original", "val"):
-        raise InputError(f"gallery: found {gallery!r}, expected original or val")
     folder = Path(root, "FashionIQ")
-    path = folder / "captions" / f"cap.{garment}.{split}.json"
-    rows, queries, names = read_json(path, list), [], []
+    path = folder / "captions" / f"cap.{garment}.{part}.json"
+    rows, queries, images = read_json(path, list), [], {}  # images: the gallery
     extended = isinstance(rows[0], dict) and "fake_data" in rows[0]
     for i, row in enumerate(rows):
         where = f"{path}: entry {i}"
@@ -234,8 +230,7 @@ def load_fashioniq(root, garment, split, gallery="original", faults=None):
             target = need(row, "target", where, str)
             if extended and row.get("garment_class", garment) not in (garment, FASHIONIQ_CLASSES.index(garment)):
                 continue  # a row of another class
-            image2 = fashioniq_image(root, garment, target, where)
-            names.append(target)
+            images[target] = image2 = fashioniq_image(root, garment, target, where)
             if extended and need(row, "fake_data", where, bool):
                 continue
             candidate, captions = need(row, "candidate", where, str), need(row, "captions", where, list)
@@ -245,23 +240,22 @@ def load_fashioniq(root, garment, split, gallery="original", faults=None):
             if candidate == target:
                 raise InputError(f"{where}: candidate and target are {target!r:.60}, expected two images")
             if not extended:
-                names.append(candidate)
+                images[candidate] = image
             text = ", ".join(captions)
             queries.append({"image": image, "image2": image2, "text": text, "target": target, "name": where})
     if gallery == "original" and not extended:
-        path = folder / "image_splits" / f"split.{garment}.{split}.json"
-        names = []
+        path = folder / "image_splits" / f"split.{garment}.{part}.json"
+        images = {}
         for i, name in enumerate(read_json(path, list)):
             with collecting(faults):
-                fashioniq_image(root, garment, name, f"{path}: entry {i}")
-                names.append(name)
+                images[name] = fashioniq_image(root, garment, name, f"{path}: entry {i}")
     with collecting(faults):
-        missing = {query["target"] for query in queries} - set(names)
+        missing = {query["target"] for query in queries} - set(images)
         if missing:
             raise InputError(f"{path}: target {min(missing)} stands in no row of the gallery ({len(missing)} such)")
         if not queries:
             raise InputError(f"{path}: no query in it; expected rows that are not all fake_data")
-    return FashionIQ(queries, list(dict.fromkeys(names)))
+    return FashionIQ(queries, images)
 
 
 def load_polyvore_items(folder, faults=None):
@@ -290,8 +284,6 @@ def load_polyvore(root, split, part, faults=None):
     """The `Polyvore` of one split and one part, train or test. Source: docs/recipe.md "Outfit completion".
     Raises InputError on bad files; `faults` as in `collecting`."""
     folder = Path(root, "PolyvoreOutfits")
-    if split not in ("disjoint", "nondisjoint"):
-        raise InputError(f"split: found {split!r}, expected disjoint or nondisjoint")
     metadata, number = load_polyvore_items(folder, faults)
     path, outfits = folder / f"ocir_{split}_{part}.json", []
     for i, row in enumerate(read_json(path, list)):
@@ -307,9 +299,7 @@ def load_polyvore(root, split, part, faults=None):
                 raise InputError(f"{where}: blank {blank!r:.60} is the only item of the question, expected two items")
             fake = need(row, "fake_data", where, bool) if part == "test" else False
             if part == "test" and not fake and blank in question:
-                raise InputError(
-                    f"{where}: blank {blank!r:.60} stands in its question, expected it to be missing there"
-                )
+                raise InputError(f"{where}: blank {blank!r:.60} stands in its question, expected it missing there")
             categories = [number[int(metadata[item]["category_id"])] for item in ids]
             *items, last = zip(paths, categories, strict=True)
             outfits.append({"items": items, "blank": blank, "blank_item": last, "fake": fake, "name": where})

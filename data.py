@@ -3,6 +3,7 @@
 Images leave the loader as uint8, and `to_device` normalises them. Every random choice of a sample follows from (seed,
 epoch, index), and every batch from (seed, step). So neither the number of processes nor a restart changes them."""
 
+import functools
 import math
 import multiprocessing.queues
 import os
@@ -12,21 +13,18 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 import torch
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
 import annotations
-from imaging import (
-    image_transform,
-    leave_out,
-    leave_out_of_products,
-    normalize,
-    resize_then_crop,
-    stack_images,
-)
-from photos import open_image
+from photos import CROPPED, RESIZED, leave_out, leave_out_of_products, open_image
 from settings import NO_LABEL, STRIDE, InputError
 
 MAX_TOKENS, FASHIONIQ_MAX_TOKENS = 75, 50  # [CLS] and [SEP] included
+MEAN = (0.46777044, 0.44531429, 0.40661017)  # of fashion photos (not ImageNet's), for model and image tokenizer
+STD = (0.12221994, 0.12145835, 0.14380469)
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # texts are tokenized before loaders fork; this stops a warning
 
@@ -48,7 +46,7 @@ def wordpiece(vocab):
 
 class Tokens(NamedTuple):
     ids: list  # of [CLS], the text's tokens and [SEP]
-    words: list  # the number of each token's word, from 0; -1 for [CLS] and [SEP]
+    word_numbers: list  # of the word that each token belongs to, from 0; -1 for [CLS] and [SEP]
 
 
 def tokenize(tokenizer, texts, max_tokens=MAX_TOKENS):
@@ -69,17 +67,16 @@ class Texts:
 
     def __init__(self, tokenizer, texts, max_tokens, chunk=4096):
         self.ids = np.zeros((len(texts), max_tokens), np.int32)
-        self.words = np.zeros((len(texts), max_tokens), np.int16)
+        self.word_numbers = np.zeros((len(texts), max_tokens), np.int16)
         self.lengths = np.zeros(len(texts), np.int16)
         for start in range(0, len(texts), chunk):
-            for i, (ids, words) in enumerate(tokenize(tokenizer, texts[start : start + chunk], max_tokens), start):
-                self.lengths[i] = len(ids)
-                self.ids[i, : len(ids)] = ids
-                self.words[i, : len(ids)] = words
+            for i, tokens in enumerate(tokenize(tokenizer, texts[start : start + chunk], max_tokens), start):
+                n = self.lengths[i] = len(tokens.ids)
+                self.ids[i, :n], self.word_numbers[i, :n] = tokens
 
     def __getitem__(self, i):
         n = self.lengths[i]
-        return Tokens(self.ids[i, :n].tolist(), self.words[i, :n].tolist())
+        return Tokens(self.ids[i, :n].tolist(), self.word_numbers[i, :n].tolist())
 
 
 def check_lengths(config, positions, max_tokens=MAX_TOKENS):
@@ -103,11 +100,8 @@ def check_candidates(config, processes=1):
 
 
 def pad(rows, value=0):
-    """Lists of unequal length -> tensor (B, longest) of the type of `value`, which fills the ends: int64 or bool."""
-    out = np.full((len(rows), max(map(len, rows))), value)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return torch.from_numpy(out)
+    """Lists of unequal length -> tensor (B, longest), int64 or bool as they are; `value` fills the ends."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
 def pad_texts(rows):
@@ -120,22 +114,81 @@ def text_batch(vocab, texts, max_tokens=MAX_TOKENS):
     return pad_texts([tokens.ids for tokens in tokenize(wordpiece(vocab), texts, max_tokens)])
 
 
-# ---- masks -----------------------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------------------
 
 
-def mask_words(ids, words, tokenizer, rng, share=0.15):
+def to_pixels(image, fit, size, rng=None):
+    """A PIL image -> uint8 array (size, size, 3). Source: docs/recipe.md "Images".
+
+    fit: `resize_then_crop` (pre-training, FashionGen) or `crop_then_resize` (FashionIQ, OCIR). In training `rng`, a
+    np.random.Generator, picks the part of the image and mirrors half of the images."""
+    image = fit(image, size, rng)
+    if rng is not None and rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(image)
+
+
+def resize_then_crop(image, size, rng):
+    """A PIL image resized to RESIZED / CROPPED of `size`; of that a part of size x size, the centre where rng is None.
+
+    One call of Pillow does both. Its pixels are those of two calls at size 224, and nearly those at other sizes."""
+    large = round(size * RESIZED / CROPPED)
+    centre = round((large - size) / 2)
+    left, top = (centre, centre) if rng is None else rng.integers(large - size + 1, size=2).tolist()
+    x, y = image.width / large, image.height / large
+    box = (left * x, top * y, (left + size) * x, (top + size) * y)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box)
+
+
+def crop_then_resize(image, size, rng):
+    """A random part of a PIL image, or without rng the whole image, resized to size x size."""
+    if rng is None:
+        return image.resize((size, size), Image.Resampling.BILINEAR)
+    # torchvision uses torch's generator, so give the caller its state back after it
+    with torch.random.fork_rng(devices=[]):
+        # seed the CPU's generator alone: torch.manual_seed also queues a call for GPUs, which a worker never starts
+        torch.default_generator.manual_seed(int(rng.integers(2**63)))
+        return v2.RandomResizedCrop(size, scale=(0.8, 1.0), ratio=(0.75, 1.3))(image)
+
+
+def stack_images(arrays):
+    """uint8 arrays (H, W, 3) -> tensor (B, 3, H, W) with channels last in memory, where convolutions are fast."""
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+@functools.cache  # to copy them to a GPU for every batch would make the host wait for it
+def mean_and_std(device):
+    """MEAN and STD in units of uint8, float32 (3, 1, 1) each, on the device."""
+    return [torch.tensor(x, device=device).view(3, 1, 1) * 255 for x in (MEAN, STD)]
+
+
+def normalize(images):
+    """uint8 (B, 3, H, W) on any device -> float32 of the same shape, in units of STD around MEAN."""
+    mean, std = mean_and_std(images.device)
+    return (images.float() - mean) / std
+
+
+def load_images(paths, size):
+    """Image files -> normalised float32 (B, 3, size, size), fitted as in the validation of pre-training."""
+    return normalize(stack_images([to_pixels(open_image(path), resize_then_crop, size) for path in paths]))
+
+
+# ---- masks: True is what the model does not see (in "attention_mask" alone 1 is what it sees) ------------------------
+
+
+def mask_words(ids, word_numbers, tokenizer, rng, share=0.15):
     """Whole-word masking -> (masked ids, labels), lists as long as ids. Source: docs/recipe.md "MLM".
 
     A word is chosen with probability `share`. Of the chosen words 80 % become [MASK], 10 % become random tokens (a new
     one for each piece) and 10 % stay. The labels are the ids of chosen words, and NO_LABEL elsewhere.
     Every text has a label: where no word was chosen, one is chosen at random; where there is no word, it is [SEP]."""
-    n_words = 1 + max(words)
+    n_words = 1 + max(word_numbers)
     chosen = rng.random(n_words) < share
     if n_words and not chosen.any():
         chosen[rng.integers(n_words)] = True
     fate = rng.random(n_words)
     masked, labels = list(ids), [NO_LABEL] * len(ids)
-    for i, word in enumerate(words):
+    for i, word in enumerate(word_numbers):
         if word < 0 or not chosen[word]:
             continue
         labels[i] = ids[i]
@@ -190,77 +243,83 @@ class Key(NamedTuple):  # of one sample
     objective: str
 
 
-class ProductSamples(Dataset):
-    """Samples of products, by `Key`. A subclass makes one in `sample(epoch, index, objective)`.
+class Samples(Dataset):
+    """Samples of `items`: in training by `Key`, in evaluation by index.
 
-    A broken image raises InputError. With missing="skip" the next product takes its place; "skipped" counts it."""
+    An item is a dict of "image", "image2" (paths), "text", "name" (for messages) and numbers, as far as it has them;
+    all have a text or none has. `pick(item, rng)` gives what a visit takes of an item; pick=None takes it as it is.
+    A broken image raises InputError. In training with config.missing "skip" the next item takes its place, which
+    "skipped" counts."""
 
-    def __init__(self, products, config):
-        self.products, self.seed, self.missing = products, config.seed, config.missing
-        self.transform = image_transform(resize_then_crop, config.image_size, train=True)
+    def __init__(self, items, tokenizer, fit, config, max_tokens, pick=None):
+        self.items, self.fit, self.config, self.pick = items, fit, config, pick
+        self.texts = Texts(tokenizer, [item["text"] for item in items if "text" in item], max_tokens)
 
     def __len__(self):
-        return len(self.products)
+        return len(self.items)
 
     def __getitem__(self, key):
-        epoch, index, objective = key
-        for skipped in range(len(self.products)):
+        if not isinstance(key, tuple):
+            return self.sample(key, None, None)
+        epoch, first, objective = key
+        for skipped in range(len(self)):
+            index = (first + skipped) % len(self)
+            rng = np.random.default_rng([self.config.seed, epoch, index])
             try:
-                sample = self.sample(epoch, (index + skipped) % len(self.products), objective)
-                return {**sample, "skipped": skipped}
+                return {**self.sample(index, rng, objective), "skipped": skipped}
             except InputError:
-                if self.missing == "stop":
+                if self.config.missing == "stop":
                     raise
         raise InputError("no image of the data set can be read")
 
+    def sample(self, index, rng, objective):
+        """The sample of one item. rng: None in evaluation. objective: for subclasses that need to know it."""
+        item = self.pick(self.items[index], rng) if self.pick else self.items[index]
+        sample = {key: value for key, value in item.items() if key not in ("text", "name")}
+        for key in ("image", "image2"):
+            if key in item:
+                sample[key] = self.open(index, item[key], rng)
+        if "text" in item:
+            sample["input_ids"] = self.texts[index].ids
+        return sample
 
-class Pretraining(ProductSamples):
-    """Samples of pre-training; each holds only what its objective needs."""
+    def open(self, index, path, rng):
+        """The pixels of an image of item `index`, uint8 (S, S, 3). InputError begins with the item's name."""
+        try:
+            return to_pixels(open_image(path), self.fit, self.config.image_size, rng)
+        except InputError as error:
+            raise InputError(f"{self.items[index].get('name', f'item {index}')}: {error}") from None
+
+
+class Pretraining(Samples):
+    """Samples of products for pre-training; each holds only what its objective needs."""
 
     def __init__(self, products, tokenizer, n_attributes, config):
-        super().__init__(products, config)
-        self.tokenizer, self.n_attributes, self.mask_share = tokenizer, n_attributes, config.mask_share
-        self.texts = Texts(tokenizer, [product.text for product in products], config.max_tokens or MAX_TOKENS)
-        self.side = config.image_size // STRIDE
+        items = [{"image": p.images, "text": p.text, "name": p.name, "labels": p.attributes} for p in products]
+        super().__init__(items, tokenizer, resize_then_crop, config, config.max_tokens or MAX_TOKENS)
+        self.tokenizer, self.n_attributes, self.side = tokenizer, n_attributes, config.image_size // STRIDE
 
-    def sample(self, epoch, index, objective):
-        rng = np.random.default_rng([self.seed, epoch, index])
-        product = self.products[index]
-        ids, words = self.texts[index]
-        sample = {"input_ids": ids, "product_id": index}
+    def sample(self, index, rng, objective):
+        ids, word_numbers = self.texts[index]
         # the first and the last of the shuffled images are two different ones wherever the product has two
-        paths = rng.permutation(product.images)
-        paths = [paths[0], paths[-1]] if objective == "mvc" else [paths[0]]
-        images = open_augmented(product.name, paths, self.transform, rng)
-        sample["image"] = images[0]
+        paths = rng.permutation(self.items[index]["image"])
+        sample = {"input_ids": ids, "product_id": index, "image": self.open(index, paths[0], rng)}
         if objective == "itm":
-            sample["itm_draws"] = rng.random()
+            sample["itm_draws"] = np.float32(rng.random())
         elif objective == "mlm":
-            sample["masked_ids"], sample["mlm_labels"] = mask_words(ids, words, self.tokenizer, rng, self.mask_share)
+            masked = mask_words(ids, word_numbers, self.tokenizer, rng, self.config.mask_share)
+            sample["masked_ids"], sample["mlm_labels"] = masked
         elif objective == "mpfc":
             sample["patch_mask"] = mask_patches(self.side, rng)
         elif objective == "mvc":
-            sample["image2"] = images[1]
+            sample["image2"] = self.open(index, paths[-1], rng)
             sample["text_drop"] = [False, *drop_some(len(ids) - 2, 0.25, rng), False]  # never [CLS] and [SEP]
             sample["patch_drop"] = drop_some(self.side**2, 0.25, rng)
         elif objective == "pac":
-            sample["attributes"] = attribute_weights(product.attributes, self.n_attributes)
+            weights = np.zeros(self.n_attributes, np.float32)
+            weights[self.items[index]["labels"]] = 1
+            sample["attributes"] = weights / max(weights.sum(), 1)  # they share weight 1; a product may have none
         return sample
-
-
-def open_augmented(name, paths, transform, rng):
-    """The transformed images, uint8 (S, S, 3) each. The InputError of a broken image begins with the product's name."""
-    try:
-        return [transform(open_image(path), rng) for path in paths]
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
-
-
-def attribute_weights(attributes, n):
-    """A product's attribute ids -> float32 array (n,) in which they share weight 1 equally; 0 where it has none."""
-    weights = np.zeros(n, np.float32)
-    weights[attributes] = 1.0
-    return weights / max(weights.sum(), 1.0)
 
 
 PADDING = {"masked_ids": 0, "mlm_labels": NO_LABEL, "text_drop": False}  # key with a value a token: what pads it
@@ -290,7 +349,7 @@ def collate(samples):
         batch["mlm_targets"] = places(batch["mlm_labels"] != NO_LABEL)
     if "patch_mask" in batch:
         batch["mpfc_targets"] = places(batch["patch_mask"])
-    return {key: value.float() if value.dtype == torch.float64 else value for key, value in batch.items()}
+    return batch
 
 
 def to_device(batch, device):
@@ -361,31 +420,6 @@ def train_loader(dataset, batches, config, device):
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **workers)
 
 
-class Samples(Dataset):
-    """Samples of fine-tuning, by `Key`, and of evaluation, by index.
-
-    An item is a dict of "image", "image2" (paths), "text", "name" (for messages) and numbers, as far as it has them;
-    all have a text or none has. `pick(item, rng)` gives what a visit takes of an item; pick=None takes it as it is."""
-
-    def __init__(self, items, tokenizer, transform, max_tokens, pick=None, seed=0):
-        self.items, self.transform, self.pick, self.seed = items, transform, pick, seed
-        self.texts = Texts(tokenizer, [item["text"] for item in items if "text" in item], max_tokens)
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, key):
-        epoch, index = key[:2] if isinstance(key, tuple) else (0, key)
-        rng = np.random.default_rng([self.seed, epoch, index])
-        row = self.pick(self.items[index], rng) if self.pick else self.items[index]
-        sample = {k: v for k, v in row.items() if k not in ("image", "image2", "text", "name")}
-        if "text" in row:
-            sample["input_ids"] = self.texts[index].ids
-        names = [k for k in ("image", "image2") if k in row]
-        images = open_augmented(row.get("name", f"item {index}"), [row[k] for k in names], self.transform, rng)
-        return {**sample, **dict(zip(names, images, strict=True))}
-
-
 def pick_image(item, rng):
     """The product with one of its images, picked at random."""
     return {**item, "image": item["image"][rng.integers(len(item["image"]))]}
@@ -416,11 +450,10 @@ def retrieval_items(config):
 def recognition_items(config):
     """One item per product of FashionGen, and as many classes as training and validation labels need."""
     key = annotations.RECOGNITION_LABELS[config.task]
-    train, val = (annotations.load_products(config.data_root, "FashionGen", split) for split in ("train", "val"))
-    n_classes = annotations.count_labels([*train, *val], key)
+    train, val = (annotations.load_products(config.data_root, "FashionGen", part) for part in ("train", "val"))
+    counts = {"n_classes": annotations.count_labels([*train, *val], key)}
     train = leave_out_of_products(train, config, "FashionGen train")
-    items = [{"image": p.images, "text": p.text, "label": getattr(p, key), "name": p.name} for p in train]
-    return items, {"n_classes": n_classes}
+    return [{"image": p.images, "text": p.text, "label": getattr(p, key), "name": p.name} for p in train], counts
 
 
 def fashioniq_items(config):
@@ -429,15 +462,9 @@ def fashioniq_items(config):
     for garment in annotations.FASHIONIQ_CLASSES:
         annotations.load_fashioniq(config.data_root, garment, "val", config.gallery)
         queries, _ = annotations.load_fashioniq(config.data_root, garment, "train", gallery="val")
-        paths = [query[key] for query in queries for key in ("image", "image2")]
-        queries = with_both_images(queries, leave_out(paths, config, f"FashionIQ {garment}"))
         items += [{key: query[key] for key in ("image", "image2", "text", "name")} for query in queries]
-    return items, {}
-
-
-def with_both_images(queries, broken):
-    """The queries of FashionIQ whose reference and target are not among the `broken` files."""
-    return [query for query in queries if not {query["image"], query["image2"]} & broken]
+    broken = leave_out([item[key] for item in items for key in ("image", "image2")], config, "FashionIQ train")
+    return [item for item in items if not {item["image"], item["image2"]} & broken], {}
 
 
 def polyvore_items(config):

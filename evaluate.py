@@ -25,12 +25,12 @@ import checkpoint
 import common
 import data
 import ending
-import imaging
 import metrics
+import photos
 import pictures
 import settings
+from data import crop_then_resize, resize_then_crop
 from files import replacing, write_json
-from imaging import crop_then_resize, resize_then_crop
 from metrics import classification, composed_retrieval, full_gallery, outfit_retrieval, sample_100
 from model import CSANet
 from othermodels import OtherModel
@@ -54,8 +54,7 @@ def embed(
     # Where there are fewer items than processes, the others embed the first item again.
     places = [order[rank :: processes.world_size] or order[:1] for rank in range(processes.world_size)]
     own = [items[i] for i in places[processes.rank]]  # that this process embeds
-    transform = imaging.image_transform(fit, config.image_size, train=False)
-    dataset = data.Samples(own, tokenizer, transform, config.max_tokens or max_tokens)
+    dataset = data.Samples(own, tokenizer, fit, config, config.max_tokens or max_tokens)
     reading = {"worker_init_fn": data.leave_group, "collate_fn": data.collate}
     reading |= {"num_workers": config.workers if any("image" in item for item in own) else 0}  # texts are tokenized
     reading |= {"pin_memory": processes.device.type == "cuda"}
@@ -132,7 +131,7 @@ def evaluate_retrieval(model, tokenizer, config, processes, only_first=False):
 
     only_first: the full gallery alone, which selects the best checkpoint."""
     every = annotations.load_products(config.data_root, "FashionGen", "val")
-    products = imaging.leave_out_of_products(every, config, "FashionGen val")
+    products = photos.leave_out_of_products(every, config, "FashionGen val")
     embeddings = image, text, image_id, text_id = embed_retrieval(model, products, tokenizer, config, processes)
     result = full_gallery(*embeddings)
     n_images = sum(len(product.images) for product in every)
@@ -140,9 +139,9 @@ def evaluate_retrieval(model, tokenizer, config, processes, only_first=False):
     result.counts |= missing
     # A photo that is a query stands on a page without its text, which is the answer.
     texts = [pictures.Cell(text=product.text) for product in products]
-    photos = [pictures.Cell([path]) for product in products for path in product.images]
+    photo_cells = [pictures.Cell([path]) for product in products for path in product.images]
     images = [pictures.Cell([path], product.text) for product in products for path in product.images]
-    result.choices = pictures.ranked_choices(result.outcomes["i2t"], photos, texts, image, text, image_id, text_id)
+    result.choices = pictures.ranked_choices(result.outcomes["i2t"], photo_cells, texts, image, text, image_id, text_id)
     result.choices += pictures.ranked_choices(result.outcomes["t2i"], texts, images, text, image, text_id, image_id)
     results = {"full gallery": result}
     if not only_first and annotations.has_subcategories(products):
@@ -161,10 +160,9 @@ class Garment(NamedTuple):  # one class of FashionIQ val, as far as its images a
 def load_garment(name, config):
     """The `Garment` of one of FASHIONIQ_CLASSES. Raises InputError where no query has its images."""
     queries, gallery = annotations.load_fashioniq(config.data_root, name, "val", config.gallery)
-    gallery = {image: annotations.fashioniq_image(config.data_root, name, image, name) for image in gallery}
     paths = [query[key] for query in queries for key in ("image", "image2")]
-    broken = imaging.leave_out([*gallery.values(), *paths], config, f"FashionIQ {name}")
-    kept = data.with_both_images(queries, broken)
+    broken = photos.leave_out([*gallery.values(), *paths], config, f"FashionIQ {name}")
+    kept = [query for query in queries if not {query["image"], query["image2"]} & broken]
     if not kept:
         raise InputError(f"FashionIQ {name}: no query has both its images, expected some under {config.data_root}")
     kept_gallery = {image: path for image, path in gallery.items() if path not in broken}
@@ -207,7 +205,7 @@ def recognition_row(config, path, prediction, label):
 def evaluate_recognition(model, tokenizer, config, processes):
     """CR or SCR on FashionGen val: every image with its product's text is one sample."""
     every = annotations.load_products(config.data_root, "FashionGen", "val")
-    products = imaging.leave_out_of_products(every, config, "FashionGen val")
+    products = photos.leave_out_of_products(every, config, "FashionGen val")
     key = annotations.RECOGNITION_LABELS[config.task]
     annotations.count_labels(products, key, model.config.n_classes)
     items = []
@@ -246,7 +244,7 @@ def evaluate_polyvore(model, tokenizer, config, processes):
         expected = f"the {model.n_categories} of the checkpoint's CSA-Net"
         raise InputError(f"{config.data_root}: found {n_categories} categories, expected {expected}")
     paths = [path for outfit in every for path, _ in [*outfit["items"], outfit["blank_item"]]]
-    broken = imaging.leave_out(paths, config, f"Polyvore {config.split} test")
+    broken = photos.leave_out(paths, config, f"Polyvore {config.split} test")
     rows = [o for o in every if not {path for path, _ in [*o["items"], o["blank_item"]]} & broken]
     # The gallery has every blank once, also the blanks of rows marked as fake, which are no queries.
     blanks = {row["blank"]: row["blank_item"] for row in rows}
@@ -313,7 +311,7 @@ class EvalConfig:
     split: str = setting("disjoint", "polyvore: disjoint or nondisjoint", choices=SPLITS)
     gallery: str = setting("original", "fashioniq: original (split file) or val (references, targets)", None, GALLERIES)
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, FashionIQ/, ...", group="data")
-    missing: str = setting("stop", imaging.MISSING, choices=("stop", "skip"))
+    missing: str = setting("stop", photos.MISSING, choices=("stop", "skip"))
     vocab: str = setting("", "WordPiece vocab.txt; empty: the checkpoint's own, else as in training")
     bert: str = setting("", "BERT folder or hub name for the vocabulary of a released checkpoint")
     image_size: int = setting(0, "pixels a side; 0: the checkpoint's own, 224 for a released one")

@@ -23,11 +23,11 @@ import common
 import data
 import ending
 import evaluate
-import imaging
 import losses
+import photos
 import runs
 import settings
-from imaging import crop_then_resize, resize_then_crop
+from data import crop_then_resize, resize_then_crop
 from model import RESNETS, SIZES, CSANet, FashionViL, ModelConfig, compile_parts
 from settings import COUNT, DEVICES, DTYPES, FROM_0, SHARE, setting
 
@@ -73,7 +73,7 @@ class FinetuneConfig:
         "", "WordPiece vocab.txt; empty: the checkpoint's, BERT folder's, DATA_ROOT/vocab.txt or hub's"
     )
     image_size: int = setting(0, "pixels a side, a multiple of 32; 0: the checkpoint's own, else 224")
-    missing: str = setting("stop", imaging.MISSING, choices=("stop", "skip"))
+    missing: str = setting("stop", photos.MISSING, choices=("stop", "skip"))
     max_tokens: int = setting(0, "longest text; 0: the checkpoint's own, else the paper's 75, for fashioniq 50", FROM_0)
 
     init: str = setting("pretrained", "a checkpoint with its sizes, pretrained (ResNet, BERT) or random", group="model")
@@ -149,8 +149,7 @@ def train(config, processes):
     run = runs.Run(config, processes, model, optimizer, contents)
 
     # The batches of the updates that are left, and the model that averages gradients over processes.
-    transform = imaging.image_transform(task.fit, config.image_size, train=True)
-    dataset = data.Samples(items, tokenizer, transform, config.max_tokens or task.max_tokens, task.pick, config.seed)
+    dataset = data.Samples(items, tokenizer, task.fit, config, config.max_tokens or task.max_tokens, task.pick)
     order = data.Batches(len(items), config, processes, run.start, lambda step: config.task)
     loader = iter(data.train_loader(dataset, order, config, device))
     if config.compile:

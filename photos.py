@@ -1,7 +1,13 @@
-"""Any image file, opened as RGB. This file needs no torch, so that the programs in prepare/ take little memory."""
+"""Any image file, opened as RGB, or left out where it cannot be. This file needs no torch.
 
+So the programs in prepare/, which import it, take little memory."""
+
+import concurrent.futures
 import contextlib
+import functools
+import os
 import warnings
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -9,6 +15,7 @@ from PIL import Image, ImageOps
 from settings import InputError
 
 RESIZED, CROPPED = 256, 224  # sides in pixels before and after a crop; other image sizes keep this ratio
+MISSING = "an image file that is missing or broken: stop (end with its name) or skip (leave it out and count it)"
 MAX_PIXELS = 64_000_000  # of an image file; a larger one is no product photo and needs a gigabyte of memory
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is lower than Pillow's limit
@@ -59,3 +66,40 @@ def eight_bits(image):
     grey = (values >> 8).astype(np.uint8)
     grey[values == image.info.get("transparency", -1)] = 255
     return Image.fromarray(grey)
+
+
+def leave_out(paths, config, what):
+    """The set of image files `paths` that a validation or an evaluation must do without; usually empty.
+
+    config.missing "stop": raises InputError where a file is missing or empty, and says how many of `what` are.
+    "skip": opens every file, in config.workers threads, and prints how many cannot be read. InputError if none can."""
+    paths = list(dict.fromkeys(map(str, paths)))
+    if config.missing == "stop":
+        gone = [path for path in paths if not os.path.exists(path) or not os.path.getsize(path)]
+        if gone:
+            cure = "fetch them, or set --missing=skip to leave them out"
+            raise InputError(f"{gone[0]}: image is missing; {len(gone)} of {len(paths)} images of {what} are; {cure}")
+        return set()
+    with concurrent.futures.ThreadPoolExecutor(max(1, config.workers)) as pool:  # Pillow decodes without Python's lock
+        broken = {path for path, fine in zip(paths, pool.map(is_readable, paths), strict=True) if not fine}
+    if broken:
+        if len(broken) == len(paths):
+            raise InputError(f"{what}: none of its {len(paths)} images can be read; fetch them anew, as {min(broken)}")
+        print(f"{what}: {len(broken)} of {len(paths)} images cannot be read and are left out, as {min(broken)}")
+    return broken
+
+
+@functools.cache  # a validation asks for the same files as the one before
+def is_readable(path):
+    """Whether `open_image` can open the file."""
+    with contextlib.suppress(InputError):
+        open_image(path)
+        return True
+    return False
+
+
+def leave_out_of_products(products, config, what):
+    """The products without the images that `leave_out` finds, and without products that lose all of theirs."""
+    broken = leave_out([path for product in products for path in product.images], config, what)
+    kept = [replace(p, images=[path for path in p.images if str(path) not in broken]) for p in products]
+    return [product for product in kept if product.images]

@@ -23,7 +23,7 @@ import common
 import data
 import ending
 import evaluate
-import imaging
+import photos
 import runs
 import settings
 import vqvae
@@ -46,7 +46,7 @@ class PretrainConfig:
     image_size: int = setting(224, "pixels a side, a multiple of 32")
     max_tokens: int = setting(0, "longest text, [CLS] and [SEP] included; 0: the paper's 75", FROM_0)
     n_attributes: int = setting(2232, "size of the pseudo-attribute vocabulary; 0: largest id of the data + 1", FROM_0)
-    missing: str = setting("stop", imaging.MISSING, choices=("stop", "skip"))
+    missing: str = setting("stop", photos.MISSING, choices=("stop", "skip"))
 
     init: str = setting(
         "pretrained", "pretrained (ResNet, BERT), random, or a checkpoint with its sizes", group="model"
@@ -155,7 +155,7 @@ def train(config, processes):
     val_products = annotations.load_products(config.data_root, "FashionGen", "val")
     n_attributes = annotations.count_labels(products, "attributes", config.n_attributes)
     labels = annotations.label_names(config.data_root, "pretrain")
-    val_products = imaging.leave_out_of_products(val_products, config, "FashionGen val")
+    val_products = photos.leave_out_of_products(val_products, config, "FashionGen val")
 
     # The image tokenizer is frozen, so it is a variable here and no part of what is trained and saved.
     image_tokenizer = prepare_image_tokenizer(config, device)

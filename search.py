@@ -27,11 +27,11 @@ import common
 import data
 import ending
 import evaluate
-import imaging
+import photos
 import pictures
 import settings
+from data import crop_then_resize, resize_then_crop
 from files import replacing
-from imaging import crop_then_resize, resize_then_crop
 from settings import COUNT, DEVICES, FROM_0, InputError, setting
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".avif")
@@ -54,7 +54,7 @@ class SearchConfig:
     json: bool = setting(False, "print JSON")
     out: str = setting("", "page of pictures to draw, a .png")
     index: str = setting("", "file in which the images' vectors are kept; empty: GALLERY.index.pt", group="data")
-    missing: str = setting("stop", imaging.MISSING, choices=("stop", "skip"))
+    missing: str = setting("stop", photos.MISSING, choices=("stop", "skip"))
     vocab: str = setting("", "vocab.txt of a released checkpoint")
     data_root: str = setting("", "folder that holds PolyvoreOutfits/; empty: the checkpoint's own")
     workers: int = setting(2, "processes that read images", FROM_0, group="machine")
@@ -97,7 +97,7 @@ def open_index(path, folder, fingerprint, embed, missing="stop"):
     place = Path(path).parent
     if not place.is_dir() or not os.access(place, os.W_OK) or Path(path).is_dir():
         raise InputError(f"{path}: cannot be written there; set --index=FILE to where it can")
-    names = [name for name in files if missing == "stop" or imaging.is_readable(f"{folder}/{name}")]
+    names = [name for name in files if missing == "stop" or photos.is_readable(f"{folder}/{name}")]
     if not names:
         raise InputError(f"{folder}: none of {len(files)} images can be read")
     numbers = f"embedding {len(names)} images; {len(files) - len(names)} cannot be read and are left out"

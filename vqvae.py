@@ -12,7 +12,6 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,7 +21,7 @@ import checkpoint
 import common
 import data
 import ending
-import imaging
+import photos
 import runs
 import settings
 from settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
@@ -307,7 +306,7 @@ class VQVAEConfig:
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, ...", group="data")
     sets: tuple = setting(tuple(annotations.SETS), "data sets to train on")
     image_size: int = setting(224, "pixels a side, a multiple of 32")
-    missing: str = setting("stop", imaging.MISSING, choices=("stop", "skip"))
+    missing: str = setting("stop", photos.MISSING, choices=("stop", "skip"))
     eval_images: int = setting(1_000, "FashionGen-val images held out to measure on, at most", COUNT)
 
     ch: int = setting(128, "channels of the first level", COUNT, group="model")
@@ -355,23 +354,13 @@ def check_config(config):
     return sizes
 
 
-class Photos(data.ProductSamples):
-    """The training images alone: one of the product's at random, under the pre-training transform."""
-
-    def sample(self, epoch, index, objective):
-        rng = np.random.default_rng([self.seed, epoch, index])
-        product = self.products[index]
-        path = product.images[rng.integers(len(product.images))]
-        return {"image": data.open_augmented(product.name, [path], self.transform, rng)[0]}
-
-
 def load_held_out(config):
     """The first `eval_images` FashionGen-val images, uint8 (n, 3, S, S), less those that config.missing leaves out."""
     products = annotations.load_products(config.data_root, "FashionGen", "val")
     paths = [str(path) for product in products for path in product.images][: config.eval_images]
-    broken = imaging.leave_out(paths, config, "FashionGen val")
-    transform = imaging.image_transform(imaging.resize_then_crop, config.image_size, train=False)
-    return imaging.stack_images([transform(imaging.open_image(path)) for path in paths if path not in broken])
+    broken = photos.leave_out(paths, config, "FashionGen val")
+    images = [photos.open_image(path) for path in paths if path not in broken]
+    return data.stack_images([data.to_pixels(x, data.resize_then_crop, config.image_size) for x in images])
 
 
 def usage(counts):
@@ -386,10 +375,10 @@ def validate(model, images, device, chunk=64):
 
     l1_mean_image is the L1 of a trivial answer, the mean image."""
     model.eval()
-    mean_image = sum(imaging.normalize(part.to(device)).sum(0) for part in images.split(chunk)) / len(images)
+    mean_image = sum(data.normalize(part.to(device)).sum(0) for part in images.split(chunk)) / len(images)
     l1, l1_mean_image, counts = 0.0, 0.0, 0
     for part in images.split(chunk):
-        part = imaging.normalize(part.to(device))
+        part = data.normalize(part.to(device))
         reconstruction, _, _, codes = model(part)
         l1 += float(F.l1_loss(reconstruction, part)) * len(part) / len(images)
         l1_mean_image += float((mean_image - part).abs().mean()) * len(part) / len(images)
@@ -417,7 +406,9 @@ def train(config, processes):
 
     # The order of the samples, and their batches for the updates that are left.
     order = data.Batches(len(products), config, processes, run.start, lambda step: "reconstruction")
-    loader = iter(data.train_loader(Photos(products, config), order, config, device))
+    items = [{"image": product.images, "name": product.name} for product in products]
+    dataset = data.Samples(items, None, data.resize_then_crop, config, 0, data.pick_image)
+    loader = iter(data.train_loader(dataset, order, config, device))
 
     # What the user sees at the start.
     n = sum(p.numel() for p in model.parameters())

@@ -319,7 +319,8 @@ def main():
                     target = aside / Path(folder, name).relative_to(config.root)
                     if not target.exists():
                         place(Path(folder, name), target, config.link)
-    print(f"next: python -m tools.check_data --data_root={config.out or config.root}, and train with --n_attributes=0")
+    root = config.out or config.root
+    print(f"next: python prepare/check_data.py --data_root={root}, and train with --n_attributes=0")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "prepare")]
 # child processes of a test import the same files
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])
 
@@ -21,7 +21,6 @@ def free_port():
 @pytest.fixture(scope="session")
 def catalogue(tmp_path_factory):
     """A small made-up catalogue in the five-folder layout, drawn once per test session."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "prepare"))
     from demo import make_catalogue
 
     out = tmp_path_factory.mktemp("data") / "demo"

@@ -231,11 +231,12 @@ def damage(content, rng):
 def mutate(folder, seconds, rng):
     """Readers over damaged files until the time is over; returns figures. Anything but an InputError or a good end of
     under 60 s and 1 GB is an error, with the damaged file kept in `folder`."""
+    import check_data
+
     import checkpoint
     import evaluate  # noqa: F401  # imports must not count as time or memory of the first reading
     import photos
     from settings import InputError
-    from tools import check_data
 
     root = folder / "data"
     annotations = [path for path in root.rglob("*.json") if path.parent != root]

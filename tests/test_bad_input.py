@@ -12,6 +12,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import check_data
 import numpy as np
 import pytest
 import torch
@@ -31,7 +32,6 @@ import vqvae
 from common import Processes
 from files import content_keys
 from settings import InputError
-from tools import check_data
 
 ONE = Processes(0, 1, torch.device("cpu"))
 TRAIN, VAL = "FashionGen/train_info.json", "FashionGen/val_info.json"
@@ -175,7 +175,7 @@ def test_settings_of_fine_tuning(changes, message, catalogue, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # annotation files
 
-ONE_SUCH = "; 1 such in the file, python -m tools.check_data --data_root={root} lists them"
+ONE_SUCH = "; 1 such in the file, python prepare/check_data.py --data_root={root} lists them"
 ENTRIES = [  # changes of entry 1 of the training file, what the message says of it
     (dict(title=None), "key 'title': found None, expected str"),
     (dict(title=5), "key 'title': found 5, expected str"),
@@ -184,14 +184,15 @@ ENTRIES = [  # changes of entry 1 of the training file, what the message says of
     (dict(id="a\nb"), r"found 'FashionGen a\nb', expected no control characters"),
     (dict(images="a.jpg"), "key 'images': found 'a.jpg', expected list"),
     (dict(images=[]), "key 'images': found [], expected file names"),
-    (dict(images=[""]), "key 'images': found [''], expected file names"),
+    (dict(images=[""]), "found '', expected the name of an image"),
+    (dict(images=[["a"]]), "found ['a'], expected the name of an image"),
     (dict(images=["../../a.jpg"]), "image path '../../a.jpg' leaves the folder ***"),
     (dict(images=["/etc/hosts"]), "image path '/etc/hosts' leaves the folder ***"),
     (dict(images=["a\0b"]), r"found 'a\x00b', expected no control characters"),
     (dict(images=["\ud800"]), r"found '\ud800', expected no control characters"),
-    (dict(attributes_id=[-1]), "key 'attributes_id': found -1, expected ids from 0 to 999999"),
-    (dict(attributes_id=[10**12]), "key 'attributes_id': found 1000000000000, expected ids from 0 to 999999"),
-    (dict(attributes_id=[0, 1.5]), "key 'attributes_id': found 1.5, expected ids from 0 to 999999"),
+    (dict(attributes_id=[-1]), "key 'attributes_id': found -1, expected an id from 0 to 999999"),
+    (dict(attributes_id=[10**12]), "key 'attributes_id': found 1000000000000, expected an id from 0 to 999999"),
+    (dict(attributes_id=[0, 1.5]), "key 'attributes_id': found 1.5, expected an id from 0 to 999999"),
     (dict(category_id=-2), "key 'category_id': found -2, expected an id from 0 to 999999"),
     (dict(subcategory_id="x"), "key 'subcategory_id': found 'x', expected an id from 0 to 999999"),
 ]

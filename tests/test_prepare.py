@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from settings import InputError
-from tools import check_data
 
 PREPARE = Path(__file__).parents[1] / "prepare"
 sys.path.insert(0, str(PREPARE))
 
 import catalogue as products  # noqa: E402  (`catalogue` is a fixture)
+import check_data  # noqa: E402
 import fashiongen  # noqa: E402
 import polyvore  # noqa: E402
 from rows import plain_text  # noqa: E402

@@ -15,7 +15,6 @@ from PIL import Image
 import annotations
 import checkpoint
 import data
-import imaging
 import photos
 import search
 from model import SIZES, CSANet, FashionViL, ModelConfig
@@ -64,15 +63,15 @@ def rows(checkpoint, gallery, *words):
     return search.search(search.read_config(words))
 
 
-WHOLE = imaging.crop_then_resize
+WHOLE = data.crop_then_resize
 
 
-def by_hand(path, fit=imaging.resize_then_crop):
-    image = imaging.image_transform(fit, 64, train=False)(photos.open_image(path))
-    return imaging.normalize(imaging.stack_images([image]))
+def by_hand(path, fit=data.resize_then_crop):
+    image = data.to_pixels(photos.open_image(path), fit, 64)
+    return data.normalize(data.stack_images([image]))
 
 
-def brute_force(query, gallery, model, encode, fit=imaging.resize_then_crop):
+def brute_force(query, gallery, model, encode, fit=data.resize_then_crop):
     """{path: cosine}, the query (1, D) against each image embedded alone."""
     paths = sorted(p for p in gallery.rglob("*.jpg") if not p.name.startswith("."))
     with torch.no_grad():

@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 
+import check_data
 import numpy as np
 import pytest
 import torch
@@ -30,7 +31,6 @@ import settings
 from common import Processes
 from model import CSANet, FashionViL, ModelConfig
 from settings import InputError
-from tools import check_data
 
 ONE = Processes(0, 1, torch.device("cpu"))
 

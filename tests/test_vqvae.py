@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import common
-import imaging
+import data
+import photos
 import pretrain
 import runs
 import settings
@@ -222,7 +223,7 @@ def test_validate_counts_what_it_says():
     model = make_vqvae().eval()
     images = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
     metrics = vqvae.validate(model, images, torch.device("cpu"), chunk=2)
-    x = imaging.normalize(images)
+    x = data.normalize(images)
     with torch.no_grad():
         reconstruction, _, _, codes = model(x)
     expected = {
@@ -361,7 +362,7 @@ def test_held_out_images_that_are_broken(data_root, tmp_path):
     run_stage(config)
     for i in range(3):
         (folder / f"{i}.png").write_bytes(b"no image")
-    imaging.is_readable.cache_clear()
+    photos.is_readable.cache_clear()
     with pytest.raises(settings.InputError, match="^FashionGen val: none of its 3 images can be read"):
         vqvae.load_held_out(config)
 

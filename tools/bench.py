@@ -25,7 +25,6 @@ import data
 import ending
 import evaluate
 import finetune
-import imaging
 import photos
 import pretrain
 import runs
@@ -106,8 +105,7 @@ class Ours:
             words = data.wordpiece(bert.vocabulary(own))
             task = finetune.TASKS[name]
             self.objective, (items, label_counts) = task.objective, task.load_items(own)
-            transform = imaging.image_transform(task.fit, own.image_size, train=True)
-            self.dataset = data.Samples(items, words, transform, own.max_tokens or task.max_tokens, task.pick)
+            self.dataset = data.Samples(items, words, task.fit, own, own.max_tokens or task.max_tokens, task.pick)
             sizes = checkpoint.read_start(own).sizes
             build = partial(finetune.build_model, own, sizes, task.heads, words.get_vocab_size(), **label_counts)
         with torch.device("meta" if shapes_only else self.device):
@@ -167,7 +165,7 @@ def measure_data(config, n_images=64):
     """A row: samples with one image as a worker makes and collates them, beside decoding and resizing their files."""
     torch.set_num_threads(1)  # as a worker
     dataset = Ours(replace(config, batch_size=1), "itc", shapes_only=True).dataset
-    dataset.products = [replace(product, images=product.images[:1]) for product in dataset.products]
+    dataset.items = [{**item, "image": item["image"][:1]} for item in dataset.items]
     n = 5 * config.pairs  # for a run is short
     rows = np.random.default_rng(0).integers(len(dataset), size=(n, n_images)).tolist()
     side = round(dataset.side * settings.STRIDE * photos.RESIZED / photos.CROPPED)  # pixels before the crop
@@ -177,7 +175,7 @@ def measure_data(config, n_images=64):
 
     def bare(i):
         for row in rows[i]:
-            Image.open(dataset.products[row].images[0]).convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+            Image.open(dataset.items[row]["image"][0]).convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
 
     for i in range(n):
         bare(i)  # now the system has all files in memory

@@ -15,7 +15,6 @@ import annotations
 import checkpoint
 import data
 import ending
-import imaging
 import vqvae
 from losses import OBJECTIVES
 from tools.curves import read_curves
@@ -42,7 +41,7 @@ def trivial_answer(name, curves, config, vocab):
     elif name == "mpfc" and Path(config["image_tokenizer"]).is_file():
         image_tokenizer = vqvae.load_image_tokenizer(config["image_tokenizer"])
         paths = [product.images[0] for product in products[:: max(1, 10 * len(products) // SAMPLE)]]
-        ids = np.concatenate([image_tokenizer.encode(imaging.load_images([p], config["image_size"]))[0] for p in paths])
+        ids = np.concatenate([image_tokenizer.encode(data.load_images([p], config["image_size"]))[0] for p in paths])
     else:  # an objective that is not known here, or MPFC with random codes
         return math.nan, math.nan
     counts = np.unique(ids, return_counts=True)[1]

@@ -1,18 +1,21 @@
-"""Check a data root and print every fault in one pass: python -m tools.check_data --data_root=DIR"""
+"""Check a data root and print every fault in one pass: python prepare/check_data.py --data_root=DIR"""
 
 import collections
 import concurrent.futures
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-import annotations
-from ending import run
-from files import content_keys
-from photos import open_image
-from settings import InputError, load_config, setting
+sys.path.insert(0, str(Path(__file__).parents[1]))  # annotations.py and photos.py stand one folder up
+
+import annotations  # noqa: E402
+from ending import run  # noqa: E402
+from files import content_keys  # noqa: E402
+from photos import open_image  # noqa: E402
+from settings import InputError, load_config, setting  # noqa: E402
 
 NEEDS = """
 pre-training             FashionGen, BigFACAD, Fashion200k, PolyvoreOutfits: train; FashionGen: val for validation
@@ -27,7 +30,7 @@ MANY = 10  # names of one and the same image file, from which on the report says
 
 @dataclass
 class DataConfig:
-    """Settings of `python -m tools.check_data`."""
+    """Settings of `python prepare/check_data.py`."""
 
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, Fashion200k/, ...")
     workers: int = setting(4, "threads that open images")
@@ -37,26 +40,26 @@ class DataConfig:
 # `images`, {path: product or row that names it}, and the file's faults to the list `faults`.
 
 
-def check_products(root, source, split, images, faults):
-    products = annotations.load_products(root, source, split, faults)
+def check_products(root, source, part, images, faults):
+    products = annotations.load_products(root, source, part, faults)
     images |= {path: product.name for product in products for path in product.images}
     attributes = {attribute for product in products for attribute in product.attributes}
     counts = f"{sum(len(product.images) for product in products)} images, {len(attributes)} attributes"
     for key in ("category", "subcategory") if source == "FashionGen" else ():
         counts += f", {len({getattr(product, key) for product in products} - {None})} {key} labels"
-    if split == "val":
+    if part == "val":
         with annotations.collecting(faults):
             annotations.has_subcategories(products)
     return f"{len(products)} products, {counts}"
 
 
-def check_fashioniq(root, garment, split, images, faults):
-    gallery = "original" if split == "val" else "val"  # training needs no split file
-    queries, names = annotations.load_fashioniq(root, garment, split, gallery, faults)
+def check_fashioniq(root, garment, part, images, faults):
+    gallery = "original" if part == "val" else "val"  # training needs no split file
+    queries, found = annotations.load_fashioniq(root, garment, part, gallery, faults)
     images |= {query[key]: query["name"] for query in queries for key in ("image", "image2")}
-    for name in names:
-        images.setdefault(annotations.fashioniq_image(root, garment, name, garment), f"split.{garment}.{split}.json")
-    return f"{garment}: {len(queries)} queries, gallery {len(names)}"
+    for path in found.values():
+        images.setdefault(path, f"split.{garment}.{part}.json")
+    return f"{garment}: {len(queries)} queries, gallery {len(found)}"
 
 
 def check_polyvore(root, split, part, images, faults):
@@ -82,20 +85,20 @@ def check(root, workers=1, open_images=True):
     only reported: Polyvore's nondisjoint split and the classes of FashionIQ were published so."""
     report, faults, checks, images = [], [], [], collections.defaultdict(dict)
     for source, data_set in annotations.SETS.items():
-        checks += [(check_products, source, split, f"{source}/{file}") for split, file in data_set.files.items()]
+        checks += [(check_products, source, part, f"{source}/{file}") for part, file in data_set.files.items()]
     for name in annotations.FASHIONIQ_CLASSES:
-        checks += [(check_fashioniq, name, s, f"FashionIQ/captions/cap.{name}.{s}.json") for s in ("train", "val")]
+        checks += [(check_fashioniq, name, p, f"FashionIQ/captions/cap.{name}.{p}.json") for p in ("train", "val")]
     for name in ("disjoint", "nondisjoint"):
-        checks += [(check_polyvore, name, s, f"PolyvoreOutfits/ocir_{name}_{s}.json") for s in ("train", "test")]
-    for check_file, name, split, file in checks:
+        checks += [(check_polyvore, name, p, f"PolyvoreOutfits/ocir_{name}_{p}.json") for p in ("train", "test")]
+    for check_file, name, part, file in checks:
         folder, counts = Path(file).parts[0], f"no {Path(file).name}"
         # images of the classes of FashionIQ are counted together, as one model is trained on all of them
         set_name = f"{folder} {name}" if check_file is check_polyvore else folder
         if Path(root, file).exists():
             with annotations.collecting(faults):
-                counts = check_file(root, name, split, images[set_name, split == "train"], faults)
-        report.append(f"{folder:16} {split:5}  {counts}")
-    names = {path: name for part in images.values() for path, name in part.items()}
+                counts = check_file(root, name, part, images[set_name, part == "train"], faults)
+        report.append(f"{folder:16} {part:5}  {counts}")
+    names = {path: name for named in images.values() for path, name in named.items()}
     if open_images:
         with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes without Python's lock
             found = pool.map(image_fault, names.keys(), names.values())
