@@ -93,13 +93,17 @@ class Level(nn.Module):
         return x
 
 
-def named(**modules):  # nn.Sequential of modules that have names
-    return nn.Sequential(OrderedDict(modules))
-
-
 def middle(c):
     """What stands at the smallest map of encoder and decoder alike."""
-    return named(block_1=ResBlock(c, c), attn_1=Attention(c), block_2=ResBlock(c, c))
+    return nn.Sequential(OrderedDict(block_1=ResBlock(c, c), attn_1=Attention(c), block_2=ResBlock(c, c)))
+
+
+def downsample(c):  # halves the map; the padding is right and bottom only
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
+
+
+def upsample(c):  # doubles the map
+    return nn.Sequential(OrderedDict(larger=nn.Upsample(scale_factor=2), conv=nn.Conv2d(c, c, 3, padding=1)))
 
 
 class Encoder(nn.Module):
@@ -113,10 +117,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for i, c in enumerate(widths):
             level = Level(widths[i - 1] if i else config.ch, c, config.n_blocks, is_smallest=i == last)
-            level.downsample = nn.Identity()
-            if i < last:  # the padding is right and bottom only
-                pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, stride=2)
-                level.downsample = named(pad=pad, conv=conv)
+            level.downsample = downsample(c) if i < last else nn.Identity()
             self.down.append(level)
         self.mid, self.norm_out = middle(c), group_norm(c)
         self.conv_out = nn.Conv2d(c, config.latent_dim, 3, padding=1)
@@ -138,10 +139,7 @@ class Decoder(nn.Module):
         self.mid, self.up = middle(widths[last]), nn.ModuleList()
         for i, c in enumerate(widths):
             level = Level(widths[min(i + 1, last)], c, config.n_blocks + 1, is_smallest=i == last)
-            level.upsample = nn.Identity()
-            if i:
-                larger, conv = nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(c, c, 3, padding=1)
-                level.upsample = named(larger=larger, conv=conv)
+            level.upsample = upsample(c) if i else nn.Identity()
             self.up.append(level)
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3 * config.unshuffle**2, 3, padding=1)
@@ -261,7 +259,6 @@ class VQVAE(ImageTokenizer):
         return counts
 
 
-INSIDE = "model.image_tokenizer."  # prefix of the tokenizer's names inside the original's pre-training files
 TRAINING_ONLY = ("decoder.", "post_quant_conv.", "idle")  # parts of our file that `ImageTokenizer` does without
 
 
@@ -273,18 +270,15 @@ def random_image_tokenizer(config):
 def load_image_tokenizer(path, device="cpu"):
     """The ImageTokenizer of a file, frozen, in eval mode: ours (last.pt), a released encoder, or a pre-training file of
     the original, which has one inside. The tensors tell the sizes. Raises InputError where one is missing."""
-    file = formats.read_file(path)
-    state = file["model"] if isinstance(file.get("model"), dict) else file
-    state = {str(name).removeprefix("module."): value for name, value in state.items() if torch.is_tensor(value)}
-    if any(name.startswith(INSIDE) for name in state):
-        state = {name.removeprefix(INSIDE): value for name, value in state.items() if name.startswith(INSIDE)}
-    state = {name: value for name, value in state.items() if not name.startswith(TRAINING_ONLY)}
-    try:
+    inside = "model.image_tokenizer"
+    state, info = formats.read_weights(path)
+    state = info["set_aside"].get(inside, state)
+    state = {k.removeprefix(f"{inside}."): v for k, v in state.items() if not k.startswith(TRAINING_ONLY)}
+    with formats.reading(path, "no image tokenizer in it"):
         tokenizer = random_image_tokenizer(read_sizes(state))
+    try:
         tokenizer.load_state_dict(state)
-    except KeyError as error:
-        raise InputError(f"{path}: no image tokenizer in it: {error.args[0]} is missing") from None
-    except RuntimeError as error:  # load_state_dict: a line for each kind of mismatch
+    except RuntimeError as error:  # a line for each kind of mismatch
         raise InputError(f"{path}: not an image tokenizer: {str(error).splitlines()[1].strip():.300}") from None
     return tokenizer.to(device)
 

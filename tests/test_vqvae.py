@@ -246,7 +246,9 @@ def test_loaded_codes_are_those_that_were_saved(layout, tmp_path):
     model = make_vqvae().eval()
     images, path = torch.randn(2, 3, 64, 64), tmp_path / "file.pt"
     own = {k: v for k, v in model.state_dict().items() if not k.startswith(vqvae.TRAINING_ONLY)}
-    inside = {f"model.image_tokenizer.{k}": v for k, v in own.items()} | {"model.bert.x": torch.ones(1)}
+    inside = {f"model.image_tokenizer.{k}": v for k, v in own.items()} | {
+        "model.contrastive_norm.norm_s": torch.ones(1)
+    }
     if layout == "ours":
         checkpoint.save(path, {"kind": "tokenizer", "model": model.state_dict(), "step": 1})
     else:
@@ -267,7 +269,11 @@ def test_files_that_are_no_tokenizer_end_in_one_line(tmp_path):
     state, path = vqvae.random_image_tokenizer(TINY).state_dict(), tmp_path / "file.pt"
     conv = "encoder.mid.block_1.conv1.weight"
     for broken, said in (
-        ({"fc.weight": torch.ones(2, 2)}, "encoder.conv_in.weight is missing"),
+        (
+            {"fc.weight": torch.ones(2, 2)},
+            "found fc.weight, expected names of FashionViL, CSA-Net, BERT, ResNet or VQ-VAE",
+        ),
+        ({"model.contrastive_norm.norm_s": torch.ones(1)}, "'encoder.conv_in.weight' is missing"),
         ({k: v for k, v in state.items() if k != conv}, conv),
         ({**state, "encoder.extra.weight": torch.ones(1)}, "encoder.extra.weight"),
         ({**state, conv: torch.ones(3, 3)}, conv),
