@@ -7,9 +7,8 @@ ends in InputError, one line that names the file. Reading takes about as much me
 Our checkpoint is a dict. Every one has "format" (1), "kind" (one of KINDS), "model" (its state dict), "config" (all
 settings of the run), "step" (updates done), "best" (the metric that selects) and "n_items" (of the training data). A
 model also has "task", "model_config", "vocab" (text of vocab.txt), "labels" (what numbers mean,
-`annotations.label_names`) and n_classes or n_categories. An image tokenizer has "image_tokenizer_config". For a resume,
-last.pt adds "optimizer", "scaler", "parts" (each process's sums for the next log line), "lasting", "skipped_updates"
-and "validation_due"."""
+`annotations.label_names`) and n_classes or n_categories. For a resume, last.pt adds "optimizer", "scaler", "parts"
+(each process's sums for the next log line), "lasting", "skipped_updates" and "validation_due"."""
 
 import hashlib
 import json

@@ -7,7 +7,6 @@ Writes run.json, log.jsonl and last.pt. Pre-training needs the encoder and the c
 takes them from last.pt or from the released file, whose names the parameters have.
 Letters in shapes: B batch, P patches (7 x 7 = 49 at 224 px), C channels, D width of latents and codes, K codes."""
 
-import dataclasses
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -24,24 +23,62 @@ import ending
 import photos
 import runs
 import settings
+from files import reading
 from settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
 
 
 @dataclass
 class ImageTokenizerConfig:
-    """Everything that decides shapes; VQVAEConfig says what each means. The defaults are the released file's sizes."""
+    """Everything that decides shapes. The defaults are the released file's sizes."""
 
-    ch: int = 128
-    ch_mult: tuple = (1, 1, 2, 2, 4, 4)
-    n_blocks: int = 2
-    latent_dim: int = 256
-    n_codes: int = 1024
-    unshuffle: int = 1
+    ch: int = setting(128, "channels of the first level", COUNT, group="model")
+    ch_mult: tuple = setting((1, 1, 2, 2, 4, 4), "channels of each level, as multiples of ch")
+    n_blocks: int = setting(2, "residual blocks a level", COUNT)
+    latent_dim: int = setting(256, "size of a code's vector", COUNT)
+    n_codes: int = setting(1024, "codes in the codebook", COUNT)
+    unshuffle: int = setting(1, "squares of this many pixels become channels first; 1: none, as released", COUNT)
 
     @property
     def stride(self):
         """Pixels of an image per patch, along each side."""
         return self.unshuffle * 2 ** (len(self.ch_mult) - 1)
+
+
+@dataclass
+class VQVAEConfig(ImageTokenizerConfig):
+    """Settings of the image tokenizer's training: the sizes above, and these."""
+
+    commitment: float = setting(0.25, "weight of the commitment loss beside L1", FROM_0)
+    reseed_after: int = setting(100, "a code not chosen for so many updates becomes a latent of the batch", COUNT)
+
+    data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, ...", group="data")
+    sets: tuple = setting(tuple(annotations.SETS), "data sets to train on")
+    image_size: int = setting(224, "pixels a side, a multiple of 32")
+    missing: str = setting("stop", photos.MISSING, choices=("stop", "skip"))
+    eval_images: int = setting(1_000, "FashionGen-val images held out to measure on, at most", COUNT)
+
+    batch_size: int = setting(64, "images per update, all processes together", COUNT, group="optimization")
+    grad_accum: int = setting(1, "micro-batches per update", COUNT)
+    max_steps: int = setting(150_000, "updates", COUNT)
+    lr: float = setting(2e-4, "learning rate", FROM_0)
+    weight_decay: float = setting(1e-4, "AdamW weight decay", FROM_0)
+    warmup: int = setting(2_000, "updates until the full learning rate; 0: none", FROM_0)
+    milestones: tuple = setting((100_000, 130_000), "updates at which the learning rate falls to a tenth")
+
+    device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES, group="machine")
+    dtype: str = setting("float32", "float32, bfloat16 (autocast) or float16 (and GradScaler)", choices=DTYPES)
+    tf32: bool = setting(True, "float32 products on GPUs in TF32, as torch did it in the paper's time")
+    compile: bool = setting(False, "torch.compile encoder and decoder")
+    workers: int = setting(4, "data loader workers per process; 0: load in the training process", FROM_0)
+    seed: int = setting(0, "every random draw follows from it", (0, 2**63 - 1))
+    deterministic: bool = setting(False, "only deterministic kernels; on CPU they always are")
+
+    out_dir: str = setting("", "run folder; empty: runs/<name of the config file>", group="log and checkpoints")
+    resume: str = setting("", "auto (newest whole checkpoint of the run folder, else start) or a checkpoint")
+    log_interval: int = setting(50, "updates between log lines", COUNT)
+    eval_interval: int = setting(2_000, "updates between validations; 0: only at the end, -1: never", (-1, math.inf))
+    save_interval: int = setting(0, "updates between further checkpoints; 0: none but those of validations", FROM_0)
+    wandb: str = setting("", "Weights & Biases project; empty: off")
 
 
 def group_norm(c):
@@ -92,13 +129,17 @@ class Level(nn.Module):
         return x
 
 
-def named(**modules):  # nn.Sequential of modules that have names
-    return nn.Sequential(OrderedDict(modules))
-
-
 def middle(c):
     """What stands at the smallest map of encoder and decoder alike."""
-    return named(block_1=ResBlock(c, c), attn_1=Attention(c), block_2=ResBlock(c, c))
+    return nn.Sequential(OrderedDict(block_1=ResBlock(c, c), attn_1=Attention(c), block_2=ResBlock(c, c)))
+
+
+def downsample(c):  # halves the map; the padding is right and bottom only
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
+
+
+def upsample(c):  # doubles the map
+    return nn.Sequential(OrderedDict(larger=nn.Upsample(scale_factor=2), conv=nn.Conv2d(c, c, 3, padding=1)))
 
 
 class Encoder(nn.Module):
@@ -112,10 +153,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for i, c in enumerate(widths):
             level = Level(widths[i - 1] if i else config.ch, c, config.n_blocks, is_smallest=i == last)
-            level.downsample = nn.Identity()
-            if i < last:  # the padding is right and bottom only
-                pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, stride=2)
-                level.downsample = named(pad=pad, conv=conv)
+            level.downsample = downsample(c) if i < last else nn.Identity()
             self.down.append(level)
         self.mid, self.norm_out = middle(c), group_norm(c)
         self.conv_out = nn.Conv2d(c, config.latent_dim, 3, padding=1)
@@ -137,10 +175,7 @@ class Decoder(nn.Module):
         self.mid, self.up = middle(widths[last]), nn.ModuleList()
         for i, c in enumerate(widths):
             level = Level(widths[min(i + 1, last)], c, config.n_blocks + 1, is_smallest=i == last)
-            level.upsample = nn.Identity()
-            if i:
-                larger, conv = nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(c, c, 3, padding=1)
-                level.upsample = named(larger=larger, conv=conv)
+            level.upsample = upsample(c) if i else nn.Identity()
             self.up.append(level)
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3 * config.unshuffle**2, 3, padding=1)
@@ -260,7 +295,6 @@ class VQVAE(ImageTokenizer):
         return counts
 
 
-INSIDE = "model.image_tokenizer."  # prefix of the tokenizer's names inside the original's pre-training files
 TRAINING_ONLY = ("decoder.", "post_quant_conv.", "idle")  # parts of our file that `ImageTokenizer` does without
 
 
@@ -272,18 +306,15 @@ def random_image_tokenizer(config):
 def load_image_tokenizer(path, device="cpu"):
     """The ImageTokenizer of a file, frozen, in eval mode: ours (last.pt), a released encoder, or a pre-training file of
     the original, which has one inside. The tensors tell the sizes. Raises InputError where one is missing."""
-    file = checkpoint.read_file(path)
-    state = file["model"] if isinstance(file.get("model"), dict) else file
-    state = {str(name).removeprefix("module."): value for name, value in state.items() if torch.is_tensor(value)}
-    if any(name.startswith(INSIDE) for name in state):
-        state = {name.removeprefix(INSIDE): value for name, value in state.items() if name.startswith(INSIDE)}
-    state = {name: value for name, value in state.items() if not name.startswith(TRAINING_ONLY)}
-    try:
+    inside = "model.image_tokenizer"
+    state, info = checkpoint.read_weights(path)
+    state = info["set_aside"].get(inside, state)
+    state = {k.removeprefix(f"{inside}."): v for k, v in state.items() if not k.startswith(TRAINING_ONLY)}
+    with reading(path, "no image tokenizer in it"):
         tokenizer = random_image_tokenizer(read_sizes(state))
+    try:
         tokenizer.load_state_dict(state)
-    except KeyError as error:
-        raise InputError(f"{path}: no image tokenizer in it: {error.args[0]} is missing") from None
-    except RuntimeError as error:  # load_state_dict: a line for each kind of mismatch
+    except RuntimeError as error:  # a line for each kind of mismatch
         raise InputError(f"{path}: not an image tokenizer: {str(error).splitlines()[1].strip():.300}") from None
     return tokenizer.to(device)
 
@@ -299,59 +330,14 @@ def read_sizes(state):
     return ImageTokenizerConfig(ch, tuple(width // ch for width in widths), n_blocks, latent_dim, n_codes, unshuffle)
 
 
-@dataclass
-class VQVAEConfig:
-    """Settings of the image tokenizer's training."""
-
-    data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, ...", group="data")
-    sets: tuple = setting(tuple(annotations.SETS), "data sets to train on")
-    image_size: int = setting(224, "pixels a side, a multiple of 32")
-    missing: str = setting("stop", photos.MISSING, choices=("stop", "skip"))
-    eval_images: int = setting(1_000, "FashionGen-val images held out to measure on, at most", COUNT)
-
-    ch: int = setting(128, "channels of the first level", COUNT, group="model")
-    ch_mult: tuple = setting((1, 1, 2, 2, 4, 4), "channels of each level, as multiples of ch")
-    n_blocks: int = setting(2, "residual blocks a level", COUNT)
-    latent_dim: int = setting(256, "size of a code's vector", COUNT)
-    n_codes: int = setting(1024, "codes in the codebook", COUNT)
-    unshuffle: int = setting(1, "squares of this many pixels become channels first; 1: none, as released", COUNT)
-    commitment: float = setting(0.25, "weight of the commitment loss beside L1", FROM_0)
-    reseed_after: int = setting(100, "a code not chosen for so many updates becomes a latent of the batch", COUNT)
-
-    batch_size: int = setting(64, "images per update, all processes together", COUNT, group="optimization")
-    grad_accum: int = setting(1, "micro-batches per update", COUNT)
-    max_steps: int = setting(150_000, "updates", COUNT)
-    lr: float = setting(2e-4, "learning rate", FROM_0)
-    weight_decay: float = setting(1e-4, "AdamW weight decay", FROM_0)
-    warmup: int = setting(2_000, "updates until the full learning rate; 0: none", FROM_0)
-    milestones: tuple = setting((100_000, 130_000), "updates at which the learning rate falls to a tenth")
-
-    device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES, group="machine")
-    dtype: str = setting("float32", "float32, bfloat16 (autocast) or float16 (and GradScaler)", choices=DTYPES)
-    tf32: bool = setting(True, "float32 products on GPUs in TF32, as torch did it in the paper's time")
-    compile: bool = setting(False, "torch.compile encoder and decoder")
-    workers: int = setting(4, "data loader workers per process; 0: load in the training process", FROM_0)
-    seed: int = setting(0, "every random draw follows from it", (0, 2**63 - 1))
-    deterministic: bool = setting(False, "only deterministic kernels; on CPU they always are")
-
-    out_dir: str = setting("", "run folder; empty: runs/<name of the config file>", group="log and checkpoints")
-    resume: str = setting("", "auto (newest whole checkpoint of the run folder, else start) or a checkpoint")
-    log_interval: int = setting(50, "updates between log lines", COUNT)
-    eval_interval: int = setting(2_000, "updates between validations; 0: only at the end, -1: never", (-1, math.inf))
-    save_interval: int = setting(0, "updates between further checkpoints; 0: none but those of validations", FROM_0)
-    wandb: str = setting("", "Weights & Biases project; empty: off")
-
-
 def check_config(config):
-    """The model sizes of a VQVAEConfig. Raises InputError for sizes that cannot be, or miss the ResNet's grid."""
+    """Raise InputError for a setting out of its limits, sizes that cannot be, or patches that are not the ResNet's."""
     settings.check_limits(config)
     if not config.ch_mult or not all(type(m) is int and m > 0 for m in config.ch_mult):
         raise InputError(f"ch_mult: found {config.ch_mult}, expected whole numbers from 1, one a level")
-    sizes = ImageTokenizerConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(ImageTokenizerConfig)})
-    if sizes.stride != settings.STRIDE:
+    if config.stride != settings.STRIDE:
         levels = f"{len(config.ch_mult)} levels and unshuffle {config.unshuffle}"
-        raise InputError(f"ch_mult: {levels} make patches of {sizes.stride} pixels, expected {settings.STRIDE}")
-    return sizes
+        raise InputError(f"ch_mult: {levels} make patches of {config.stride} pixels, expected {settings.STRIDE}")
 
 
 def load_held_out(config):
@@ -388,7 +374,8 @@ def validate(model, images, device, chunk=64):
 
 def train(config, processes):
     """The whole stage on this process. Returns (model, held-out metrics of the main process, {} on others)."""
-    sizes, is_main, device = check_config(config), processes.is_main, processes.device
+    check_config(config)
+    is_main, device = processes.is_main, processes.device
     torch.manual_seed(config.seed)  # every process starts from the same weights
 
     # The data: products to train on, and images to measure on.
@@ -396,13 +383,12 @@ def train(config, processes):
     held_out = load_held_out(config) if is_main else []
 
     # The model. Its optimizer has encoder and decoder; the codebook has no gradient.
-    model = VQVAE(sizes).to(device)
+    model = VQVAE(config).to(device)
     optimizer = common.make_optimizer(model, config.lr, config.weight_decay)
 
     # The bookkeeping, which resumes an earlier run where config.resume says so.
-    counts = torch.zeros(sizes.n_codes, device=device)  # how often each code was chosen since the last log line
-    contents = {"kind": "image_tokenizer", "image_tokenizer_config": dataclasses.asdict(sizes)}
-    run = runs.Run(config, processes, model, optimizer, contents, {"counts": counts})
+    counts = torch.zeros(config.n_codes, device=device)  # how often each code was chosen since the last log line
+    run = runs.Run(config, processes, model, optimizer, {"kind": "image_tokenizer"}, {"counts": counts})
 
     # The order of the samples, and their batches for the updates that are left.
     order = data.Batches(len(products), config, processes, run.start, lambda step: "reconstruction")
@@ -412,7 +398,7 @@ def train(config, processes):
 
     # What the user sees at the start.
     n = sum(p.numel() for p in model.parameters())
-    report = f"{len(products)} products, {len(held_out)} images held out, {n:,} parameters, {sizes}"
+    report = f"{len(products)} products, {len(held_out)} images held out, {n:,} parameters"
     run.open(order, lambda row: products[row].name, [report])
 
     # The model that is compiled where that is set, and that averages gradients over processes. DDP also copies the

@@ -1,4 +1,4 @@
-"""The arithmetic of bench.py: medians of pairs, FLOP of every bare part by hand, and a whole update of ours."""
+"""The arithmetic of bench.py: medians of pairs, FLOP of the bare parts and live bytes by hand, an update of ours."""
 
 import json
 
@@ -18,17 +18,17 @@ def load(catalogue, **changes):
 def test_medians_of_seconds_and_of_the_ratios_of_pairs(monkeypatch):
     seconds = iter([4.0, 2.0, 8.0, 1.0, 2.0, 4.0])  # ours and bare in turns: ratios 2, 8 and 0.5
     monkeypatch.setattr(bench, "timed", lambda side, i: next(seconds))
-    assert bench.compare(None, None, 3) == {"seconds": 4, "bare": 2, "ratio": 2}
+    assert bench.compare(abs, abs, 3) == {"seconds": 4, "bare": 2, "ratio": 2}
 
 
 @pytest.mark.parametrize("name", bench.NAMES)
 def test_flop_of_the_bare_parts(name, catalogue, monkeypatch):
     monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)  # the counter knows no fused kernel
-    ours = bench.Ours(load(catalogue), name, shapes_only=True)
-    parts = bare.Bare(ours)
+    stage = bench.Stage(load(catalogue), name)
+    parts, batch, c = bare.Bare(name, stage.model), stage.batches[0], stage.model.config
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        parts.loss(parts.batches[0]).backward()
-    found, batch, c = counter.get_total_flops(), ours.batches[0], ours.model.config
+        parts(batch)[0].backward()
+    found = counter.get_total_flops()
     # resnet18 at 64 px by hand: 2 x weights x positions; the stem, then stages at 16, 8, 4, 2 pixels a side
     w = c.width
     stages = [(w, w, 16, 0), (w, 2 * w, 8, 2 * w * w), (2 * w, 4 * w, 4, 8 * w * w), (4 * w, 8 * w, 2, 32 * w * w)]
@@ -59,59 +59,79 @@ def test_flop_of_the_bare_parts(name, catalogue, monkeypatch):
         expected += n_image + 3 * 2 * n_targets * d * (d + n_out)
     if name == "itm":
         expected += encoder(T)  # the search for hard negatives
-    if name == "mpfc":  # the image tokenizer, once and without gradient
-        expected += tokenizer_flop(ours.image_tokenizer.config, B)
     assert found == expected
     assert all(p.grad is not None for part in ("resnet", "encoder") for p in getattr(parts, part).parameters())
-    n_ours = sum(p.numel() for p in ours.model.parameters())
-    assert 0 <= n_ours - sum(p.numel() for p in parts.optimizer.param_groups[0]["params"]) < d
-
-
-def tokenizer_flop(sizes, B, side=64):
-    """FLOP of the image tokenizer's encoder on B images by hand."""
-    widths, side, n = [sizes.ch * m for m in sizes.ch_mult], side // sizes.unshuffle, 0
-    n += 9 * 3 * sizes.unshuffle**2 * sizes.ch * side**2
-    c_in = sizes.ch
-    for i, c in enumerate(widths):
-        last = i == len(widths) - 1
-        n += 9 * (c_in * c + (2 * sizes.n_blocks - 1) * c * c) * side**2 + (c_in != c) * c_in * c * side**2
-        n += last * sizes.n_blocks * 4 * c * c * side**2
-        side = side if last else side // 2
-        n += (not last) * 9 * c * c * side**2
-        c_in = c
-    n += (4 * 9 + 4) * c * c * side**2  # the middle
-    n += (sizes.n_blocks + 1) * 2 * c * side**4  # attention among the places of the smallest map
-    return 2 * B * (n + (9 * c * sizes.latent_dim + sizes.latent_dim**2) * side**2)
+    n_ours, n_bare = (sum(p.numel() for p in module.parameters()) for module in (stage.model, parts))
+    assert 0 <= n_ours - n_bare < d
 
 
 def test_our_side_of_the_bench_is_a_whole_update(catalogue):
-    ours = bench.Ours(load(catalogue), "itc")
-    before = [p.detach().clone() for p in ours.model.parameters()]
-    bench.step(load(catalogue), ours, 0)
-    moved = [not torch.equal(a, b) for a, b in zip(before, ours.model.parameters(), strict=True)]
+    stage = bench.Stage(load(catalogue), "itc")
+    before = [p.detach().clone() for p in stage.model.parameters()]
+    bench.Side(stage, stage.model).step(0)
+    moved = [not torch.equal(a, b) for a, b in zip(before, stage.model.parameters(), strict=True)]
     assert sum(moved) > len(moved) / 2
 
 
-def test_rows_of_data_and_eval(catalogue, monkeypatch):
+def test_mpfc_has_the_same_image_tokenizer_on_both_sides(catalogue, monkeypatch):
+    stage, seen = bench.Stage(load(catalogue), "mpfc"), []
+    encode = stage.image_tokenizer.encode
+    monkeypatch.setattr(stage.image_tokenizer, "encode", lambda images: seen.append(images.shape) or encode(images))
+    for model in (stage.model, bare.Bare("mpfc", stage.model)):
+        bench.Side(stage, model).step(0)
+    assert seen == [(2, 3, 64, 64)] * 2
+
+
+def test_row_of_data(catalogue, monkeypatch):
     monkeypatch.setattr(bench, "timed", lambda function, i: 2.0 + 0 * bool(function(i)))
-    threads = torch.get_num_threads()
-    try:
-        row = bench.measure_data(load(catalogue), n_images=3)
-    finally:
-        torch.set_num_threads(threads)
-    assert row == {"images/s": 1.5, "bare": 1.5, "ratio": 1}
-    row = bench.measure_retrieval(load(catalogue), n_images=30, n_texts=10, width=4)
-    assert row == {"images": 30, "texts": 10, "seconds": 2, "bare": 2, "ratio": 1}
+    assert bench.measure_data(load(catalogue), "itc", n_images=3) == {"images/s": 1.5, "bare": 1.5, "ratio": 1}
 
 
-def test_each_part_writes_its_rows(catalogue, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "apart", lambda function, config, *args: {"name": function.__name__, "x": 0.25})
+def test_live_bytes_by_hand():
+    x = torch.zeros(1000)  # 4,000 bytes
+    live = bench.LiveBytes()
+    live.count([x, x.view(10, 100)])  # one memory
+    assert live.now() == 4000
+    with live:
+        y = x + 1  # lives on
+        z = (x * 2)[:10]  # a view keeps all 4,000
+        assert live.now() == 12_000
+        del z
+        y.add_(1)  # in place
+        assert (live.now(), live.peak) == (8000, 12_000)
+
+
+def test_what_backward_needs_is_counted():
+    w = torch.ones(500, requires_grad=True)
+    live = bench.LiveBytes()
+    live.count([w])
+    with live:
+        y = (w.exp() + 1).sum()  # exp keeps its result for the backward; the sum of it and 1 goes
+        assert live.now() == 2 * 2000 + 4 and live.peak == 3 * 2000 + 4
+        y.backward()
+    assert w.grad is not None and live.peak >= 3 * 2000
+
+
+@pytest.mark.parametrize("name, n_tokens", [("mlm", 75), ("fashioniq", 50)])
+def test_full_texts_have_no_padding(name, n_tokens, catalogue):
+    (batch,) = bench.Stage(load(catalogue), name, full_texts=True).batches
+    assert batch["input_ids"].shape == (2, n_tokens) and batch["attention_mask"].all()
+
+
+def test_row_of_memory(monkeypatch):
+    monkeypatch.setattr(bench, "peak_gb", lambda config, name, n: 3 + 0.5 * n)
+    row = {"fixed_gb": 3, "gb_per_product": 0.5, "fits_24": 34, "fits_80": 130}
+    assert bench.measure_memory(None, "itc") == row
+
+
+def test_rows_are_printed_and_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "measure_memory", lambda config, name: {"x": 0.25})
     out = tmp_path / "bench.json"
-    monkeypatch.setattr("sys.argv", ["bench.py", "--memory", "--data", "--only=itc,mlm", f"--out={out}"])
+    monkeypatch.setattr("sys.argv", ["bench.py", "--measure=memory", "--only=itc,mlm", f"--out={out}"])
     bench.main()
     written = json.loads(out.read_text())
-    assert [len(written[part]) for part in ("memory", "data")] == [2, 1] and "step" not in written
-    assert capsys.readouterr().out.splitlines()[-1] == "data:  name measure_data  x 0.25"
+    assert written["memory"] == [{"name": "itc", "x": 0.25}, {"name": "mlm", "x": 0.25}] and "step" not in written
+    assert capsys.readouterr().out.splitlines() == ["itc  x 0.25", "mlm  x 0.25"]
 
 
 def test_unknown_name_is_one_line(monkeypatch):

@@ -1,16 +1,14 @@
-"""The bare parts that bench.py measures against.
+"""The bare parts of a training step that bench.py measures against.
 
-Of a training step they are torchvision's ResNet, torch's nn.TransformerEncoder, tables and heads of the model's sizes,
-the image tokenizer without gradient, and a fused AdamW on as many parameters. They do every forward and backward that
-the definition of an objective or a task needs, on the same shapes, without masks. They learn nothing."""
+They are torchvision's ResNet, torch's nn.TransformerEncoder, tables and heads of the model's sizes, and as many
+parameters as the model has. They do every forward and backward that the definition of an objective or a task needs, on
+the same shapes, without masks. They learn nothing."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 
-import data
-import vqvae
 from model import RESNETS
 
 
@@ -27,56 +25,49 @@ def make_resnet(config, image_encoder):
 
 
 class Bare(nn.Module):
-    """The bare parts of a step of bench.Ours `ours`, on its batches, which lie normalised on its device."""
+    """The bare parts of a step of the objective or task `name` with our `model`, on the model's device."""
 
-    def __init__(self, ours):
+    def __init__(self, name, model):
         super().__init__()
-        c, image_encoder = ours.model.config, ours.model.image_encoder
-        d, n_features, self.name, self.device = c.hidden_size, image_encoder.out_channels, ours.name, ours.device
-        self.resnet = make_resnet(c, image_encoder).train(ours.name != "polyvore")
-        if ours.name == "polyvore":
+        c, n_features, self.name = model.config, model.image_encoder.out_channels, name
+        self.resnet = make_resnet(c, model.image_encoder).train(name != "polyvore")
+        if name == "polyvore":
             self.head = nn.Linear(n_features, 256)
         else:
+            d = c.hidden_size
             sizes = d, c.num_attention_heads, c.intermediate_size, c.dropout, "gelu", 1e-12
             layer = nn.TransformerEncoderLayer(*sizes, batch_first=True)
             layer.dropout = nn.Identity()  # BERT has none between the two linear layers
-            self.encoder, self.words = nn.TransformerEncoder(layer, c.num_hidden_layers), nn.Embedding(c.vocab_size, d)
-            n_out = {"mlm": c.vocab_size, "mpfc": c.n_codes, "pac": c.n_attributes}.get(ours.name, c.n_classes or 2)
+            self.encoder = nn.TransformerEncoder(layer, c.num_hidden_layers, enable_nested_tensor=False)
+            self.words = nn.Embedding(c.vocab_size, d)
+            n_out = {"mlm": c.vocab_size, "mpfc": c.n_codes, "pac": c.n_attributes}.get(name, c.n_classes or 2)
             self.projection, self.dense, self.head = nn.Linear(n_features, d), nn.Linear(d, d), nn.Linear(d, n_out)
-            if ours.name == "mlm":
+            if name == "mlm":
                 self.head.weight = self.words.weight
             # The position table takes as many rows more as the model has other parameters, all for the optimizer.
-            n_ours, n_bare = (sum(p.numel() for p in model.parameters()) for model in (ours.model, self))
+            n_ours, n_bare = (sum(p.numel() for p in module.parameters()) for module in (model, self))
             self.positions = nn.Parameter(torch.zeros((n_ours - n_bare) // d, d))
-        self.image_tokenizer = ours.image_tokenizer and vqvae.random_image_tokenizer(ours.image_tokenizer.config)
-        self.to(ours.device, memory_format=torch.channels_last)  # the memory format of our model; it was the faster one
-        self.optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], fused=True)
-        self.batches = [data.to_device(batch, ours.device) for batch in ours.batches]
+        # The memory format of our model; it was the faster one.
+        self.to(next(model.parameters()).device, memory_format=torch.channels_last)
 
     def encode(self, words, patches):
         """Embedded words (B, T, D) and patch features (B, P, C) -> hidden states (B, T + P, D)."""
         return self.encoder(torch.cat([words + self.positions[: words.shape[1]], self.projection(patches)], 1))
 
-    def loss(self, batch):
-        """Every forward that the definition needs. A log-partition stands for the loss."""
+    def forward(self, batch, objective=None):
+        """Every forward that the definition needs -> (a log-partition, which stands for the loss, and no metrics)."""
         features = [self.resnet(batch[key]).flatten(2).transpose(1, 2) for key in ("image", "image2") if key in batch]
         pooled, patches = [f.mean(1) for f in features], features[-1]  # (B, C) of each image, (B, P, C)
         if self.name == "polyvore":
-            return (self.head(pooled[0]) @ self.head(pooled[1]).t()).logsumexp(1).mean()
+            return (self.head(pooled[0]) @ self.head(pooled[1]).t()).logsumexp(1).mean(), {}
         words = self.words(batch.get("masked_ids", batch["input_ids"]))  # (B, T, D)
         B, T = words.shape[:2]
-        image, no_patch, targets = self.projection(pooled[0]), patches[:, :0], B
+        image, no_patch = self.projection(pooled[0]), patches[:, :0]
         if self.name == "itm":  # the search for hard negatives: text alone, without dropout
             self.encoder.eval()
             with torch.no_grad():
                 self.encode(words, no_patch)
             self.encoder.train()
-        if self.name == "mlm":
-            targets = int((batch["mlm_labels"] != data.NO_LABEL).sum())
-        if self.name == "mpfc":
-            targets = int(batch["patch_mask"].sum())
-            with torch.no_grad():
-                self.image_tokenizer.quant_conv(self.image_tokenizer.encoder(batch["image"]))
         if self.name == "mvc":
             patches = patches[~batch["patch_drop"]].view(B, -1, patches.shape[2])
         if self.name in ("itc", "pac", "fashiongen_retrieval"):
@@ -85,5 +76,6 @@ class Bare(nn.Module):
         elif self.name in ("mvc", "fashioniq"):
             logits = image @ self.encode(words, patches)[:, T:].mean(1).t()
         else:  # which of the positions are targets changes no cost
-            logits = self.head(F.gelu(self.dense(self.encode(words, patches).flatten(0, 1)[:targets])))
-        return logits.logsumexp(1).mean()
+            n_targets = len(batch.get(f"{self.name}_targets", words))
+            logits = self.head(F.gelu(self.dense(self.encode(words, patches).flatten(0, 1)[:n_targets])))
+        return logits.logsumexp(1).mean(), {}
