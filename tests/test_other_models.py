@@ -84,7 +84,7 @@ def test_wrong_vectors_end_in_one_line(catalogue, tmp_path, monkeypatch):
             rf"found vectors \({n - 1}, 4\), expected \({n}, D\)",
         ),
         ("nan", {"vectors": bad, "list": text}, r"vector 3 is not finite \(1 such\)"),
-        ("other", {"vectors": np.zeros((1, 4)), "list": "{}"}, r"items are not in its list, as \{\"text\": "),
+        ("other", {"vectors": np.zeros((1, 4)), "list": "{}"}, r"items are not in its list, as \{\"image\": "),
         ("keys", {"vectors": np.zeros((n, 4))}, r"cannot be read \(.*list.*\); expected an .npz"),
     ):
         np.savez(tmp_path / f"{name}.npz", **arrays)
