@@ -31,7 +31,6 @@ import metrics
 import pictures
 import settings
 from files import replacing, write_json
-from imaging import crop_then_resize, resize_then_crop
 from metrics import classification, composed_retrieval, full_gallery, outfit_retrieval, sample_100
 from model import CSANet
 from pictures import Ranking
@@ -41,20 +40,21 @@ GALLERIES, SPLITS = ("original", "val"), ("disjoint", "nondisjoint")  # of Fashi
 
 
 @torch.no_grad()
-def embed(
-    encode, items, tokenizer, config, processes, fit=resize_then_crop, max_tokens=data.MAX_TOKENS, progress=False
-):
+def embed(encode, items, tokenizer, config, processes, whole=False, progress=False):
     """`encode(batch)` of every item once, in the order of the items: (len(items), ...) float32 on every process's CPU.
 
-    items: as data.Samples takes them; the processes share them. max_tokens: where config.max_tokens is 0. config needs
+    items: as data.Samples takes them; the processes share them. whole: FashionIQ and Polyvore have whole images, the
+    others their centres, and FashionIQ's longest text is its own: docs/recipe.md "Images", "Texts". config needs
     image_size, max_tokens, eval_batch_size, workers, dtype; in tasks also task, data_root, seed, split and gallery."""
+    fit = imaging.crop_then_resize if whole else imaging.resize_then_crop
+    max_tokens = config.max_tokens or (data.FASHIONIQ_MAX_TOKENS if whole else data.MAX_TOKENS)
     # Neighbours have texts of similar length, so that batches hold little padding.
     order = sorted(range(len(items)), key=lambda i: len(items[i].get("text", "")))
     # Where there are fewer items than processes, the others embed the first item again.
     places = [order[rank :: processes.world_size] or order[:1] for rank in range(processes.world_size)]
     own = [items[i] for i in places[processes.rank]]  # that this process embeds
     transform = imaging.image_transform(fit, config.image_size, train=False)
-    dataset = data.Samples(own, tokenizer, transform, config.max_tokens or max_tokens)
+    dataset = data.Samples(own, tokenizer, transform, max_tokens)
     # Workers only pay for more images than a batch. Texts are tokenized already.
     workers = config.workers if "image" in items[0] and len(own) > config.eval_batch_size else 0
     on_gpu = processes.device.type == "cuda"
@@ -94,21 +94,14 @@ def embed_batch(model, batch):
 
 
 def embed_scaled(model, items, *how):
-    """Scaled embeddings (len(items), D) of items. model: ours or an OtherModel; how: what `embed` takes after them."""
-    if isinstance(model, OtherModel | ItemList):
+    """Scaled embeddings (len(items), D) of items; how: what `embed` takes after the items.
+
+    model: one of ours, an OtherModel, or None, which gives zeros."""
+    if model is None:
+        return torch.zeros(len(items), 1)
+    if isinstance(model, OtherModel):
         return model.vectors_of(items)
     return embed(partial(embed_batch, model), items, *how)
-
-
-class ItemList:
-    """In the place of a model: it notes the items that a task embeds, for --list. All of its vectors are zeros."""
-
-    def __init__(self):
-        self.lines = {}  # in the order in which they were asked for, each once
-
-    def vectors_of(self, items):
-        self.lines |= dict.fromkeys(map(line_of, items))
-        return torch.zeros(len(items), 1)
 
 
 class OtherModel:
@@ -204,24 +197,20 @@ def load_garment(name, config):
 
 def evaluate_fashioniq(model, tokenizer, config, processes):
     """TGIR on FashionIQ val with the gallery `config.gallery`: each gallery image and each query is embedded once."""
-    how = (tokenizer, config, processes, crop_then_resize, data.FASHIONIQ_MAX_TOKENS)
+    how = (tokenizer, config, processes, True)
     garments = {name: load_garment(name, config) for name in annotations.FASHIONIQ_CLASSES}
-    classes, counts, rankings = {}, {}, []
+    rankings, counts = {}, {}
     for name, (queries, gallery, left_out) in garments.items():
         query_items = [{key: query[key] for key in ("image", "text", "name")} for query in queries]
         gallery_items = [{"image": path, "name": image} for image, path in gallery.items()]
         place = {image: i for i, image in enumerate(gallery)}
-        classes[name] = {
-            "gallery": embed_scaled(model, gallery_items, *how),
-            "queries": embed_scaled(model, query_items, *how),
-            "query_id": torch.tensor([place[query["target"]] for query in queries]),
-            "gallery_id": torch.arange(len(gallery)),
-        }
+        target = torch.tensor([place[query["target"]] for query in queries])
+        embeddings = [embed_scaled(model, items, *how) for items in (query_items, gallery_items)]
+        rankings[name] = Ranking(query_items, gallery_items, *embeddings, target, torch.arange(len(gallery)))
         counts |= left_out
-        rankings.append(Ranking(query_items, gallery_items, **classes[name]))
-    result = composed_retrieval(classes)
+    result = composed_retrieval(rankings)
     result.counts |= counts
-    result.rankings = rankings
+    result.rankings += rankings.values()
     yield f"gallery {config.gallery}", result
 
 
@@ -276,7 +265,7 @@ def evaluate_polyvore(model, tokenizer, config, processes):
     # The gallery has every blank once, also the blanks of rows marked as fake, which are no queries.
     blanks = {row["blank"]: row["blank_item"] for row in rows}
     outfits = [row for row in rows if not row["fake"]]
-    how = (tokenizer, config, processes, crop_then_resize)
+    how = (tokenizer, config, processes, True)
     blank_items = [{"image": path, "name": name} for name, (path, _) in blanks.items()]
     blank, queries = embed_scaled(model, blank_items, *how), embed_outfits(model, outfits, *how)
     blank_id, category = torch.arange(len(blank)), torch.tensor([category for _, category in blanks.values()])
@@ -351,28 +340,18 @@ def as_trained(config, trained):
 
 
 def run_other(model, config, processes):
-    """{protocol: Result} of an OtherModel. Raises InputError for a task that needs more than vectors of items."""
+    """The task of an OtherModel, or None. Raises InputError for a task that needs more than vectors of items."""
     if config.task not in ("fashiongen_retrieval", "fashioniq"):
         expected = "fashiongen_retrieval or fashioniq for any model's vectors"
         raise InputError(f"task: found {config.task!r}, expected {expected}")
-    return dict(EVALUATIONS[config.task].run(model, None, config, processes))
-
-
-def write_list(config, processes):
-    """Write the file `config.list`: the `line_of` each item that a model must embed for the task."""
-    model = ItemList()
-    run_other(model, config, processes)
-    if processes.is_main:
-        with replacing(config.list) as file:
-            file.write("".join(f"{line}\n" for line in model.lines).encode())
-        print(f"written: {config.list}, {len(model.lines)} items to embed")
+    return EVALUATIONS[config.task].run(model, None, config, processes)
 
 
 def evaluate_checkpoint(path, config, processes):
     """{protocol: Result} of one checkpoint on `config.task`. Raises InputError where it is of another task."""
     evaluation = EVALUATIONS[config.task]
     if str(path).endswith(".npz"):
-        return run_other(OtherModel(path), config, processes)
+        return dict(run_other(OtherModel(path), config, processes))
     model, info = checkpoint.load_model(path, processes.device, evaluation.needs)
     checkpoint.check_labels(path, info["labels"], annotations.label_names(config.data_root, config.task))
     config = as_trained(config, info["config"])
@@ -423,7 +402,13 @@ def main():
         pictures.check_page(out)
     processes = common.start_processes(config.device)
     if config.list:
-        write_list(config, processes)
+        _, result = next(run_other(None, config, processes))
+        items = [item for ranking in result.rankings for item in (*ranking.query_items, *ranking.gallery_items)]
+        lines = dict.fromkeys(map(line_of, items))  # each once
+        if processes.is_main:
+            with replacing(config.list) as file:
+                file.write("".join(f"{line}\n" for line in lines).encode())
+            print(f"written: {config.list}, {len(lines)} items to embed")
         return
     started = time.perf_counter()
     results = evaluate_checkpoint(path, config, processes)

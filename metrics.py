@@ -16,8 +16,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-ITR_KS, TGIR_KS, OCIR_KS = (1, 5, 10), (10, 50), (10, 30, 50)
-
 
 def check_embeddings(queries, gallery):
     """Raise ValueError for embeddings of other shapes or dtypes, and where a score could be NaN or infinite.
@@ -177,7 +175,7 @@ class Result:
 # ---- protocols: embeddings and ids -> Result -------------------------------------------------------------------------
 
 
-def full_gallery(image, text, image_id, text_id, ks=ITR_KS):
+def full_gallery(image, text, image_id, text_id, ks=(1, 5, 10)):
     """ITR and TIR: every image ranks all texts ("i2t"), every text all images ("t2i"); all items of its product count.
 
     image (N, D), text (M, D) float32; image_id (N,), text_id (M,) int64 product ids.
@@ -190,7 +188,7 @@ def full_gallery(image, text, image_id, text_id, ks=ITR_KS):
     return Result(partial(recalls, ks=ks), chance_recalls(sizes, ks), counts, outcomes)
 
 
-def sample_100(image, text, image_id, text_id, image_group, text_group, seed=0, draws=5, n_queries=1000, ks=ITR_KS):
+def sample_100(image, text, image_id, text_id, image_group, text_group, seed=0, draws=5, n_queries=1000, ks=(1, 5, 10)):
     """ITR and TIR as Kaleido-BERT measures them: random queries rank one positive and up to 100 negatives.
 
     As `full_gallery`, on the CPU; image_group (N,), text_group (M,) int64 sub-categories; a small one has fewer
@@ -213,16 +211,16 @@ def sample_100(image, text, image_id, text_id, image_group, text_group, seed=0, 
     return Result(partial(recalls, ks=ks), chance_recalls(sizes, ks), counts, outcomes)
 
 
-def composed_retrieval(classes, ks=TGIR_KS):
+def composed_retrieval(rankings, ks=(10, 50)):
     """TGIR: each class has its own gallery, which includes the reference images; <class>_r@k and their mean.
 
-    classes {name: {"queries", "gallery", "query_id", "gallery_id"}}, the arguments of `best_ranks`; ids of
-    images, each once in a gallery. Raises as that. Source: docs/recipe.md "Text-guided image retrieval"."""
+    rankings {class: a pictures.Ranking}, of which it takes the arguments of `best_ranks`; ids of images, each once in
+    a gallery. Raises as that. Source: docs/recipe.md "Text-guided image retrieval"."""
     outcomes, sizes, counts = {}, {}, {}
-    for name, retrieval in classes.items():
-        outcomes[name] = best_ranks(**retrieval)
-        sizes[name] = [(1, len(retrieval["gallery"]))]
-        counts[f"{name}_queries"], counts[f"{name}_gallery"] = len(retrieval["queries"]), len(retrieval["gallery"])
+    for name, r in rankings.items():
+        outcomes[name] = best_ranks(r.queries, r.gallery, r.query_id, r.gallery_id)
+        sizes[name] = [(1, len(r.gallery))]
+        counts[f"{name}_queries"], counts[f"{name}_gallery"] = len(r.queries), len(r.gallery)
     return Result(partial(recalls, ks=ks), chance_recalls(sizes, ks), counts, outcomes)
 
 
@@ -243,7 +241,7 @@ def classification(logits, labels):
     return Result(recognition_scores, chance, counts, outcomes)
 
 
-def outfit_retrieval(outfit, target_id, blank, blank_id, blank_category, ks=OCIR_KS):
+def outfit_retrieval(outfit, target_id, blank, blank_id, blank_category, ks=(10, 30, 50)):
     """OCIR: each outfit ranks the blanks of its target's fine category; r@k is averaged over the targets' categories.
 
     outfit (Q, D) float32: mean of the fused, scaled features of its items, not normalised again; target_id (Q,) int64.

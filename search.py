@@ -24,14 +24,12 @@ import torch.nn.functional as F
 import annotations
 import checkpoint
 import common
-import data
 import ending
 import evaluate
 import imaging
 import pictures
 import settings
 from files import replacing
-from imaging import crop_then_resize, resize_then_crop
 from settings import COUNT, DEVICES, FROM_0, InputError, setting
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".avif")
@@ -190,10 +188,8 @@ def search(config):
     own = evaluate.EvalConfig(data_root=data_root, vocab=config.vocab, workers=config.workers)
     own = evaluate.as_trained(own, info["config"])
     tokenizer = evaluate.read_tokenizer(config.checkpoint, model, own) if config.text else None
-    # FashionIQ and Polyvore have images and texts of their own kind: docs/recipe.md "Images" and "Texts".
-    whole = bool(config.outfit) or info["task"] == "fashioniq"
-    kind = (crop_then_resize, data.FASHIONIQ_MAX_TOKENS) if whole else (resize_then_crop, data.MAX_TOKENS)
-    how = (tokenizer, own, processes, *kind)
+    whole = bool(config.outfit) or info["task"] == "fashioniq"  # as in training
+    how = (tokenizer, own, processes, whole)
 
     # A query is one vector; an outfit has one for each category that the wanted name stands for.
     query = {key: value for key, value in (("text", config.text), ("image", config.image)) if value}

@@ -11,6 +11,7 @@ from torch.nn.functional import one_hot
 
 import evaluate
 import metrics
+from pictures import Ranking
 
 GOLDEN = torch.load(Path(__file__).parent / "golden" / "metrics.pt", weights_only=True)
 WAYS = [f"{way}_r@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
@@ -44,9 +45,9 @@ def line(scores):
 ONE = torch.ones(1, 1)
 
 
-def retrieval(queries, gallery, query_id, gallery_id):
-    """A class as `evaluate.composed_retrieval` takes it."""
-    return {"queries": queries, "gallery": gallery, "query_id": query_id, "gallery_id": gallery_id}
+def retrieval(*tensors):
+    """A class as `evaluate.composed_retrieval` takes it: the tensors of `metrics.best_ranks`, and no items to draw."""
+    return Ranking([], [], *tensors)
 
 
 def first_rows(ids):

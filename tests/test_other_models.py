@@ -12,7 +12,6 @@ import checkpoint
 import data
 import evaluate
 import finetune
-import imaging
 from settings import InputError
 
 
@@ -35,11 +34,9 @@ def vectors_of_list(checkpoint_path, lines, task, catalogue):
     for keys in ({"image"}, {"text"}, {"image", "text"}):
         part = [i for i, item in enumerate(items) if item.keys() == keys]
         if part:
-            fit = imaging.crop_then_resize if task == "fashioniq" else imaging.resize_then_crop
-            length = data.FASHIONIQ_MAX_TOKENS if task == "fashioniq" else data.MAX_TOKENS
             encode = partial(evaluate.embed_batch, model)
             words = data.wordpiece(info["vocab"])
-            found = evaluate.embed(encode, [items[i] for i in part], words, config, ONE, fit, length)
+            found = evaluate.embed(encode, [items[i] for i in part], words, config, ONE, task == "fashioniq")
             rows |= dict(zip(part, found, strict=True))
     return np.stack([rows[i].numpy() for i in range(len(items))])
 
