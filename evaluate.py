@@ -238,18 +238,20 @@ def evaluate_recognition(model, tokenizer, config, processes):
 
 @torch.no_grad()
 def embed_outfits(model, outfits, *how):
-    """Each outfit as `outfit_retrieval` takes it: (Q, D) float32. how: what `embed` takes after the items."""
+    """Each outfit as `outfit_retrieval` takes it: (Q, D) float32. how: what `embed` takes after the items.
+
+    outfits: dicts as annotations.Polyvore has them, but an item has a list of categories: it counts as their mean."""
     # The wanted category counts only after the image encoder, so each image is encoded once for all categories.
     paths = list({path: None for outfit in outfits for path, _ in outfit["items"]})
     images = [{"image": path, "name": path} for path in paths]
-    encoded = embed(lambda batch: model.encode_item(batch["image"]), images, *how)
-    row_of, device = {path: i for i, path in enumerate(paths)}, model.logit_scale.device
-    queries = []
+    device = model.logit_scale.device
+    encoded = embed(lambda batch: model.encode_item(batch["image"]), images, *how).to(device)
+    row_of, queries = {path: i for i, path in enumerate(paths)}, []
     for outfit in outfits:
-        items = encoded[[row_of[path] for path, _ in outfit["items"]]].to(device)
-        category = torch.tensor([category for _, category in outfit["items"]], device=device)
-        fused = model.fuse(items, category, torch.full_like(category, outfit["blank_item"][1]))
-        queries.append(fused.mean(0).cpu())
+        pairs = [(row_of[path], one, 1 / len(several)) for path, several in outfit["items"] for one in several]
+        row, category, share = (torch.tensor(column, device=device) for column in zip(*pairs, strict=True))
+        fused = model.fuse(encoded[row], category, torch.full_like(category, outfit["blank_item"][1]))
+        queries.append((share[:, None] * fused).sum(0).cpu() / len(outfit["items"]))
     return finite(torch.stack(queries), outfits)
 
 
@@ -267,15 +269,16 @@ def evaluate_polyvore(model, tokenizer, config, processes):
     outfits = [row for row in rows if not row["fake"]]
     how = (tokenizer, config, processes, True)
     blank_items = [{"image": path, "name": name} for name, (path, _) in blanks.items()]
-    blank, queries = embed_scaled(model, blank_items, *how), embed_outfits(model, outfits, *how)
+    blank = embed_scaled(model, blank_items, *how)
+    asked = [{**o, "items": [(path, [category]) for path, category in o["items"]]} for o in outfits]
+    queries = embed_outfits(model, asked, *how)
     blank_id, category = torch.arange(len(blank)), torch.tensor([category for _, category in blanks.values()])
     place = {name: i for i, name in enumerate(blanks)}
     target = torch.tensor([place[outfit["blank"]] for outfit in outfits])
     result = outfit_retrieval(queries, target, blank, blank_id, category)
     result.counts["outfits_left_out"] = len(every) - len(rows)  # rows marked as fake included
-    asked = [{"image": [path for path, _ in o["items"]], "text": "what goes with these?"} for o in outfits]
-    shown = asked, blank_items, queries, blank, target, blank_id
-    result.rankings.append(Ranking(*shown, (category[target], category)))
+    shown = [{"image": [path for path, _ in o["items"]], "text": "what goes with these?"} for o in outfits]
+    result.rankings.append(Ranking(shown, blank_items, queries, blank, target, blank_id, (category[target], category)))
     yield f"{config.split}, same category", result
 
 

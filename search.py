@@ -138,22 +138,6 @@ class PolyvoreCategories:
         return self.number[int(item["category_id"])] if item else -1
 
 
-def fuse_outfit(model, features, outfit, wanted, categories):
-    """(W, D) queries, one for each wanted category (W numbers): the mean of the fused unit vectors of the outfit.
-
-    features (n, D): `encode_item` of the n images of `outfit`, {path: name of its category, or ""}. An image whose name
-    stands for several categories counts as their mean. Source: docs/recipe.md "Outfit completion"."""
-    queries = []
-    for feature, (path, name) in zip(features, outfit.items(), strict=True):
-        own = categories.numbers(name) if name else [categories.of_image(path)]
-        if own[0] < 0:
-            raise InputError(f"outfit: {path}: not in {categories.folder}/images, so say what it is: {path}=CATEGORY")
-        pairs = torch.cartesian_prod(torch.tensor(wanted), torch.tensor(own)).to(features.device)  # (W x own, 2)
-        fused = model.fuse(feature.expand(len(pairs), -1), pairs[:, 1], pairs[:, 0]) / model.logit_scale
-        queries.append(fused.view(len(wanted), len(own), -1).mean(1))  # (W, D)
-    return evaluate.finite(torch.stack(queries).mean(0), [{"name": "outfit"}] * len(wanted))
-
-
 def match(model, batch):
     """(B,) the ITM head's probability that text and image of a row belong together."""
     pooled = model.encode_pair(batch["input_ids"], batch["attention_mask"], batch["image"])
@@ -199,10 +183,15 @@ def search(config):
         categories = PolyvoreCategories(place, model.n_categories)
         ours = {"Polyvore categories": [str(category) for category in categories.number]}
         checkpoint.check_labels(config.checkpoint, info["labels"], ours)
-        images = [{"image": path, "name": path} for path in config.outfit]
-        features = evaluate.embed(lambda batch: model.encode_item(batch["image"]), images, *how)
-        wanted = categories.numbers(config.category)
-        queries = fuse_outfit(model, features.to(processes.device), config.outfit, wanted, categories).cpu()
+        wanted, items = categories.numbers(config.category), []
+        for path, name in config.outfit.items():
+            numbers = categories.numbers(name) if name else [categories.of_image(path)]
+            if numbers[0] < 0:
+                found = f"not in {categories.folder}/images, so say what it is: {path}=CATEGORY"
+                raise InputError(f"outfit: {path}: {found}")
+            items.append((path, numbers))
+        outfits = [{"items": items, "blank_item": ("", number), "name": "outfit"} for number in wanted]
+        queries = evaluate.embed_outfits(model, outfits, *how) / model.logit_scale.cpu()
     else:
         queries = F.normalize(evaluate.embed_scaled(model, [{**query, "name": "query"}], *how), dim=-1)
 
