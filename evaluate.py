@@ -8,13 +8,15 @@ sub-category recognition (CR, SCR). polyvore: outfit complementary item retrieva
 
 metrics.py has the protocols, each with its definition."""
 
+import json
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -29,40 +31,40 @@ import metrics
 import photos
 import pictures
 import settings
-from data import crop_then_resize, resize_then_crop
 from files import replacing, write_json
 from metrics import classification, composed_retrieval, full_gallery, outfit_retrieval, sample_100
 from model import CSANet
-from othermodels import OtherModel
+from pictures import Ranking
 from settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
 
 GALLERIES, SPLITS = ("original", "val"), ("disjoint", "nondisjoint")  # of FashionIQ and of Polyvore Outfits
 
 
 @torch.no_grad()
-def embed(
-    encode, items, tokenizer, config, processes, fit=resize_then_crop, max_tokens=data.MAX_TOKENS, progress=False
-):
+def embed(encode, items, tokenizer, config, processes, whole=False, progress=False):
     """`encode(batch)` of every item once, in the order of the items: (len(items), ...) float32 on every process's CPU.
 
-    items: as data.Samples takes them; the processes share them. max_tokens: where config.max_tokens is 0. config needs
+    items: as data.Samples takes them; the processes share them. whole: FashionIQ and Polyvore have whole images, the
+    others their centres, and FashionIQ's longest text is its own: docs/recipe.md "Images", "Texts". config needs
     image_size, max_tokens, eval_batch_size, workers, dtype; in tasks also task, data_root, seed, split and gallery."""
-    if isinstance(encode, OtherModel):
-        return encode.vectors_of(items)
+    fit = data.crop_then_resize if whole else data.resize_then_crop
+    max_tokens = config.max_tokens or (data.FASHIONIQ_MAX_TOKENS if whole else data.MAX_TOKENS)
     # Neighbours have texts of similar length, so that batches hold little padding.
     order = sorted(range(len(items)), key=lambda i: len(items[i].get("text", "")))
     # Where there are fewer items than processes, the others embed the first item again.
     places = [order[rank :: processes.world_size] or order[:1] for rank in range(processes.world_size)]
     own = [items[i] for i in places[processes.rank]]  # that this process embeds
-    dataset = data.Samples(own, tokenizer, fit, config, config.max_tokens or max_tokens)
-    reading = {"worker_init_fn": data.leave_group, "collate_fn": data.collate}
-    reading |= {"num_workers": config.workers if any("image" in item for item in own) else 0}  # texts are tokenized
-    reading |= {"pin_memory": processes.device.type == "cuda"}
-    if reading["num_workers"] and (common.in_group() or processes.device.type == "cuda"):
+    dataset = data.Samples(own, tokenizer, fit, config, max_tokens)
+    # Workers only pay for more images than a batch. Texts are tokenized already.
+    workers = config.workers if "image" in items[0] and len(own) > config.eval_batch_size else 0
+    on_gpu = processes.device.type == "cuda"
+    reading = {"num_workers": workers, "worker_init_fn": data.leave_group, "pin_memory": on_gpu}
+    if workers and (common.in_group() or on_gpu):
         # The main process has threads (gloo, NCCL, pinned memory). A fork beside them can hang (pytorch#130610).
         reading["multiprocessing_context"] = "forkserver"
+    loader = DataLoader(dataset, config.eval_batch_size, collate_fn=data.collate, **reading)
     rows = []
-    for batch in tqdm(DataLoader(dataset, config.eval_batch_size, **reading), unit=" batches", disable=not progress):
+    for batch in tqdm(loader, unit=" batches", disable=not progress):
         with common.autocast(processes.device, config.dtype):
             rows.append(encode(data.to_device(batch, processes.device)).float())
     # Every process receives all rows, and puts them into the order of the items.
@@ -83,16 +85,6 @@ def finite(vectors, items):
     return vectors
 
 
-def encoder_of(model):
-    """What `embed` takes for the scaled embeddings of a model of ours or an OtherModel."""
-    return model if isinstance(model, OtherModel) else partial(embed_batch, model)
-
-
-def image_items(paths):
-    """Items of images alone."""
-    return [{"image": path, "name": path} for path in paths]
-
-
 def embed_batch(model, batch):
     """Scaled embeddings (B, D) of images, of texts, or of both: an image with a change in words. CSA-Net: of items."""
     image, words = batch.get("image"), [batch[key] for key in ("input_ids", "attention_mask") if key in batch]
@@ -101,64 +93,96 @@ def embed_batch(model, batch):
     return model.scaled(model.encode_item(image) if isinstance(model, CSANet) else model.encode_image(image))
 
 
-def embed_retrieval(model, products, tokenizer, config, processes):
-    """The first four arguments of `full_gallery` for products: every image and every text once, scaled."""
-    embed_items = partial(embed, encoder_of(model), tokenizer=tokenizer, config=config, processes=processes)
+def embed_scaled(model, items, *how):
+    """Scaled embeddings (len(items), D) of items; how: what `embed` takes after the items.
+
+    model: one of ours, an OtherModel, or None, which gives zeros."""
+    if model is None:
+        return torch.zeros(len(items), 1)
+    if isinstance(model, OtherModel):
+        return model.vectors_of(items)
+    return embed(partial(embed_batch, model), items, *how)
+
+
+class OtherModel:
+    """Vectors of any model in the place of ours: docs/results.md "Any model under these protocols".
+
+    path: an .npz with "vectors" (N, D) float32, a row for each line of "list", the text of the file that --list wrote.
+    They are compared by their dot products, as they are. Raises InputError on other contents."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                self.vectors = torch.from_numpy(file["vectors"]).float()
+                self.rows = {line: row for row, line in enumerate(str(file["list"]).splitlines())}
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            cure = "expected an .npz of vectors and list, as docs/results.md makes it"
+            raise InputError(f"{path}: cannot be read ({str(error).partition(chr(10))[0]:.100}); {cure}") from None
+        shape = tuple(self.vectors.shape)
+        if len(shape) != 2 or shape[0] != len(self.rows) or not shape[1]:
+            expected = f"({len(self.rows)}, D), a row for each line of list"
+            raise InputError(f"{path}: found vectors {shape}, expected {expected}")
+        bad = (~self.vectors.isfinite().all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise InputError(f"{path}: vector {bad[0]} is not finite ({len(bad)} such); expected numbers alone")
+
+    def vectors_of(self, items):
+        """The vectors (len(items), D) of items. Raises InputError for an item that is not in the list."""
+        lines = [line_of(item) for item in items]
+        missing = [line for line in lines if line not in self.rows]
+        if missing:
+            found = f"{len(missing)} of {len(lines)} items are not in its list, as {missing[0]:.200}"
+            raise InputError(f"{self.path}: {found}; write the list anew for this --data_root and task")
+        return self.vectors[[self.rows[line] for line in lines]]
+
+
+def line_of(item):
+    """The line of an item in the file that --list writes: JSON with "image", "text" or both."""
+    return json.dumps({key: str(item[key]) for key in ("image", "text") if key in item})
+
+
+# ---- the five tasks --------------------------------------------------------------------------------------------------
+# Each function yields (protocol, Result). The first protocol selects the best checkpoint; a validation stops after it.
+
+
+def product_items(products):
+    """What `embed` takes for every image and for every text of products."""
     images = [{"image": path, "name": product.name} for product in products for path in product.images]
+    return images, [{"text": product.text} for product in products]
+
+
+def embed_retrieval(model, products, *how):
+    """The first four arguments of `full_gallery` for products: every image and every text once, scaled."""
+    images, texts = product_items(products)
     image_id = [i for i, product in enumerate(products) for _ in product.images]
-    texts = embed_items([{"text": product.text} for product in products])
-    return embed_items(images), texts, torch.tensor(image_id), torch.arange(len(products))
+    embeddings = [embed_scaled(model, items, *how) for items in (images, texts)]
+    return *embeddings, torch.tensor(image_id), torch.arange(len(products))
 
 
-def retrieval_metrics(model, products, tokenizer, config, processes):
-    """Metrics of products in the full gallery, for the validation of pre-training."""
-    return full_gallery(*embed_retrieval(model, products, tokenizer, config, processes)).metrics
-
-
-# ---- the five tasks: {protocol: Result}; the first protocol selects the best checkpoint ------------------------------
-
-
-def left_out(config, **numbers):
-    """Counts of what misses its images, if config.missing allows that; numbers {name: (before, after)}.
-
-    A table that says them does not stand on the published protocol."""
-    skip = config.missing == "skip"
-    return {f"{name}_left_out": before - after for name, (before, after) in numbers.items() if skip}
-
-
-def evaluate_retrieval(model, tokenizer, config, processes, only_first=False):
-    """ITR and TIR on FashionGen val: full gallery, and sample-100 where the products have sub-categories.
-
-    only_first: the full gallery alone, which selects the best checkpoint."""
+def evaluate_retrieval(model, tokenizer, config, processes):
+    """ITR and TIR on FashionGen val: full gallery, and sample-100 where the products have sub-categories."""
     every = annotations.load_products(config.data_root, "FashionGen", "val")
     products = photos.leave_out_of_products(every, config, "FashionGen val")
     embeddings = image, text, image_id, text_id = embed_retrieval(model, products, tokenizer, config, processes)
-    result = full_gallery(*embeddings)
     n_images = sum(len(product.images) for product in every)
-    missing = left_out(config, images=(n_images, len(image)), texts=(len(every), len(text)))
-    result.counts |= missing
-    # A photo that is a query stands on a page without its text, which is the answer.
-    texts = [pictures.Cell(text=product.text) for product in products]
-    photo_cells = [pictures.Cell([path]) for product in products for path in product.images]
-    images = [pictures.Cell([path], product.text) for product in products for path in product.images]
-    result.choices = pictures.ranked_choices(result.outcomes["i2t"], photo_cells, texts, image, text, image_id, text_id)
-    result.choices += pictures.ranked_choices(result.outcomes["t2i"], texts, images, text, image, text_id, image_id)
-    results = {"full gallery": result}
-    if not only_first and annotations.has_subcategories(products):
+    left_out = {"images_left_out": n_images - len(image), "texts_left_out": len(every) - len(text)}
+    images, texts = product_items(products)
+    result = full_gallery(*embeddings)
+    result.counts |= left_out
+    result.rankings.append(Ranking(images, texts, image, text, image_id, text_id))
+    result.rankings.append(Ranking(texts, images, text, image, text_id, image_id))
+    yield "full gallery", result
+    if annotations.has_subcategories(products):
         group = torch.tensor([product.subcategory for product in products])
-        results["sample-100"] = sample_100(*embeddings, group[image_id], group, config.seed)
-        results["sample-100"].counts |= missing
-    return results
-
-
-class Garment(NamedTuple):  # one class of FashionIQ val, as far as its images are there
-    queries: list  # as annotations.FashionIQ has them
-    gallery: dict  # {name: path} of the images to search in
-    left_out: dict  # counts of what is not there
+        result = sample_100(*embeddings, group[image_id], group, config.seed)
+        result.counts |= left_out
+        yield "sample-100", result
 
 
 def load_garment(name, config):
-    """The `Garment` of one of FASHIONIQ_CLASSES. Raises InputError where no query has its images."""
+    """FashionIQ val of one of FASHIONIQ_CLASSES, as far as its images are there: queries as annotations.FashionIQ has
+    them, {name: path} of the gallery, counts of what is left out. Raises InputError where no query has its images."""
     queries, gallery = annotations.load_fashioniq(config.data_root, name, "val", config.gallery)
     paths = [query[key] for query in queries for key in ("image", "image2")]
     broken = photos.leave_out([*gallery.values(), *paths], config, f"FashionIQ {name}")
@@ -166,40 +190,27 @@ def load_garment(name, config):
     if not kept:
         raise InputError(f"FashionIQ {name}: no query has both its images, expected some under {config.data_root}")
     kept_gallery = {image: path for image, path in gallery.items() if path not in broken}
-    sizes = {f"{name}_queries": (len(queries), len(kept)), f"{name}_gallery": (len(gallery), len(kept_gallery))}
-    return Garment(kept, kept_gallery, left_out(config, **sizes))
+    left_out = {f"{name}_queries_left_out": len(queries) - len(kept)}
+    return kept, kept_gallery, left_out | {f"{name}_gallery_left_out": len(gallery) - len(kept_gallery)}
 
 
 def evaluate_fashioniq(model, tokenizer, config, processes):
     """TGIR on FashionIQ val with the gallery `config.gallery`: each gallery image and each query is embedded once."""
-    how = (tokenizer, config, processes, crop_then_resize, data.FASHIONIQ_MAX_TOKENS)
+    how = (tokenizer, config, processes, True)
     garments = {name: load_garment(name, config) for name in annotations.FASHIONIQ_CLASSES}
-    classes = {}
-    for name, (queries, gallery, _) in garments.items():
-        items = [{key: query[key] for key in ("image", "text", "name")} for query in queries]
+    rankings, counts = {}, {}
+    for name, (queries, gallery, left_out) in garments.items():
+        query_items = [{key: query[key] for key in ("image", "text", "name")} for query in queries]
+        gallery_items = [{"image": path, "name": image} for image, path in gallery.items()]
         place = {image: i for i, image in enumerate(gallery)}
-        classes[name] = {
-            "gallery": embed(encoder_of(model), image_items(gallery.values()), *how),
-            "queries": embed(encoder_of(model), items, *how),
-            "query_id": torch.tensor([place[query["target"]] for query in queries]),
-            "gallery_id": torch.arange(len(gallery)),
-        }
-    result = composed_retrieval(classes)
-    for name, (queries, gallery, counts) in garments.items():
-        result.counts |= counts
-        query_cells = [pictures.Cell([query["image"]], query["text"]) for query in queries]
-        gallery_cells = [pictures.Cell([path], image) for image, path in gallery.items()]
-        result.choices += pictures.ranked_choices(result.outcomes[name], query_cells, gallery_cells, **classes[name])
-    return {f"gallery {config.gallery}": result}
-
-
-def recognition_row(config, path, prediction, label):
-    """The pictures.Row of one image with the names of its classes, from labels.json of the data root, or numbers."""
-    labels = annotations.label_names(config.data_root, config.task)  # of one kind, or none
-    names = {number: name for names in labels.values() for number, name in enumerate(names)}
-    true, predicted = (names.get(number, f"class {number}") for number in (label, prediction))
-    frame = pictures.RIGHT if prediction == label else pictures.WRONG
-    return pictures.Row(pictures.Cell([path], label=f"true: {true}"), [pictures.Cell(text=predicted, frame=frame)])
+        target = torch.tensor([place[query["target"]] for query in queries])
+        embeddings = [embed_scaled(model, items, *how) for items in (query_items, gallery_items)]
+        rankings[name] = Ranking(query_items, gallery_items, *embeddings, target, torch.arange(len(gallery)))
+        counts |= left_out
+    result = composed_retrieval(rankings)
+    result.counts |= counts
+    result.rankings += rankings.values()
+    yield f"gallery {config.gallery}", result
 
 
 def evaluate_recognition(model, tokenizer, config, processes):
@@ -213,27 +224,33 @@ def evaluate_recognition(model, tokenizer, config, processes):
         item = {"text": product.text, "label": getattr(product, key), "name": product.name}
         items += [{"image": path, **item} for path in product.images]
     logits = embed(model.classify, items, tokenizer, config, processes)
-    result = classification(logits, torch.tensor([item["label"] for item in items]))
-    result.counts |= left_out(config, samples=(sum(len(product.images) for product in every), len(items)))
-    for item, (prediction, label) in zip(items, result.outcomes["samples"].tolist(), strict=True):
-        row = partial(recognition_row, config, item["image"], prediction, label)
-        result.choices.append(pictures.Choice(prediction != label, row))
-    return {"every image": result}
+    labels, classes = torch.tensor([item["label"] for item in items]), torch.arange(logits.shape[1])
+    result = classification(logits, labels)
+    result.counts["samples_left_out"] = sum(len(product.images) for product in every) - len(items)
+    # On a page each image shows its class and the class that was predicted for it.
+    names = next(iter(annotations.label_names(config.data_root, config.task).values()), [])
+    names = [{"text": names[i] if i < len(names) else f"class {i}"} for i in classes.tolist()]
+    images = [{"image": item["image"], "text": f"true: {names[item['label']]['text']}"} for item in items]
+    result.rankings.append(Ranking(images, names, logits, None, labels, classes, shown=1))
+    yield "every image", result
 
 
 @torch.no_grad()
-def embed_outfits(model, outfits, embed_items):
-    """Each outfit as `outfit_retrieval` takes it: (Q, D) float32. embed_items(encode, items): `embed` of the task."""
+def embed_outfits(model, outfits, *how):
+    """Each outfit as `outfit_retrieval` takes it: (Q, D) float32. how: what `embed` takes after the items.
+
+    outfits: dicts as annotations.Polyvore has them, but an item has a list of categories: it counts as their mean."""
     # The wanted category counts only after the image encoder, so each image is encoded once for all categories.
     paths = list({path: None for outfit in outfits for path, _ in outfit["items"]})
-    encoded = embed_items(lambda batch: model.encode_item(batch["image"]), image_items(paths))
-    row_of, device = {path: i for i, path in enumerate(paths)}, model.logit_scale.device
-    queries = []
+    images = [{"image": path, "name": path} for path in paths]
+    device = model.logit_scale.device
+    encoded = embed(lambda batch: model.encode_item(batch["image"]), images, *how).to(device)
+    row_of, queries = {path: i for i, path in enumerate(paths)}, []
     for outfit in outfits:
-        items = encoded[[row_of[path] for path, _ in outfit["items"]]].to(device)
-        category = torch.tensor([category for _, category in outfit["items"]], device=device)
-        fused = model.fuse(items, category, torch.full_like(category, outfit["blank_item"][1]))
-        queries.append(fused.mean(0).cpu())
+        pairs = [(row_of[path], one, 1 / len(several)) for path, several in outfit["items"] for one in several]
+        row, category, share = (torch.tensor(column, device=device) for column in zip(*pairs, strict=True))
+        fused = model.fuse(encoded[row], category, torch.full_like(category, outfit["blank_item"][1]))
+        queries.append((share[:, None] * fused).sum(0).cpu() / len(outfit["items"]))
     return finite(torch.stack(queries), outfits)
 
 
@@ -249,54 +266,37 @@ def evaluate_polyvore(model, tokenizer, config, processes):
     # The gallery has every blank once, also the blanks of rows marked as fake, which are no queries.
     blanks = {row["blank"]: row["blank_item"] for row in rows}
     outfits = [row for row in rows if not row["fake"]]
-    embed_items = partial(embed, tokenizer=tokenizer, config=config, processes=processes, fit=crop_then_resize)
-    blank = embed_items(partial(embed_batch, model), image_items(path for path, _ in blanks.values()))
-    queries, blank_id = embed_outfits(model, outfits, embed_items), torch.arange(len(blank))
-    blank_category = torch.tensor([category for _, category in blanks.values()])
+    how = (tokenizer, config, processes, True)
+    blank_items = [{"image": path, "name": name} for name, (path, _) in blanks.items()]
+    blank = embed_scaled(model, blank_items, *how)
+    asked = [{**o, "items": [(path, [category]) for path, category in o["items"]]} for o in outfits]
+    queries = embed_outfits(model, asked, *how)
+    blank_id, category = torch.arange(len(blank)), torch.tensor([category for _, category in blanks.values()])
     place = {name: i for i, name in enumerate(blanks)}
     target = torch.tensor([place[outfit["blank"]] for outfit in outfits])
-    result = outfit_retrieval(queries, target, blank, blank_id, blank_category)
-    result.counts |= left_out(config, outfits=(len(every), len(rows)))  # rows marked as fake included
-    ranks, category = result.outcomes["ocir"].unbind(dim=1)
-    cells = [pictures.Cell([path for path, _ in o["items"]], "what goes with these?") for o in outfits]
-    blank_cells = [pictures.Cell([path], name) for name, (path, _) in blanks.items()]
-    shown = cells, blank_cells, queries, blank, target, blank_id, (category, blank_category)
-    result.choices = pictures.ranked_choices(ranks, *shown)
-    return {f"{config.split}, same category": result}
+    result = outfit_retrieval(queries, target, blank, blank_id, category)
+    result.counts["outfits_left_out"] = len(every) - len(rows)  # rows marked as fake included
+    shown = [{"image": [path for path, _ in o["items"]], "text": "what goes with these?"} for o in outfits]
+    result.rankings.append(Ranking(shown, blank_items, queries, blank, target, blank_id, (category[target], category)))
+    yield f"{config.split}, same category", result
 
 
 @dataclass
 class Evaluation:
     """How one task is evaluated."""
 
-    run: Callable  # (model, tokenizer, config, processes) -> {protocol: Result}
-    metrics: Callable  # outcomes -> metrics
+    run: Callable  # (model, tokenizer, config, processes) -> the function's (protocol, Result) pairs
     needs: tuple  # what the model must have: heads, or "csa_net"
     criterion: str = "mean_recall"  # the metric that selects the best checkpoint
-    validate: Callable = None  # as run, but only the protocol that selects; None: run itself
-
-    def __post_init__(self):
-        self.validate = self.validate or self.run
 
 
-RECOGNITION = Evaluation(evaluate_recognition, metrics.recognition_scores, ("recognition",), "accuracy")
 EVALUATIONS = {
-    "fashiongen_retrieval": Evaluation(
-        evaluate_retrieval,
-        partial(metrics.recalls, ks=metrics.ITR_KS),
-        ("contrastive",),
-        validate=partial(evaluate_retrieval, only_first=True),
-    ),
-    "fashioniq": Evaluation(evaluate_fashioniq, partial(metrics.recalls, ks=metrics.TGIR_KS), ("contrastive",)),
-    "fashiongen_category": RECOGNITION,
-    "fashiongen_subcategory": RECOGNITION,
-    "polyvore": Evaluation(evaluate_polyvore, partial(metrics.category_recalls, ks=metrics.OCIR_KS), ("csa_net",)),
+    "fashiongen_retrieval": Evaluation(evaluate_retrieval, ("contrastive",)),
+    "fashioniq": Evaluation(evaluate_fashioniq, ("contrastive",)),
+    "fashiongen_category": Evaluation(evaluate_recognition, ("recognition",), "accuracy"),
+    "fashiongen_subcategory": Evaluation(evaluate_recognition, ("recognition",), "accuracy"),
+    "polyvore": Evaluation(evaluate_polyvore, ("csa_net",)),
 }
-
-
-def selecting(results):
-    """The Result whose criterion selects the best checkpoint: every task puts that protocol first."""
-    return next(iter(results.values()))
 
 
 @dataclass
@@ -344,29 +344,18 @@ def as_trained(config, trained):
 
 
 def run_other(model, config, processes):
-    """{protocol: Result} of an OtherModel. Raises InputError for a task that needs more than vectors of items."""
+    """The task of an OtherModel, or None. Raises InputError for a task that needs more than vectors of items."""
     if config.task not in ("fashiongen_retrieval", "fashioniq"):
-        raise InputError(
-            f"task: found {config.task!r}, expected fashiongen_retrieval or fashioniq for any model's vectors"
-        )
+        expected = "fashiongen_retrieval or fashioniq for any model's vectors"
+        raise InputError(f"task: found {config.task!r}, expected {expected}")
     return EVALUATIONS[config.task].run(model, None, config, processes)
-
-
-def write_list(config, processes):
-    """Write the file `config.list`: a JSON line with "image", "text" or both for each item that a model must embed."""
-    model = OtherModel()
-    run_other(model, config, processes)
-    if processes.is_main:
-        with replacing(config.list) as file:
-            file.write("".join(f"{line}\n" for line in model.rows).encode())
-        print(f"written: {config.list}, {len(model.rows)} items to embed")
 
 
 def evaluate_checkpoint(path, config, processes):
     """{protocol: Result} of one checkpoint on `config.task`. Raises InputError where it is of another task."""
     evaluation = EVALUATIONS[config.task]
     if str(path).endswith(".npz"):
-        return run_other(OtherModel(path), config, processes)
+        return dict(run_other(OtherModel(path), config, processes))
     model, info = checkpoint.load_model(path, processes.device, evaluation.needs)
     checkpoint.check_labels(path, info["labels"], annotations.label_names(config.data_root, config.task))
     config = as_trained(config, info["config"])
@@ -374,26 +363,27 @@ def evaluate_checkpoint(path, config, processes):
     if config.task != "polyvore":  # a CSA-Net reads no text
         tokenizer = read_tokenizer(path, model, config, info["vocab"])
         data.check_lengths(config, model.config.max_position_embeddings)
-    return evaluation.run(model, tokenizer, config, processes)
+    return dict(evaluation.run(model, tokenizer, config, processes))
 
 
 def report(results, config, device, path, out, seconds, baseline=None, intervals=False):
     """Print a table for each protocol, chance beside every metric, and write all of it as JSON to `out`.
 
     baseline: {protocol: Result} of another checkpoint on the same queries; adds the difference and its interval."""
-    interval_of = partial(metrics.bootstrap, EVALUATIONS[config.task].metrics, seed=config.seed)
     rows = {"task": config.task, "checkpoint": str(path), "seed": config.seed, "seconds": round(seconds, 1)}
     rows |= {"dtype": config.dtype, "device": common.device_name(device)}
     for protocol, result in results.items():
+        interval_of = partial(metrics.bootstrap, result.metrics_of, result.outcomes, seed=config.seed)
         more = {}  # further columns
         if intervals:
-            more["interval"] = interval_of(result.outcomes)
+            more["interval"] = interval_of()
         if baseline:
             base = baseline[protocol]
             more["difference"] = {name: value - base.metrics[name] for name, value in result.metrics.items()}
-            more["difference_interval"] = interval_of(result.outcomes, base.outcomes)
+            more["difference_interval"] = interval_of(base.outcomes)
         rows[protocol] = {"metrics": result.metrics, "chance": result.chance, **more, "counts": result.counts}
-        counts = ", ".join(f"{name} {value:g}" for name, value in result.counts.items())
+        counts = {k: v for k, v in result.counts.items() if v or not k.endswith("_left_out")}
+        counts = ", ".join(f"{name} {value:g}" for name, value in counts.items())
         print(f"\n{config.task}, {protocol} ({counts}; seed {config.seed}; {path})")
         print(f"{'%':>16} {'value':>7} {'chance':>7}", *(f"{name.replace('_', ' '):>19}" for name in more))
         for name, value in result.metrics.items():
@@ -416,7 +406,13 @@ def main():
         pictures.check_page(out)
     processes = common.start_processes(config.device)
     if config.list:
-        write_list(config, processes)
+        _, result = next(run_other(None, config, processes))
+        items = [item for ranking in result.rankings for item in (*ranking.query_items, *ranking.gallery_items)]
+        lines = dict.fromkeys(map(line_of, items))  # each once
+        if processes.is_main:
+            with replacing(config.list) as file:
+                file.write("".join(f"{line}\n" for line in lines).encode())
+            print(f"written: {config.list}, {len(lines)} items to embed")
         return
     started = time.perf_counter()
     results = evaluate_checkpoint(path, config, processes)
@@ -426,8 +422,8 @@ def main():
     table, seconds = str(Path(out).with_suffix(".json")) if config.show else out, time.perf_counter() - started
     report(results, config, processes.device, path, table, seconds, baseline, config.bootstrap)
     if config.show:
-        name = f"{config.task}, {next(iter(results))}"
-        pictures.draw_choices(out, name, selecting(results).choices, config.show, config.seed)
+        protocol, result = next(iter(results.items()))
+        pictures.draw_rankings(out, f"{config.task}, {protocol}", result.rankings, config.show, config.seed)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def train(config, processes):
 
     def validate():
         model.eval()
-        result = evaluate.selecting(evaluation.validate(model, tokenizer, config, processes))
+        _, result = next(evaluation.run(model, tokenizer, config, processes))  # its first protocol selects
         run.keep_best(result.metrics, evaluation.criterion)
 
     # The earlier run may have ended while it validated.
@@ -208,7 +208,7 @@ def train(config, processes):
         model.load_state_dict(checkpoint.read_weights(run.folder / "best.pt")[0])
     common.copy_from_main(model.state_dict().values())
     model.eval()
-    return evaluation.run(model, tokenizer, config, processes)
+    return dict(evaluation.run(model, tokenizer, config, processes))
 
 
 def main():

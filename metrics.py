@@ -9,12 +9,12 @@ queries (Q, D), gallery (G, D) float32 or float64; query_* (Q,), gallery_* (G,) 
 
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-
-ITR_KS, TGIR_KS, OCIR_KS = (1, 5, 10), (10, 50), (10, 30, 50)
 
 
 def check_embeddings(queries, gallery):
@@ -158,24 +158,24 @@ def bootstrap(metrics_of, outcomes, baseline=None, draws=1000, seed=0):
     return dict(zip(value, zip(*ends.tolist(), strict=True), strict=True))
 
 
-# ---- protocols: embeddings and ids -> Result -------------------------------------------------------------------------
-
-
 @dataclass
 class Result:
     """What a protocol found. Metrics and chance have the same names and lie in 0..1."""
 
-    metrics: dict
+    metrics_of: Callable  # outcomes -> metrics
     chance: dict
     counts: dict  # numbers of queries, gallery items, ...
     outcomes: dict
-    choices: list = field(default_factory=list)  # pictures.Choice for each query, for --show
+    rankings: list = field(default_factory=list)  # pictures.Ranking of all queries, for --show
+
+    def __post_init__(self):
+        self.metrics = self.metrics_of(self.outcomes)
 
 
 # ---- protocols: embeddings and ids -> Result -------------------------------------------------------------------------
 
 
-def full_gallery(image, text, image_id, text_id, ks=ITR_KS):
+def full_gallery(image, text, image_id, text_id, ks=(1, 5, 10)):
     """ITR and TIR: every image ranks all texts ("i2t"), every text all images ("t2i"); all items of its product count.
 
     image (N, D), text (M, D) float32; image_id (N,), text_id (M,) int64 product ids.
@@ -185,10 +185,10 @@ def full_gallery(image, text, image_id, text_id, ks=ITR_KS):
     _, texts = find_positives(image_id, text_id)  # how many texts are correct for each image
     _, images = find_positives(text_id, image_id)
     sizes = {"i2t": [(n, len(text)) for n in texts.tolist()], "t2i": [(n, len(image)) for n in images.tolist()]}
-    return Result(recalls(outcomes, ks), chance_recalls(sizes, ks), counts, outcomes)
+    return Result(partial(recalls, ks=ks), chance_recalls(sizes, ks), counts, outcomes)
 
 
-def sample_100(image, text, image_id, text_id, image_group, text_group, seed=0, draws=5, n_queries=1000, ks=ITR_KS):
+def sample_100(image, text, image_id, text_id, image_group, text_group, seed=0, draws=5, n_queries=1000, ks=(1, 5, 10)):
     """ITR and TIR as Kaleido-BERT measures them: random queries rank one positive and up to 100 negatives.
 
     As `full_gallery`, on the CPU; image_group (N,), text_group (M,) int64 sub-categories; a small one has fewer
@@ -208,42 +208,40 @@ def sample_100(image, text, image_id, text_id, image_group, text_group, seed=0, 
         sizes[way] = [(1, 1 + n) for n in negatives]
         counts[f"{way}_queries"] = len(negatives) // draws
         counts[f"{way}_negatives_min"], counts[f"{way}_negatives_mean"] = min(negatives), statistics.fmean(negatives)
-    return Result(recalls(outcomes, ks), chance_recalls(sizes, ks), counts, outcomes)
+    return Result(partial(recalls, ks=ks), chance_recalls(sizes, ks), counts, outcomes)
 
 
-def composed_retrieval(classes, ks=TGIR_KS):
+def composed_retrieval(rankings, ks=(10, 50)):
     """TGIR: each class has its own gallery, which includes the reference images; <class>_r@k and their mean.
 
-    classes {name: {"queries", "gallery", "query_id", "gallery_id"}}, the arguments of `best_ranks`; ids of
-    images, each once in a gallery. Raises as that. Source: docs/recipe.md "Text-guided image retrieval"."""
+    rankings {class: a pictures.Ranking}, of which it takes the arguments of `best_ranks`; ids of images, each once in
+    a gallery. Raises as that. Source: docs/recipe.md "Text-guided image retrieval"."""
     outcomes, sizes, counts = {}, {}, {}
-    for name, retrieval in classes.items():
-        outcomes[name] = best_ranks(**retrieval)
-        sizes[name] = [(1, len(retrieval["gallery"]))]
-        counts[f"{name}_queries"], counts[f"{name}_gallery"] = len(retrieval["queries"]), len(retrieval["gallery"])
-    return Result(recalls(outcomes, ks), chance_recalls(sizes, ks), counts, outcomes)
+    for name, r in rankings.items():
+        outcomes[name] = best_ranks(r.queries, r.gallery, r.query_id, r.gallery_id)
+        sizes[name] = [(1, len(r.gallery))]
+        counts[f"{name}_queries"], counts[f"{name}_gallery"] = len(r.queries), len(r.gallery)
+    return Result(partial(recalls, ks=ks), chance_recalls(sizes, ks), counts, outcomes)
 
 
-def classification(predictions, labels):
+def classification(logits, labels):
     """CR and SCR: every image is one sample; accuracy and macro_f1.
 
-    predictions (N, C) float logits (the lower of equal classes counts) or (N,) int64 classes; labels (N,) int64.
+    logits (N, C) float, the lower of equal classes counts; labels (N,) int64.
     Raises ValueError on NaN logits and on shapes that do not match. Source: docs/recipe.md "Recognition"."""
-    if predictions.shape[:1] != labels.shape or not len(labels):
-        raise ValueError(f"predictions {tuple(predictions.shape)}, labels {tuple(labels.shape)}")
-    if predictions.dim() == 2:
-        if predictions.isnan().any():
-            raise ValueError(f"NaN logits in sample {predictions.isnan().nonzero()[0, 0].item()}")
-        predictions = predictions.argmax(dim=1)
-    outcomes = {"samples": torch.stack([predictions, labels], dim=1).cpu()}
+    if logits.shape[:1] != labels.shape or not len(labels):
+        raise ValueError(f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)}")
+    if logits.isnan().any():
+        raise ValueError(f"NaN logits in sample {logits.isnan().nonzero()[0, 0].item()}")
+    outcomes = {"samples": torch.stack([logits.argmax(dim=1), labels], dim=1).cpu()}
     counts = {"samples": len(labels), "classes": len(labels.unique())}
     # Accuracy of always naming the most frequent class; macro-F1 of guessing with the labels' own frequencies, where
     # precision and recall of a class are its share: 1 / C over C classes (a ratio of expectations).
     chance = {"accuracy": labels.bincount().max().item() / len(labels), "macro_f1": 1 / counts["classes"]}
-    return Result(recognition_scores(outcomes), chance, counts, outcomes)
+    return Result(recognition_scores, chance, counts, outcomes)
 
 
-def outfit_retrieval(outfit, target_id, blank, blank_id, blank_category, ks=OCIR_KS):
+def outfit_retrieval(outfit, target_id, blank, blank_id, blank_category, ks=(10, 30, 50)):
     """OCIR: each outfit ranks the blanks of its target's fine category; r@k is averaged over the targets' categories.
 
     outfit (Q, D) float32: mean of the fused, scaled features of its items, not normalised again; target_id (Q,) int64.
@@ -259,4 +257,4 @@ def outfit_retrieval(outfit, target_id, blank, blank_id, blank_category, ks=OCIR
     n_items = torch.bincount(blank_category)[category].tolist()  # that each query ranks; one of them is right
     chance = {f"r@{k}": category_mean([random_recall(1, n, k) for n in n_items], category) for k in ks}
     counts = {"queries": len(outfit), "gallery": len(blank), "categories": len(category.unique())}
-    return Result(category_recalls(outcomes, ks), with_mean(chance), counts, outcomes)
+    return Result(partial(category_recalls, ks=ks), with_mean(chance), counts, outcomes)

@@ -2,9 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +16,7 @@ from settings import InputError
 CELL, GAP, LINE = 200, 18, 19  # pixels: side of a picture, space between cells, height of a text line
 TEXT_LINES, SHOWN = 4, 5  # lines of text below a picture; results beside each other
 DEEP = CELL + (TEXT_LINES + 2) * LINE + GAP  # pixels: height of a cell with its texts and the space below it
-RIGHT, WRONG = (26, 150, 65), (215, 48, 39)  # colours of frames
+GREEN = (26, 150, 65)  # of the frame around a right result
 
 
 @dataclass
@@ -28,38 +26,49 @@ class Cell:
     images: list = ()  # paths; several share the square
     text: str = ""
     label: str = ""  # one line below the square
-    frame: tuple = None  # colour of a frame around the square
+    right: bool = False  # a right result has a frame
 
 
 class Row(NamedTuple):  # of a page
     query: Cell
     results: list
+    failed: bool = False  # whether the results lack the right one
 
 
-class Choice(NamedTuple):  # a row that a page can show
-    failed: bool  # whether its results lack the right one
-    make: Callable  # () -> Row
+class Ranking(NamedTuple):
+    """Queries that rank the items of a gallery by dot product: what is drawn of both, and their tensors."""
+
+    query_items: list  # Q dicts with "image" (a path, or a list of them) and "text" or "name", as far as they have them
+    gallery_items: list  # G such dicts
+    queries: torch.Tensor  # (Q, D) float
+    gallery: torch.Tensor  # (G, D) float; None: the queries (Q, G) are the scores
+    query_id: torch.Tensor  # (Q,) int64
+    gallery_id: torch.Tensor  # (G,) int64; of the same id means right
+    category: tuple = None  # (Q,), (G,) int64; where it is given, a query ranks only the items of its own
+    shown: int = SHOWN  # results in view; a query failed if none of them is right
 
 
-def ranked_choices(ranks, query_cells, gallery_cells, queries, gallery, query_id, gallery_id, category=None):
-    """A Choice for every query: its SHOWN best gallery items; it failed if none of them is right.
+def cell_of(item, label, right=False):
+    """The Cell of an item of a `Ranking`."""
+    images = item.get("image", [])
+    text = item.get("text", item.get("name", ""))
+    return Cell(images if isinstance(images, list) else [images], text, label, right)
 
-    ranks: metrics.best_ranks of the four tensors; cells: lists of Cell. category: (Q,), (G,) int64; a query then
-    ranks only the items of its own."""
 
-    def make(i):
-        scores, n = gallery @ queries[i], len(gallery)
-        if category:
-            other = category[1] != category[0][i]
-            scores, n = scores.masked_fill(other, -math.inf), n - int(other.sum())
-        results = []
-        for rank, item in enumerate(scores.sort(descending=True, stable=True).indices[: min(n, SHOWN)].tolist(), 1):
-            right = bool(gallery_id[item] == query_id[i])
-            label = f"{rank}   {scores[item]:.2f}{'   right' if right else ''}"
-            results.append(replace(gallery_cells[item], label=label, frame=RIGHT if right else None))
-        return Row(replace(query_cells[i], label=f"right one: rank {ranks[i]} of {n}"), results)
-
-    return [Choice(rank > SHOWN, partial(make, i)) for i, rank in enumerate(ranks.tolist())]
+def ranked_row(ranking, i):
+    """The Row of query i of a `Ranking`: its best gallery items, of equal ones the first."""
+    query, category = ranking.queries[i], ranking.category
+    scores = query if ranking.gallery is None else ranking.gallery @ query
+    order = scores.sort(descending=True, stable=True).indices
+    if category:
+        order = order[category[1][order] == category[0][i]]
+    right = (ranking.gallery_id[order] == ranking.query_id[i]).tolist()
+    rank, results = 1 + right.index(True), []
+    for place, item in enumerate(order[: ranking.shown].tolist()):
+        label = f"{place + 1}   {scores[item]:.2f}{'   right' if right[place] else ''}"
+        results.append(cell_of(ranking.gallery_items[item], label, right[place]))
+    query = cell_of(ranking.query_items[i], f"right one: rank {rank} of {len(order)}")
+    return Row(query, results, rank > ranking.shown)
 
 
 def wrap(text, font, width, n_lines):
@@ -85,8 +94,8 @@ def draw_cell(page, x, y, cell):
         draw.rectangle((x, y, x + CELL - 1, y + CELL - 1), fill=(240, 240, 240))
         draw.text((x + 8, y + 8), wrap(cell.text, large, CELL - 16, 8), "black", large)
     draw.text((x, y + CELL + 8), cell.label, "black", large)
-    if cell.frame:
-        draw.rectangle((x - 6, y - 6, x + CELL + 5, y + CELL + 5), outline=cell.frame, width=5)
+    if cell.right:
+        draw.rectangle((x - 6, y - 6, x + CELL + 5, y + CELL + 5), outline=GREEN, width=5)
 
 
 def draw_page(path, title, rows):
@@ -109,15 +118,16 @@ def draw_page(path, title, rows):
         page.save(file, format="PNG")
 
 
-def draw_choices(path, name, choices, n, seed):
-    """Write a page of n random ones of `choices`. If any of all choices failed, one that failed is on the page."""
-    order = torch.randperm(len(choices), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen, failures = order[:n], [i for i in order if choices[i].failed]
-    if failures and failures[0] not in chosen:  # then none of the chosen failed, since both are in the same order
-        chosen[-1] = failures[0]
-    title = f"{name}: {len(chosen)} of {len(choices)} queries, drawn at random; right ones in green"
-    draw_page(path, title, [choices[i].make() for i in chosen])
-    print(f"written: {path} ({sum(choices[i].failed for i in chosen)} of {len(chosen)} without a right one in view)")
+def draw_rankings(path, name, rankings, n, seed):
+    """Write a page of n random queries of a list of `Ranking`. If any query failed, one that failed is on the page."""
+    queries = [(ranking, i) for ranking in rankings for i in range(len(ranking.queries))]
+    order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(seed)).tolist()
+    rows = [ranked_row(*queries[i]) for i in order[:n]]
+    if not any(row.failed for row in rows):
+        others = (ranked_row(*queries[i]) for i in order[n:])
+        rows[-1] = next((row for row in others if row.failed), rows[-1])
+    draw_page(path, f"{name}: {len(rows)} of {len(queries)} queries, drawn at random; right ones in green", rows)
+    print(f"written: {path} ({sum(row.failed for row in rows)} of {len(rows)} without a right one in view)")
 
 
 def check_page(path):

@@ -202,7 +202,8 @@ def train(config, processes):
 
     def validate():
         model.eval()
-        run.keep_best(evaluate.retrieval_metrics(model, val_products, tokenizer, config, processes), "mean_recall")
+        embeddings = evaluate.embed_retrieval(model, val_products, tokenizer, config, processes)
+        run.keep_best(evaluate.full_gallery(*embeddings).metrics, "mean_recall")
 
     # The earlier run may have ended while it validated.
     if run.validating:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,13 +24,11 @@ import torch.nn.functional as F
 import annotations
 import checkpoint
 import common
-import data
 import ending
 import evaluate
 import photos
 import pictures
 import settings
-from data import crop_then_resize, resize_then_crop
 from files import replacing
 from settings import COUNT, DEVICES, FROM_0, InputError, setting
 
@@ -102,7 +100,7 @@ def open_index(path, folder, fingerprint, embed, missing="stop"):
         raise InputError(f"{folder}: none of {len(files)} images can be read")
     numbers = f"embedding {len(names)} images; {len(files) - len(names)} cannot be read and are left out"
     print(f"index {path}: {why}; {numbers}", file=sys.stderr)
-    vectors = F.normalize(embed(evaluate.image_items(f"{folder}/{name}" for name in names)), dim=-1)
+    vectors = F.normalize(embed([{"image": f"{folder}/{name}", "name": f"{folder}/{name}"} for name in names]), dim=-1)
     with replacing(path) as file:
         torch.save({"fingerprint": fingerprint, "files": files, "names": names, "vectors": vectors}, file)
     return vectors.numpy(), names
@@ -140,32 +138,10 @@ class PolyvoreCategories:
         return self.number[int(item["category_id"])] if item else -1
 
 
-def fuse_outfit(model, features, outfit, wanted, categories):
-    """(W, D) queries, one for each wanted category (W numbers): the mean of the fused unit vectors of the outfit.
-
-    features (n, D): `encode_item` of the n images of `outfit`, {path: name of its category, or ""}. An image whose name
-    stands for several categories counts as their mean. Source: docs/recipe.md "Outfit completion"."""
-    queries = []
-    for feature, (path, name) in zip(features, outfit.items(), strict=True):
-        own = categories.numbers(name) if name else [categories.of_image(path)]
-        if own[0] < 0:
-            raise InputError(f"outfit: {path}: not in {categories.folder}/images, so say what it is: {path}=CATEGORY")
-        pairs = torch.cartesian_prod(torch.tensor(wanted), torch.tensor(own)).to(features.device)  # (W x own, 2)
-        fused = model.fuse(feature.expand(len(pairs), -1), pairs[:, 1], pairs[:, 0]) / model.logit_scale
-        queries.append(fused.view(len(wanted), len(own), -1).mean(1))  # (W, D)
-    return evaluate.finite(torch.stack(queries).mean(0), [{"name": "outfit"}] * len(wanted))
-
-
 def match(model, batch):
     """(B,) the ITM head's probability that text and image of a row belong together."""
     pooled = model.encode_pair(batch["input_ids"], batch["attention_mask"], batch["image"])
     return model.heads["itm"](pooled).float().softmax(-1)[:, 1]
-
-
-def best(scores, top):
-    """The `top` best of scores (N,) -> their indices, best first, equal ones in gallery order; -inf is no result."""
-    order = np.argsort(-scores, kind="stable")[:top]
-    return order[np.isfinite(scores[order])].tolist()
 
 
 def check_query(config):
@@ -192,50 +168,55 @@ def search(config):
     # The query says what the checkpoint must have.
     needs = ("csa_net",) if config.outfit else ("contrastive", "itm") if config.rerank else ("contrastive",)
     model, info = checkpoint.load_model(config.checkpoint, processes.device, needs)
-    trained = info["config"] or {}  # a released checkpoint has none
-    own = evaluate.EvalConfig(vocab=config.vocab, workers=0)
-    own.data_root = config.data_root or trained.get("data_root", "data/datasets")
-    own.image_size, own.max_tokens = trained.get("image_size", 224), trained.get("max_tokens", 0)
+    data_root = config.data_root or info["config"].get("data_root", "data/datasets")
+    own = evaluate.EvalConfig(data_root=data_root, vocab=config.vocab, workers=config.workers)
+    own = evaluate.as_trained(own, info["config"])
     tokenizer = evaluate.read_tokenizer(config.checkpoint, model, own, info["vocab"]) if config.text else None
-    # FashionIQ and Polyvore have images and texts of their own kind: docs/recipe.md "Images" and "Texts".
-    whole = bool(config.outfit) or info["task"] == "fashioniq"
-    kind = (crop_then_resize, data.FASHIONIQ_MAX_TOKENS) if whole else (resize_then_crop, data.MAX_TOKENS)
-
-    def embed(encode, items, config=own, progress=False):
-        return evaluate.embed(encode, items, tokenizer, config, processes, *kind, progress)
+    whole = bool(config.outfit) or info["task"] == "fashioniq"  # as in training
+    how = (tokenizer, own, processes, whole)
 
     # A query is one vector; an outfit has one for each category that the wanted name stands for.
-    embed_batch = partial(evaluate.embed_batch, model)
     query = {key: value for key, value in (("text", config.text), ("image", config.image)) if value}
     if config.outfit:
-        places = [place for place in (folder, folder.parent) if (place / annotations.POLYVORE_ITEMS).exists()]
-        places.append(Path(own.data_root, "PolyvoreOutfits"))
-        categories = PolyvoreCategories(places[0], model.n_categories)
+        places = [folder, folder.parent, Path(data_root, "PolyvoreOutfits")]
+        place = next((place for place in places if (place / annotations.POLYVORE_ITEMS).exists()), places[-1])
+        categories = PolyvoreCategories(place, model.n_categories)
         ours = {"Polyvore categories": [str(category) for category in categories.number]}
         checkpoint.check_labels(config.checkpoint, info["labels"], ours)
-        features = embed(lambda batch: model.encode_item(batch["image"]), evaluate.image_items(config.outfit))
-        wanted = categories.numbers(config.category)
-        queries = fuse_outfit(model, features.to(processes.device), config.outfit, wanted, categories).cpu().numpy()
+        wanted, items = categories.numbers(config.category), []
+        for path, name in config.outfit.items():
+            numbers = categories.numbers(name) if name else [categories.of_image(path)]
+            if numbers[0] < 0:
+                found = f"not in {categories.folder}/images, so say what it is: {path}=CATEGORY"
+                raise InputError(f"outfit: {path}: {found}")
+            items.append((path, numbers))
+        outfits = [{"items": items, "blank_item": ("", number), "name": "outfit"} for number in wanted]
+        queries = evaluate.embed_outfits(model, outfits, *how) / model.logit_scale.cpu()
     else:
-        queries = F.normalize(embed(embed_batch, [{**query, "name": "query"}]), dim=-1).numpy()
+        queries = F.normalize(evaluate.embed_scaled(model, [{**query, "name": "query"}], *how), dim=-1)
+
     # The vectors of the gallery come from its index. They are made anew where it is missing or stale.
     digest = hashlib.sha256(np.memmap(config.checkpoint, mode="r")).hexdigest()
     path, fingerprint = config.index or f"{folder}.index.pt", f"{digest} {whole} {own.image_size}"
-    embed_gallery = partial(embed, embed_batch, config=replace(own, workers=config.workers), progress=True)
-    vectors, names = open_index(path, folder, fingerprint, embed_gallery, config.missing)
-    scores, paths = vectors @ queries.T, [f"{folder}/{name}" for name in names]  # (N, W)
+    vectors, names = open_index(
+        path, folder, fingerprint, lambda items: evaluate.embed_scaled(model, items, *how, True), config.missing
+    )
+    scores, paths = vectors @ queries.numpy().T, [f"{folder}/{name}" for name in names]  # (N, W)
     if config.outfit:  # an image answers the query for its own category, or all if its category is unknown
         category = np.array([categories.of_image(path) for path in paths])[:, None]  # (N, 1)
         scores = np.where((category == wanted) | (category < 0), scores, -np.inf)
     scores, own_images = scores.max(1), {os.path.realpath(path) for path in (*config.outfit, config.image) if path}
     scores[[path in own_images for path in paths]] = -np.inf
-    # The ITM head orders the best results again.
-    order, itm = best(scores, max(config.top, RERANKED if config.rerank else 0)), {}
-    if config.rerank:
+
+    # The best come first, equal ones in the order of the gallery; -inf is no result, and stands last.
+    order, itm = np.argsort(-scores, kind="stable")[: np.isfinite(scores).sum()].tolist(), {}
+    if config.rerank:  # the ITM head orders the best ones again
         first = order[:RERANKED]
-        found = embed(partial(match, model), [{**query, "image": paths[i]} for i in first])
-        itm = {i: {"itm": value} for i, value in zip(first, found.tolist(), strict=True)}
+        pairs = [{**query, "image": paths[i]} for i in first]
+        found = evaluate.embed(partial(match, model), pairs, *how).tolist()
+        itm = {i: {"itm": value} for i, value in zip(first, found, strict=True)}
         order = sorted(first, key=lambda i: -itm[i]["itm"]) + order[RERANKED:]
+
     # Results of a data set's own folder have their ids and titles, others the names of their files.
     titles, rows = annotations.load_titles(folder), []
     for rank, i in enumerate(order[: config.top], 1):

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import one_hot
 
 import evaluate
 import metrics
+from pictures import Ranking
 
 GOLDEN = torch.load(Path(__file__).parent / "golden" / "metrics.pt", weights_only=True)
 WAYS = [f"{way}_r@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
@@ -43,9 +45,9 @@ def line(scores):
 ONE = torch.ones(1, 1)
 
 
-def retrieval(queries, gallery, query_id, gallery_id):
-    """A class as `evaluate.composed_retrieval` takes it."""
-    return {"queries": queries, "gallery": gallery, "query_id": query_id, "gallery_id": gallery_id}
+def retrieval(*tensors):
+    """A class as `evaluate.composed_retrieval` takes it: the tensors of `metrics.best_ranks`, and no items to draw."""
+    return Ranking([], [], *tensors)
 
 
 def first_rows(ids):
@@ -371,12 +373,10 @@ def test_ocir_averages_over_categories_and_ranks_within_them():
 def test_recognition_counts_a_class_absent_from_the_truth_and_not_one_absent_from_both():
     labels = torch.tensor([0, 0, 0, 1])
     predictions = torch.tensor([0, 0, 3, 1])  # class 3 only predicted: F1 0; class 2 in neither
-    result = evaluate.classification(predictions, labels)
+    result = evaluate.classification(one_hot(predictions, 6).float(), labels)
     assert result.metrics == pytest.approx({"accuracy": 3 / 4, "macro_f1": (4 / 5 + 1 + 0) / 3})
     assert result.chance == pytest.approx({"accuracy": 3 / 4, "macro_f1": 1 / 2})
-    logits = torch.nn.functional.one_hot(predictions, 6).float()
-    assert evaluate.classification(logits, labels).metrics == result.metrics
-    never = evaluate.classification(torch.tensor([0, 0]), torch.tensor([0, 2]))  # a class in the truth, never predicted
+    never = evaluate.classification(torch.ones(2, 3), torch.tensor([0, 2]))  # a class in the truth, never predicted
     assert never.metrics["macro_f1"] == pytest.approx((2 / 3 + 0) / 2)
 
 
@@ -421,11 +421,13 @@ def test_chance_is_what_random_embeddings_get():
 
 def test_recognition_chance():
     labels = torch.tensor([0] * 60 + [1] * 30 + [5] * 10)
-    chance = evaluate.classification(labels, labels).chance
-    assert chance["accuracy"] == evaluate.classification(torch.zeros_like(labels), labels).metrics["accuracy"] == 0.6
+    always_0 = evaluate.classification(torch.ones(len(labels), 6), labels)
+    chance = always_0.chance
+    assert chance["accuracy"] == always_0.metrics["accuracy"] == 0.6
     labels = labels.repeat(100)
     guess = labels[torch.randint(len(labels), labels.shape, generator=torch.Generator().manual_seed(0))]
-    assert evaluate.classification(guess, labels).metrics["macro_f1"] == pytest.approx(chance["macro_f1"], abs=0.02)
+    found = evaluate.classification(one_hot(guess).float(), labels).metrics
+    assert found["macro_f1"] == pytest.approx(chance["macro_f1"], abs=0.02)
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def test_a_run_that_fails_in_its_validation_has_saved_and_resumes_with_that_vali
 ):
     pretrain.train(itc(catalogue, tmp_path / "whole"), ONE)
     config = itc(catalogue, tmp_path / "parts", resume="auto")
-    measure = pretrain.evaluate.retrieval_metrics
+    measure = pretrain.evaluate.embed_retrieval
     for due, kept in ((3, 0), (6, 1), (8, 2)):  # each of the run's validations fails once
 
         def fail(model, *args, kept=kept):
@@ -154,7 +154,7 @@ def test_a_run_that_fails_in_its_validation_has_saved_and_resumes_with_that_vali
             return measure(model, *args)
 
         with monkeypatch.context() as patch, pytest.raises(InputError, match=r"9\.jpg: image cannot be read"):
-            patch.setattr(pretrain.evaluate, "retrieval_metrics", fail)
+            patch.setattr(pretrain.evaluate, "embed_retrieval", fail)
             pretrain.train(config, ONE)
         state = torch.load(tmp_path / "parts" / "last.pt", weights_only=True)
         assert state["step"] == due and state["validation_due"]
@@ -180,14 +180,14 @@ def test_a_broken_photo_in_the_middle_of_training_ends_the_run_after_a_save(cata
 
 def test_a_signal_in_a_validation_ends_the_run_at_once_and_the_resume_validates(catalogue, tmp_path, monkeypatch):
     pretrain.train(itc(catalogue, tmp_path / "whole"), ONE)
-    config, measure = itc(catalogue, tmp_path / "parts", resume="auto"), pretrain.evaluate.retrieval_metrics
+    config, measure = itc(catalogue, tmp_path / "parts", resume="auto"), pretrain.evaluate.embed_retrieval
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return measure(*args)
 
     with monkeypatch.context() as patch, pytest.raises(ending.Stopped, match="stopped after update 3, "):
-        patch.setattr(pretrain.evaluate, "retrieval_metrics", interrupted)
+        patch.setattr(pretrain.evaluate, "embed_retrieval", interrupted)
         pretrain.train(config, ONE)
     assert not [row for row in read_log(tmp_path / "parts") if "val_mean_recall" in row]
     pretrain.train(config, ONE)

@@ -34,11 +34,9 @@ def vectors_of_list(checkpoint_path, lines, task, catalogue):
     for keys in ({"image"}, {"text"}, {"image", "text"}):
         part = [i for i, item in enumerate(items) if item.keys() == keys]
         if part:
-            fit = data.crop_then_resize if task == "fashioniq" else data.resize_then_crop
-            length = data.FASHIONIQ_MAX_TOKENS if task == "fashioniq" else data.MAX_TOKENS
             encode = partial(evaluate.embed_batch, model)
             words = data.wordpiece(info["vocab"])
-            found = evaluate.embed(encode, [items[i] for i in part], words, config, ONE, fit, length)
+            found = evaluate.embed(encode, [items[i] for i in part], words, config, ONE, task == "fashioniq")
             rows |= dict(zip(part, found, strict=True))
     return np.stack([rows[i].numpy() for i in range(len(items))])
 
@@ -83,7 +81,7 @@ def test_wrong_vectors_end_in_one_line(catalogue, tmp_path, monkeypatch):
             rf"found vectors \({n - 1}, 4\), expected \({n}, D\)",
         ),
         ("nan", {"vectors": bad, "list": text}, r"vector 3 is not finite \(1 such\)"),
-        ("other", {"vectors": np.zeros((1, 4)), "list": "{}"}, r"items are not in its list, as \{\"text\": "),
+        ("other", {"vectors": np.zeros((1, 4)), "list": "{}"}, r"items are not in its list, as \{\"image\": "),
         ("keys", {"vectors": np.zeros((n, 4))}, r"cannot be read \(.*list.*\); expected an .npz"),
     ):
         np.savez(tmp_path / f"{name}.npz", **arrays)

@@ -1,40 +1,46 @@
 """Pages of pictures: which queries stand on the page, what is framed, and the drawing itself."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFont
 
+import annotations
+import data
 import evaluate
 import metrics
 import pictures
-from pictures import Cell, Row
+from common import Processes
+from pictures import Cell, Ranking, Row
 from settings import InputError
 
 
 def numbered(n, kind):
-    return [Cell(text=f"{kind} {i}") for i in range(n)]
+    return [{"text": f"{kind} {i}"} for i in range(n)]
 
 
-def choices_of(n, wrong=()):
-    """The choices of n queries on a gallery of n unit vectors; those of `wrong` have their right item last."""
+def ranking_of(n, wrong=()):
+    """The ranking of n queries on a gallery of n unit vectors; those of `wrong` have their right item last."""
     query = torch.eye(n) + torch.linspace(0.5, 0.1, n)
     for i in wrong:
         query[i, i] = -1.0
-    tensors = query, torch.eye(n), torch.arange(n), torch.arange(n)
-    ranks = metrics.best_ranks(*tensors)
-    return pictures.ranked_choices(ranks, numbered(n, "query"), numbered(n, "item"), *tensors)
+    return Ranking(numbered(n, "query"), numbered(n, "item"), query, torch.eye(n), torch.arange(n), torch.arange(n))
 
 
-def test_ranked_choices():
-    choices = choices_of(9, wrong=[3])
-    assert [i for i, choice in enumerate(choices) if choice.failed] == [3]
-    query, cells = choices[2].make()
-    assert query == Cell(text="query 2", label="right one: rank 1 of 9")
+def test_rows_of_a_ranking():
+    ranking = ranking_of(9, wrong=[3])
+    rows = [pictures.ranked_row(ranking, i) for i in range(9)]
+    assert [i for i, row in enumerate(rows) if row.failed] == [3]
+    query, cells, _ = rows[2]
+    assert query == Cell([], "query 2", "right one: rank 1 of 9")
     assert [c.text for c in cells] == ["item 2", "item 0", "item 1", "item 3", "item 4"]
-    assert [c.frame for c in cells] == [pictures.RIGHT, None, None, None, None] and "right" in cells[0].label
-    query, cells = choices[3].make()
-    assert query.label == "right one: rank 9 of 9" and not any(c.frame for c in cells)
+    assert [c.right for c in cells] == [True, False, False, False, False] and "right" in cells[0].label
+    query, cells, _ = rows[3]
+    assert query.label == "right one: rank 9 of 9" and not any(c.right for c in cells)
+    ranks = metrics.best_ranks(*ranking[2:6]).tolist()
+    assert [row.query.label for row in rows] == [f"right one: rank {rank} of 9" for rank in ranks]
 
 
 @pytest.mark.parametrize("n", [1, 3, 99])
@@ -42,28 +48,35 @@ def test_a_failure_is_always_among_them(n, monkeypatch, capsys):
     pages = []
     monkeypatch.setattr(pictures, "draw_page", lambda path, title, rows: pages.append(rows))
     for seed in range(5):
-        pictures.draw_choices("a.png", "x", choices_of(40, wrong=[17]), n, seed)
+        pictures.draw_rankings("a.png", "x", [ranking_of(40, wrong=[17])], n, seed)
         assert f"a.png (1 of {min(n, 40)} without a right one" in capsys.readouterr().out
         assert len(pages[-1]) == min(n, 40)
         assert sum(row.query.text == "query 17" for row in pages[-1]) == 1
         assert len({row.query.text for row in pages[-1]}) == len(pages[-1])
 
 
-def test_recognition_shows_both_labels(tmp_path):
-    (tmp_path / "labels.json").write_text('{"categories": ["dresses", "shirts"]}')
-    config = evaluate.EvalConfig(task="fashiongen_category", data_root=str(tmp_path))
-    wrong = [Cell(text="class 5", frame=pictures.WRONG)]
-    assert evaluate.recognition_row(config, "b.jpg", 5, 1) == Row(Cell(["b.jpg"], label="true: shirts"), wrong)
-    (right,) = evaluate.recognition_row(config, "a.jpg", 0, 0).results
-    assert right == Cell(text="dresses", frame=pictures.RIGHT)
+def test_recognition_shows_both_labels(catalogue):
+    """A model that always says class 1: whoever is of another class fails."""
+    config = evaluate.EvalConfig("fashiongen_category", data_root=str(catalogue), image_size=32, workers=0)
+    names = annotations.label_names(catalogue, config.task)["categories"]
+    logits = torch.eye(len(names) + 1)[1]  # one class more than labels.json has names
+    model = types.SimpleNamespace(config=types.SimpleNamespace(n_classes=len(logits)))
+    model.classify = lambda batch: logits.repeat(len(batch["image"]), 1)
+    tokenizer = data.wordpiece((catalogue / "vocab.txt").read_text())
+    _, result = next(evaluate.evaluate_recognition(model, tokenizer, config, Processes(0, 1, torch.device("cpu"))))
+    (ranking,) = result.rankings
+    assert ranking.gallery_items[-1] == {"text": f"class {len(names)}"}
+    for i, (prediction, label) in enumerate(result.outcomes["samples"].tolist()):
+        query, results, failed = pictures.ranked_row(ranking, i)
+        assert prediction == 1 and query.text == f"true: {names[label]}"
+        assert [(cell.text, cell.right) for cell in results] == [(names[1], label == 1)] and failed == (label != 1)
 
 
 def test_a_query_shows_only_items_of_its_category():
     tensors = torch.eye(4), torch.eye(4), torch.arange(4), torch.arange(4)
     category = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 0, 1])
-    ranks = torch.tensor([1, 1, 1, 1])
-    choices = pictures.ranked_choices(ranks, numbered(4, "query"), numbered(4, "item"), *tensors, category)
-    query, cells = choices[2].make()
+    ranking = Ranking(numbered(4, "query"), numbered(4, "item"), *tensors, category)
+    query, cells, _ = pictures.ranked_row(ranking, 2)
     assert query.label == "right one: rank 1 of 2" and [cell.text for cell in cells] == ["item 2", "item 0"]
 
 
@@ -80,12 +93,12 @@ def test_wrapped_text_fits(text):
 def test_page(tmp_path):
     """A red photo, framed, right of the line; the query's text left; nothing left aside."""
     Image.new("RGB", (30, 60), (255, 0, 0)).save(tmp_path / "red.png")
-    photo = Cell([str(tmp_path / "red.png")], "a title", "1", pictures.RIGHT)
+    photo = Cell([str(tmp_path / "red.png")], "a title", "1", True)
     rows = [Row(Cell(text="red"), [photo] * 7), Row(Cell(photo.images * 3), [photo])]
     pictures.draw_page(tmp_path / "page.png", "title", rows)
     page = np.asarray(Image.open(tmp_path / "page.png")).astype(int)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["page.png", "red.png"]
-    red, green = ((page == colour).all(2).sum() for colour in ((255, 0, 0), pictures.RIGHT))
+    red, green = ((page == colour).all(2).sum() for colour in ((255, 0, 0), pictures.GREEN))
     whole, tile = pictures.CELL**2 // 2, (pictures.CELL // 2) ** 2 // 2  # the photo fills half of its square
     assert red == pytest.approx(8 * whole + 3 * tile, rel=0.01)
     frame = (pictures.CELL + 12) ** 2 - (pictures.CELL + 2) ** 2

@@ -266,9 +266,8 @@ def test_fewer_items_than_processes(catalogue, monkeypatch):
     parts = []
 
     def embed(processes):
-        return evaluate.embed(
-            lambda batch: batch["image"][:, :, 9, 9], evaluate.image_items(paths), None, config, processes
-        )
+        items = [{"image": path} for path in paths]
+        return evaluate.embed(lambda batch: batch["image"][:, :, 9, 9], items, None, config, processes)
 
     def keep(rows):
         parts.append(rows)
