@@ -104,11 +104,8 @@ def vocabulary(config, trained=None):
     Raises InputError, also where `config.vocab` is not `trained` and where BERT reads texts otherwise than we do."""
     if config.vocab:
         text = _vocab_text(Path(config.vocab))
-        pairs = itertools.zip_longest(text.splitlines(), (trained or text).splitlines())
-        for number, (word, theirs) in enumerate(pairs):
-            if word != theirs:
-                found = f"token {number} is {word!r}, but {theirs!r} in the checkpoint's vocabulary"
-                raise InputError(f"vocab: {config.vocab}: {found}; leave --vocab out to take that one")
+        if trained is not None:
+            _check_words(f"vocab: {config.vocab}", text, trained, "the checkpoint's vocabulary")
     elif trained is not None:
         return trained
     else:
@@ -117,9 +114,26 @@ def vocabulary(config, trained=None):
         if not places or (config.bert and Path(config.bert).is_dir()):
             places = [find_file(config.bert, "vocab.txt", "tokenizer.json")]
         text = _vocab_text(places[0])
-    if config.bert:  # "" is bert-base-uncased, which is known
-        check_tokenizer(config.bert, text.rstrip("\n").count("\n") + 1)
+    # "" is bert-base-uncased, which is known. A random start takes only the sizes of a BERT.
+    if config.bert and vars(config).get("init") != "random":
+        for name in ("vocab.txt", "tokenizer.json"):
+            path = find_file(config.bert, name, optional=True)
+            if path and (name == "vocab.txt" or "vocab" in (read_json(path).get("model") or {})):
+                _check_words("vocab", text, _vocab_text(path), path)
+        check_tokenizer(config.bert, _words(text))
     return text
+
+
+def _words(text):
+    return text.rstrip("\n").split("\n")
+
+
+def _check_words(what, text, expected, place):
+    """Raise InputError where two texts of vocab.txt do not have the same words in the same order."""
+    for number, (word, theirs) in enumerate(itertools.zip_longest(_words(text), _words(expected))):
+        if word != theirs:
+            found = f"token {number} is {word!r}, but {theirs!r} in {place}"
+            raise InputError(f"{what}: {found}; leave --vocab out to take that one")
 
 
 def _vocab_text(path):
@@ -141,8 +155,8 @@ def _vocab_text(path):
     return text
 
 
-def check_tokenizer(bert, n_words):
-    """Raise InputError where BERT's own files say that texts are read otherwise than by our tokenizer of `n_words`."""
+def check_tokenizer(bert, words):
+    """Raise InputError where BERT's own files say that texts are read otherwise than by our tokenizer of `words`."""
     names = ("config.json", "tokenizer_config.json", "tokenizer.json", "added_tokens.json")
     for path in filter(None, [find_file(bert, name, optional=True) for name in names]):
         content = read_json(path)
@@ -154,13 +168,13 @@ def check_tokenizer(bert, n_words):
             added = content if path.name == "added_tokens.json" else {}
             added |= {token["content"]: token["id"] for token in content.get("added_tokens", [])}
             added |= {token["content"]: int(i) for i, token in content.get("added_tokens_decoder", {}).items()}
-            new = {token: number for token, number in added.items() if number >= n_words}
+            new = {token: number for token, number in added.items() if [token] != words[number : number + 1]}
         for key, allowed in TOKENIZER.items():
             if key in said and said[key] not in allowed:
                 found = f"found {shown(said[key])}, expected {allowed[-1]!r}"
                 raise InputError(f"{path}: {key}: {found}: our tokenizer is lower-case WordPiece; take an uncased BERT")
         for token, number in new.items():
-            found = f"found number {number}, expected less than the vocabulary's {n_words} words"
+            found = f"found number {number}, expected that of the same word among the vocabulary's {len(words)} words"
             raise InputError(f"{path}: added token {shown(token)}: {found}; take a BERT without added tokens")
 
 

@@ -263,8 +263,10 @@ def evaluate_polyvore(model, tokenizer, config, processes):
     paths = [path for outfit in every for path, _ in [*outfit["items"], outfit["blank_item"]]]
     broken = photos.leave_out(paths, config, f"Polyvore {config.split} test")
     rows = [o for o in every if not {path for path, _ in [*o["items"], o["blank_item"]]} & broken]
-    # The gallery has every blank once, also the blanks of rows marked as fake, which are no queries.
-    blanks = {row["blank"]: row["blank_item"] for row in rows}
+    # The gallery has every blank once, also the blanks of rows that are no queries: they are marked as fake, or the
+    # image of another item is missing.
+    every_blank = {row["blank"]: row["blank_item"] for row in every}
+    blanks = {name: item for name, item in every_blank.items() if item[0] not in broken}
     outfits = [row for row in rows if not row["fake"]]
     how = (tokenizer, config, processes, True)
     blank_items = [{"image": path, "name": name} for name, (path, _) in blanks.items()]
@@ -276,6 +278,7 @@ def evaluate_polyvore(model, tokenizer, config, processes):
     target = torch.tensor([place[outfit["blank"]] for outfit in outfits])
     result = outfit_retrieval(queries, target, blank, blank_id, category)
     result.counts["outfits_left_out"] = len(every) - len(rows)  # rows marked as fake included
+    result.counts["gallery_left_out"] = len(every_blank) - len(blanks)
     shown = [{"image": [path for path, _ in o["items"]], "text": "what goes with these?"} for o in outfits]
     result.rankings.append(Ranking(shown, blank_items, queries, blank, target, blank_id, (category[target], category)))
     yield f"{config.split}, same category", result
@@ -357,6 +360,8 @@ def evaluate_checkpoint(path, config, processes):
     if str(path).endswith(".npz"):
         return dict(run_other(OtherModel(path), config, processes))
     model, info = checkpoint.load_model(path, processes.device, evaluation.needs)
+    if "recognition" in evaluation.needs and info["task"] not in (None, config.task):
+        raise InputError(f"{path}: was trained for {info['task']}; set --task={info['task']}, not {config.task}")
     checkpoint.check_labels(path, info["labels"], annotations.label_names(config.data_root, config.task))
     config = as_trained(config, info["config"])
     tokenizer = None
@@ -372,6 +377,7 @@ def report(results, config, device, path, out, seconds, baseline=None, intervals
     baseline: {protocol: Result} of another checkpoint on the same queries; adds the difference and its interval."""
     rows = {"task": config.task, "checkpoint": str(path), "seed": config.seed, "seconds": round(seconds, 1)}
     rows |= {"dtype": config.dtype, "device": common.device_name(device)}
+    lines = []
     for protocol, result in results.items():
         interval_of = partial(metrics.bootstrap, result.metrics_of, result.outcomes, seed=config.seed)
         more = {}  # further columns
@@ -384,16 +390,16 @@ def report(results, config, device, path, out, seconds, baseline=None, intervals
         rows[protocol] = {"metrics": result.metrics, "chance": result.chance, **more, "counts": result.counts}
         counts = {k: v for k, v in result.counts.items() if v or not k.endswith("_left_out")}
         counts = ", ".join(f"{name} {value:g}" for name, value in counts.items())
-        print(f"\n{config.task}, {protocol} ({counts}; seed {config.seed}; {path})")
-        print(f"{'%':>16} {'value':>7} {'chance':>7}", *(f"{name.replace('_', ' '):>19}" for name in more))
+        lines.append(f"\n{config.task}, {protocol} ({counts}; seed {config.seed}; {path})")
+        lines.append(" ".join([f"{'%':>16} {'value':>7} {'chance':>7}", *(f"{x.replace('_', ' '):>19}" for x in more)]))
         for name, value in result.metrics.items():
             line = f"{name:>16} {100 * value:7.1f} {100 * result.chance[name]:7.1f}"
             for x in (column[name] for column in more.values()):
                 text = f"{100 * x[0]:.1f} to {100 * x[1]:.1f}" if isinstance(x, tuple) else f"{100 * x:+.1f}"
                 line += f" {text:>19}"
-            print(line)
-    write_json(out, rows)
-    print(f"written: {out}")
+            lines.append(line)
+    write_json(out, rows)  # first, for whoever reads what is printed may close the pipe
+    print(*lines, f"written: {out}", sep="\n")
 
 
 def main():

@@ -34,6 +34,8 @@ def reading(path, problem):
         raise
     except Exception as error:
         cause = f"{shown(error.args[0])} is missing" if isinstance(error, KeyError) else cause_of(error)
+        if isinstance(error, UnicodeEncodeError):
+            cause = "its name has bytes that are no UTF-8; rename it"
         said = not_the_file(path) or f"{problem}: {cause}"
         raise InputError(f"{path}: {said}") from None
 

@@ -178,6 +178,7 @@ def train(config, processes):
 
         for micro, batch in enumerate(batches):
             # The loss of one micro-batch, then its gradients, averaged over processes in the last micro-batch.
+            run.skipped_images += int(batch["skipped"].sum())
             batch = data.to_device(batch, device)
             with common.averaging(ddp, micro == config.grad_accum - 1):
                 with common.autocast(device, config.dtype):

@@ -30,6 +30,7 @@ from files import reading, replacing, shown, write_json, writing
 from settings import InputError
 
 ASK_EVERY = 10  # updates
+VALIDATION = {"data_root", "missing", "image_size", "max_tokens", "split", "gallery"}  # settings that change its values
 # SIGHUP is a closed terminal. SLURM sends SIGTERM, or before the end of the time what its --signal says, often SIGUSR1.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -70,6 +71,9 @@ class Run:
             {"words": run.get("vocab", "").splitlines(), **run.get("labels", {})} for run in (state, self.contents)
         )
         checkpoint.check_labels(path, theirs, ours)
+        if state.get("task") != self.contents.get("task"):
+            found = f"a run of task {state.get('task')}, expected {self.contents.get('task')}"
+            raise InputError(f"{path}: {found}; set another --out_dir, or --init={path} to start from its weights")
         rates = [(group["base_lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         with reading(path, "cannot be resumed"):
             self.model.load_state_dict(state["model"])
@@ -80,17 +84,19 @@ class Run:
                 raise ValueError(f"{state['step']} updates done, but max_steps is {config.max_steps}")
         for group, (base_lr, decay) in zip(self.optimizer.param_groups, rates, strict=True):
             group["base_lr"], group["weight_decay"] = base_lr, decay
-        self.report, now = [f"{path}: resumed after update {state['step']}"], vars(config)
-        for name, value in state.get("config", {}).items():
-            if name in now and now[name] != value and name not in ("out_dir", "resume"):
-                self.report.append(f"resume: {name} was {shown(value)}, is {shown(now[name])} from here on")
+        now = {name: value for name, value in vars(config).items() if name not in ("out_dir", "resume")}
+        changed = {name: value for name, value in state.get("config", {}).items() if now.get(name, value) != value}
+        self.report = [f"{path}: resumed after update {state['step']}"]
+        for name, value in changed.items():
+            self.report.append(f"resume: {name} was {shown(value)}, is {shown(now[name])} from here on")
         self.start, self.best = state["step"], state.get("best", -1.0)
         if "n_items" in state:
             self.contents["n_items"] = state["n_items"]
         self.validating = state.get("validation_due", False)  # the run ended while it validated
         # The best model so far comes along from another run folder. Where it is gone, a validation finds a new one.
         self.older_best = path.with_name("best.pt" + path.name.partition("last.pt")[2])  # of last.pt.before, too
-        if self.best > -1 and not self.older_best.exists():
+        # Values of other data or other images cannot be compared, so then, too, the best model is sought anew.
+        if self.best > -1 and (VALIDATION & changed.keys() or not self.older_best.exists()):
             self.best, self.validating = -1.0, config.eval_interval >= 0
         for name, value in state.get("lasting", {}).items():
             self.lasting[name].copy_(value)

@@ -68,10 +68,10 @@ def _parse(text, kind, where):
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if kind is tuple:
             # a bare name such as FashionGen is a text; everything else is a literal
-            parts = [part for part in text.split(",") if part]
+            parts = [part.strip() for part in text.split(",") if part.strip()]
             return tuple(part if part.isidentifier() else ast.literal_eval(part) for part in parts)
         if kind is dict:
-            pairs = [part.partition(":") for part in text.split(",") if part]
+            pairs = [part.strip().partition(":") for part in text.split(",") if part.strip()]
             return {name: float(value) if colon else 1.0 for name, colon, value in pairs}
         return kind(text)
     except (ValueError, KeyError, SyntaxError):
@@ -147,8 +147,9 @@ def load_config(cls, argv=None, description="", files=None):
     kinds = typing.get_type_hints(cls)
     given, unknown = _build_parser(cls, kinds, description).parse_known_args(argv)
     for word in (given.config or "", *unknown):
-        if word.partition("=")[0] in kinds and "=" in word:
-            raise InputError(f"found {word!r}, expected two dashes before a setting: --{word}")
+        name = word.lstrip("-–—").partition("=")[0].strip().replace("-", "_").lower()
+        if name in kinds and (word != name or "=" in unknown):
+            raise InputError(f"found {word!r}, expected two dashes before a setting and no spaces: --{name}=VALUE")
     if unknown:
         raise InputError(_unknown(unknown[0].lstrip("-").partition("=")[0], kinds))
     given = vars(given)

@@ -426,10 +426,20 @@ def test_byte_order_marks_are_no_content(tmp_path):
     assert bert.vocabulary(config).startswith("[PAD]")
 
 
-@pytest.mark.parametrize("argv", [["max_steps=3"], ["configs/demo.py", "max_steps=3"]])
-def test_a_setting_without_dashes(argv):
-    with pytest.raises(InputError, match="found 'max_steps=3', expected two dashes before a setting: --max_steps=3"):
-        settings.load_config(pretrain.PretrainConfig, argv)
+@pytest.mark.parametrize("word", ["max_steps=3", "-max_steps=3", "\u2014-max_steps=3", "--max-steps=3", "MAX_STEPS=3"])
+@pytest.mark.parametrize("argv", [[], ["configs/demo.py"]])
+def test_a_setting_that_is_spelled_otherwise(argv, word):
+    with pytest.raises(InputError, match=f"found '{word}', expected two dashes .* no spaces: --max_steps=VALUE"):
+        settings.load_config(pretrain.PretrainConfig, [*argv, word])
+    with pytest.raises(InputError, match="found 'max_steps', expected two dashes .* no spaces: --max_steps=VALUE"):
+        settings.load_config(pretrain.PretrainConfig, [*argv, "max_steps", "=", "3"])
+
+
+def test_names_may_have_spaces_between_them():
+    config = settings.load_config(
+        pretrain.PretrainConfig, ["--sets=FashionGen, BigFACAD", "--objectives=itc:0.5, mlm:0.5"]
+    )
+    assert config.sets == ("FashionGen", "BigFACAD") and config.objectives == {"itc": 0.5, "mlm": 0.5}
 
 
 def test_a_run_folder_that_was_named_keeps_its_name():

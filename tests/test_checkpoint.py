@@ -346,8 +346,9 @@ def test_real_minilm_weights(tmp_path):
     assert torch.equal(model.bert.pooler["dense"].weight, weight("pooler.dense.weight"))
 
 
-def vocabulary(trained=None, vocab="", bert_folder="", data_root="none"):
-    return bert.vocabulary(SimpleNamespace(vocab=str(vocab), bert=str(bert_folder), data_root=str(data_root)), trained)
+def vocabulary(trained=None, vocab="", bert_folder="", data_root="none", init="pretrained"):
+    settings = {"vocab": str(vocab), "bert": str(bert_folder), "data_root": str(data_root), "init": init}
+    return bert.vocabulary(SimpleNamespace(**settings), trained)
 
 
 def image_part(model):
@@ -361,7 +362,7 @@ def write_safetensors(path, tensors, edit=None):
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, tensor in tensors.items():
         raw = tensor.contiguous().numpy().tobytes()
-        kind = {torch.float32: "F32", torch.int64: "I64", torch.float16: "F16"}[tensor.dtype]
+        kind = next(name for name, dtype in checkpoint.SAFETENSORS.items() if dtype == tensor.dtype)
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(raw)]}
         data += raw
     text = json.dumps(edit(header) if edit else header).encode()
@@ -557,14 +558,16 @@ def test_vocabulary_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda bert, name: fake_hub(name, {"vocab.txt": hub}))
     setting, of_bert, *others = places
     arguments = {"bert_folder": of_bert.parent, "data_root": data_root}
-    assert vocabulary(vocab=setting, **arguments) == setting.read_text()
+    assert vocabulary(vocab=setting, data_root=data_root) == setting.read_text()
+    with pytest.raises(InputError, match="vocab: token 1 is '.*', but 'bert' in .*bert/vocab.txt; leave --vocab out"):
+        vocabulary(vocab=setting, **arguments)
     trained = start_from(saved(tmp_path / "pre.pt", small())).vocab
     assert vocabulary(trained, **arguments) == trained == "[PAD]\n[UNK]\n"
     assert vocabulary(**arguments) == of_bert.read_text()
     checkpoint.save(tmp_path / "none.pt", {"kind": "fashionvil", "model": small().state_dict()})
     assert start_from(tmp_path / "none.pt").vocab is None
     for place in others:
-        assert vocabulary(bert_folder="name/on-the-hub", data_root=data_root) == place.read_text()
+        assert vocabulary(bert_folder="name/on-the-hub", data_root=data_root, init="random") == place.read_text()
         assert vocabulary(data_root=data_root) == place.read_text()
         place.unlink()
     with pytest.raises(InputError, match="none.txt: no WordPiece vocabulary: No such file"):
@@ -904,6 +907,7 @@ def test_broken_safetensors(tmp_path, bad, says):
 
 def test_safetensors_types(tmp_path):
     tensors = {"a": torch.randn(2, 3), "b": torch.arange(3), "c": torch.ones(()).half(), "d": torch.ones(0, 4)}
+    tensors |= {"e": torch.arange(5, dtype=torch.int32), "f": torch.tensor([True, False]), "g": torch.randn(2).double()}
     write_safetensors(tmp_path / "a.safetensors", tensors)
     assert same(checkpoint.read_safetensors(tmp_path / "a.safetensors"), tensors)
 
@@ -1044,7 +1048,17 @@ NORMALIZER = {"type": "BertNormalizer", "lowercase": True, "strip_accents": None
             "'x': found number 3, .* vocabulary's 3 words",
         ),
         ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"content": "x"}}}, "'x': found number 3, "),
-        ("added_tokens.json", {"x": 3, "y": 4}, "added token 'x': found number 3, expected less than the .* 3 words"),
+        (
+            "added_tokens.json",
+            {"x": 3, "y": 4},
+            "added token 'x': found number 3, expected that of .* 3 words; take a BERT without added tokens",
+        ),
+        ("tokenizer.json", {"added_tokens": [{"id": 1, "content": "x"}]}, "'x': found number 1, "),
+        (
+            "tokenizer.json",
+            {"model": {"vocab": {"[PAD]": 0, "##es": 1, "dress": 2}}},
+            "token 1 is 'dress', but '##es' in ",
+        ),
         ("vocab.txt", "[PAD]\nDress\n", "found the word 'Dress', expected lower-case words alone"),
         (
             "tokenizer_config.json",

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -179,6 +180,57 @@ def test_a_checkpoint_of_another_task_is_refused(catalogue, tmp_path):
     finetune.train(small("fashiongen_category", catalogue, tmp_path, max_steps=1), ONE)
     with pytest.raises(InputError, match="a checkpoint of fashiongen_category"):
         evaluate.evaluate_checkpoint(tmp_path / "best.pt", evaluate_config("fashioniq", catalogue), ONE)
+    # Its classes are other ones, though the head has the same name.
+    with pytest.raises(InputError, match="was trained for fashiongen_category; set --task=fashiongen_category, not"):
+        evaluate.evaluate_checkpoint(tmp_path / "best.pt", evaluate_config("fashiongen_subcategory", catalogue), ONE)
+
+
+def test_a_resume_of_another_task_is_refused(catalogue, tmp_path):
+    finetune.train(small("fashioniq", catalogue, tmp_path, max_steps=1), ONE)
+    with pytest.raises(
+        InputError, match="a run of task fashioniq, expected fashiongen_retrieval; set another --out_dir"
+    ):
+        finetune.train(small("fashiongen_retrieval", catalogue, tmp_path, max_steps=2, resume="auto"), ONE)
+
+
+def test_a_resume_with_another_validation_seeks_the_best_model_anew(catalogue, tmp_path):
+    """Values of two galleries cannot be compared. Else best.pt would stay that of the easier one."""
+    finetune.train(small("fashioniq", catalogue, tmp_path, max_steps=1), ONE)
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    checkpoint.save(
+        tmp_path / "last.pt", {name: value for name, value in last.items() if name != "format"} | {"best": 0.99}
+    )
+    results = finetune.train(small("fashioniq", catalogue, tmp_path, max_steps=1, resume="auto", gallery="val"), ONE)
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best["best"] == pytest.approx(results["gallery val"].metrics["mean_recall"], abs=1e-6)
+
+
+def test_blanks_of_outfits_that_lost_an_image_stay_in_the_gallery(catalogue, tmp_path):
+    """Else one missing image would make the ranking easier."""
+    shutil.copytree(catalogue / "PolyvoreOutfits", tmp_path / "PolyvoreOutfits")
+    finetune.train(small("polyvore", catalogue, tmp_path / "run", max_steps=1), ONE)
+    whole = evaluate_config("polyvore", catalogue, missing="skip")
+    outfits, _ = annotations.load_polyvore(tmp_path, "disjoint", "test")
+    blanks, gone = {outfit["blank_item"][0] for outfit in outfits}, outfits[0]["items"][0][0]
+    Path(gone).unlink()
+    lost = sum(gone in [path for path, _ in [*outfit["items"], outfit["blank_item"]]] for outfit in outfits)
+    assert len({outfit["blank_item"][0] for outfit in outfits if gone in [path for path, _ in outfit["items"]]}) > 0
+    found = [
+        evaluate.evaluate_checkpoint(tmp_path / "run" / "best.pt", config, ONE)["disjoint, same category"].counts
+        for config in (whole, dataclasses.replace(whole, data_root=str(tmp_path)))
+    ]
+    assert [counts["gallery"] for counts in found] == [len(blanks), len(blanks - {gone})]
+    assert [counts["gallery_left_out"] for counts in found] == [0, len(blanks & {gone})]
+    assert found[1]["outfits_left_out"] == lost > 0 and found[0]["outfits_left_out"] == 0
+
+
+def test_the_table_is_written_before_it_is_printed(catalogue, tmp_path):
+    """As for `| head -1`, whose reader closes the pipe early."""
+    finetune.train(small("fashiongen_category", catalogue, tmp_path, max_steps=1), ONE)
+    command = f"{sys.executable} evaluate.py --task=fashiongen_category --checkpoint={tmp_path}/best.pt"
+    command += f" --data_root={catalogue} --workers=0 --out={tmp_path}/table.json | true"
+    subprocess.run(["bash", "-c", command], cwd=ROOT, check=True)
+    assert "every image" in json.loads((tmp_path / "table.json").read_text())
 
 
 def test_readme_snippet(catalogue, tmp_path):
