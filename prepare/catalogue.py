@@ -158,14 +158,24 @@ def label(root, out, config):
 
 
 def check_columns(table, config):
-    """Raise InputError where the settings name a column that the `Table` lacks."""
+    """Raise InputError where the settings name a column that the `Table` lacks.
+
+    A column of a default's name may be absent, except images and title, but not stand there in another spelling."""
+
+    def plain(column):
+        return column.strip("\ufeff ").casefold()
+
     for name in COLUMNS:
-        column = getattr(config, name)
-        fields = re.findall(FIELD, column) if name == "images" and column not in table.columns else []
-        unknown = [field for field in fields or [column] if field not in table.columns]
-        if unknown and (name in ("images", "title") or column != name):
-            cure = f"set --{name}=COLUMN" + " or --images='images/{COLUMN}.jpg'" * (name == "images")
-            raise InputError(f"{table.path}: no column {unknown[0]!r}, found {', '.join(table.columns)}; {cure}")
+        value = getattr(config, name)
+        fields = re.findall(FIELD, value) if name == "images" and value not in table.columns else []
+        for column in [column for column in fields or [value] if column not in table.columns]:
+            similar = [other for other in table.columns if plain(other) == plain(column)]
+            if similar:
+                value = value.replace(f"{{{column}}}", f"{{{similar[0]}}}") if fields else similar[0]
+                raise InputError(f"{table.path}: no column {column!r}, but {similar[0]!r}; set --{name}={value!r}")
+            if name in ("images", "title") or value != name:
+                cure = f"set --{name}=COLUMN" + " or --images='images/{COLUMN}.jpg'" * (name == "images")
+                raise InputError(f"{table.path}: no column {column!r}, found {', '.join(table.columns)}; {cure}")
 
 
 def check_photo(path, photos, image_size):

@@ -6,6 +6,7 @@ import ast
 import codecs
 import csv
 import glob
+import html
 import io
 import json
 import os
@@ -60,11 +61,16 @@ class _Text(HTMLParser):
 
 def plain_text(text):
     """Text without HTML's tags and entities, its white space as single spaces."""
-    if re.search(r"<[a-zA-Z/!][^<>]*>|&#?\w+;", text):
-        parser = _Text()
-        parser.feed(text)
-        parser.close()
-        text = "".join(parser.parts)
+    text = re.sub(r"(\\+[rnt])+", " ", text)  # WooCommerce writes the end of a line as a backslash and an n
+    for _ in range(3):  # feeds escape their HTML once or twice
+        text = re.sub(r"<!\[CDATA\[|\]\]>|<[a-zA-Z]+\s[^<>]*=[^<>]*$", " ", text)  # the last: a tag that is cut off
+        if re.search(r"<[a-zA-Z/!][^<>]*>", text):
+            parser = _Text()
+            parser.feed(text)
+            parser.close()
+            text = "".join(parser.parts)
+        else:
+            text = re.sub(r"&#?\w+;", lambda entity: html.unescape(entity[0]), text)
     return " ".join(text.split())
 
 
@@ -86,7 +92,7 @@ def read_text(path):
         problem = f"found a zero character, which no text has; {cure}"
     if problem:
         raise InputError(f"{path}: {problem}")
-    return text
+    return text.lstrip("\ufeff")  # a file that was saved twice may have the mark of UTF-8 twice
 
 
 def guess_separator(first_line):

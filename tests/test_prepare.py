@@ -135,7 +135,34 @@ def test_html_becomes_text():
     assert plain_text(body) == "red dress & belt soft silk"
     assert plain_text("<style>p {color: red}</style>one<br/>two<!-- three -->") == "one two"
     assert plain_text("length < 90 cm, A&B,\n width > 3") == "length < 90 cm, A&B, width > 3"
-    assert plain_text("caf&eacute; &#39;s &lt;b&gt;") == "café 's <b>"
+    assert plain_text("caf&eacute; &#39;s A&not B a<b and c &amp; d") == "café 's A&not B a<b and c & d"
+
+
+@pytest.mark.parametrize(
+    "text, plain",
+    [
+        # escaped once and twice, as feeds and Magento write it
+        ("&lt;p&gt;red &lt;b class=&quot;x&quot;&gt;dress&lt;/b&gt;&lt;/p&gt;", "red dress"),
+        ("&amp;lt;p&amp;gt;red&amp;amp;nbsp;dress &amp;amp;amp; belt&amp;lt;/p&amp;gt;", "red dress & belt"),
+        # Google's feeds
+        ("<![CDATA[red dress]]>", "red dress"),
+        ("<![CDATA[<p>red</p> dress]]>", "red dress"),
+        ("&lt;![CDATA[red dress]]&gt;", "red dress"),
+        # WooCommerce
+        (r"soft silk\nline two\r\n\r\nline\tthree", "soft silk line two line three"),
+        (r"soft silk\\nline two", "soft silk line two"),
+        # cut off by the shop
+        ('red dress <span style="font', "red dress"),
+        ("<p>red dress <a\nhref=", "red dress"),
+        ("&lt;p&gt;red dress&lt;/p&gt;&lt;span style=&quot;font", "red dress"),
+        # no markup
+        ("length < 90", "length < 90"),
+        ("a<b and c", "a<b and c"),
+        ("A&B", "A&B"),
+    ],
+)
+def test_markup_as_shops_write_it(text, plain):
+    assert plain_text(text) == plain
 
 
 def test_shop_export_with_texts_on_the_first_row_alone(tmp_path):
@@ -202,6 +229,11 @@ LINES = '{"id": 1, "images": "photos/1.jpg", "title": "red dress"},\n'
         ("id\timages\ttitle\r\n1\tphotos/1.jpg\tred dress\r\n", RED, {"encoding": "utf-16"}),
         ("id\timages\ttitle\n1\tphotos/1.jpg\tred dress\n", RED, {"name": "shop.tsv"}),
         ("id|images|title\r1|photos/1.jpg|red dress\r", RED, {}),
+        (
+            '\ufeff\ufeffid,images,title\n2,photos/2.jpg,"blue hat, wool"\n1,photos/1.jpg,red dress\n',
+            RED_AND_BLUE,
+            {"encoding": "utf-8-sig"},
+        ),
         # quotes and spaces
         ('id, images , title\n1, photos/1.jpg, red dress\n\n2, photos/2.jpg, "blue hat, wool"\n', RED_AND_BLUE, {}),
         ('id,images,title\n1,photos/1.jpg,red 5" heel\n', {"1": ('red 5" heel', ["photos/1.jpg"])}, {}),
@@ -609,6 +641,36 @@ def test_templates_and_columns_that_are_not_there(tmp_path):
         with pytest.raises(InputError) as error:
             products.read_products(config(products=str(tmp_path / "a.csv"), images=images), tmp_path / "temporary")
         assert str(error.value) == f"{tmp_path}/a.csv: no column {column!r}, found id, title{cure}"
+
+
+@pytest.mark.parametrize(
+    "name, columns, given, message",
+    [
+        ("a.csv", "ID,title,images", {}, "no column 'id', but 'ID'; set --id='ID'"),
+        ("a.csv", "id,Title,images", {}, "no column 'title', but 'Title'; set --title='Title'"),
+        (
+            "a.csv",
+            "Title,Images,Description,Category",
+            {"title": "Title", "images": "Images"},
+            "no column 'description', but 'Description'; set --description='Description'",
+        ),
+        ("a.csv", "id,title,images,KIND", {"category": "kind"}, "no column 'kind', but 'KIND'; set --category='KIND'"),
+        (
+            "a.csv",
+            "ID,title",
+            {"images": "a/{id}.jpg", "id": "ID"},
+            "no column 'id', but 'ID'; set --images='a/{ID}.jpg'",
+        ),
+        ("a.csv", "title,images,\ufeffid", {}, r"no column 'id', but '\ufeffid'; set --id='\ufeffid'"),
+        ("a.jsonl", " id,title,images", {}, "no column 'id', but ' id'; set --id=' id'"),
+    ],
+)
+def test_columns_of_another_spelling(tmp_path, name, columns, given, message):
+    row = dict.fromkeys(columns.split(","), "1")
+    (tmp_path / name).write_text(f"{columns}\n" if name == "a.csv" else json.dumps(row))
+    with pytest.raises(InputError) as error:
+        products.read_products(config(products=str(tmp_path / name), **given), tmp_path / "temporary")
+    assert str(error.value) == f"{tmp_path / name}: {message}"
 
 
 def make_sizes(folder, photos, title="red dress"):
