@@ -61,6 +61,7 @@ class _Text(HTMLParser):
 
 def plain_text(text):
     """Text without HTML's tags and entities, its white space as single spaces."""
+    text = text.encode("utf-8", "replace").decode()  # half an emoji, which JSON may hold, cannot be written to a file
     text = re.sub(r"(\\+[rnt])+", " ", text)  # WooCommerce writes the end of a line as a backslash and an n
     for _ in range(3):  # feeds escape their HTML once or twice
         text = re.sub(r"<!\[CDATA\[|\]\]>|<[a-zA-Z]+\s[^<>]*=[^<>]*$", " ", text)  # the last: a tag that is cut off
@@ -295,35 +296,39 @@ def read_list(text):
     raise ValueError(f"images: found {text!r:.60}, expected a list of file names")
 
 
-def image_names(row, config):
-    """The names of a row's images, from its column or by a template such as images/{id}.jpg. Raises ValueError."""
-
-    def fill(field):
-        if row.get(field[1]) in (None, ""):
-            raise ValueError(f"column {field[1]!r} is empty, and --images needs it")
-        return str(row[field[1]])
-
-    if config.images not in row and "{" in config.images:
-        return [re.sub(FIELD, fill, name) for name in config.images.split(config.separator)]
-    names = row.get(config.images) or []
-    if isinstance(names, str) and re.fullmatch(r"\s*\[.*\]\s*", names, re.S):
-        names = read_list(names.strip())
-    names = names.split(config.separator) if isinstance(names, str) else names
+def split_names(cell, separator):
+    """The names in a cell: text with separators between them, or a list, also as text. Raises ValueError on others."""
+    if isinstance(cell, str) and re.fullmatch(r"\s*\[.*\]\s*", cell, re.S):
+        cell = read_list(cell.strip())
+    names = cell.split(separator) if isinstance(cell, str) else cell or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"images: found {names!r:.60}, expected file names")
     return [name.strip() for name in names if name.strip()]
 
 
+def image_names(row, config):
+    """The names of a row's images, from its column or by a template such as images/{id}.jpg. Raises ValueError.
+
+    A template is filled with each name of a cell. It gives none where its cell is empty."""
+    if config.images in row or "{" not in config.images:
+        return split_names(row.get(config.images), config.separator)
+    names = config.images.split(config.separator)
+    for column in re.findall(FIELD, config.images):
+        field, cell = f"{{{column}}}", row.get(column)
+        values = split_names(str(cell) if isinstance(cell, (int, float)) else cell, config.separator)
+        names = [name.replace(field, value) for name in names for value in (values if field in name else [""])]
+    return [name.strip() for name in names]
+
+
 def image_file(name, folder, separator):
     """The path of an image that a row names. Raises ValueError on an address and where it says more than open_image."""
     check_printable(name, "images")
-    path = folder / name
-    if os.path.exists(path):
-        return path
+    path, unix = folder / name, name.replace("\\", "/")  # Windows writes backslashes
+    for place in (path, folder / unix, folder / unix.lstrip("/")):  # Magento begins a path in its folder with a slash
+        if os.path.exists(place):
+            return place
     if re.match(r"([a-z]+:)?//|data:", name, re.I):
         raise ValueError(f"images: {name!r:.80} is an address; download first, and write the name of the file there")
-    if os.path.exists(folder / name.replace("\\", "/")):  # written on Windows
-        return folder / name.replace("\\", "/")
     if re.match(r"[a-z]:[\\/]", name, re.I):
         raise ValueError(f"images: {name!r:.80} is a path of another computer; write it as seen from --image_folder")
     if re.search(r"[,;|]", name):

@@ -241,6 +241,20 @@ LINES = '{"id": 1, "images": "photos/1.jpg", "title": "red dress"},\n'
         ('id,images,title\n1,"[""photos\\/1.jpg"", ""photos/2.jpg""]",red\n', "both", {}),
         ("id;images;title\n1;['photos/1.jpg', 'photos/2.jpg'];red\n", "both", {}),
         ("id,images,title\n1, photos/1.jpg ;photos/2.jpg;,red\n", "both", {}),
+        # Magento: paths in its folder of media, further images in a column that may be empty
+        ('id;images;title\n1;"/photos/1.jpg;/photos/2.jpg";red\n', "both", {}),
+        (
+            'id,base,more,title\n1,/1.jpg,"/1.jpg,/2.jpg",red\n',
+            "both",
+            {"images": "photos/{base},photos/{more}", "separator": ","},
+        ),
+        ("id,base,more,title\n1,photos/1.jpg,,red dress\n", RED, {"images": "{base};{more}"}),
+        ("id,base,more,title\n1,,1.jpg;2.jpg,red\n", "both", {"images": "{base};photos/{more}"}),
+        (
+            '{"id": 1, "base": "1", "more": ["2"], "title": "red"}',
+            "both",
+            {"images": "photos/{base}.jpg;photos/{more}.jpg", "name": "a.jsonl"},
+        ),
         # Windows
         ("id,images,title\n1,photos\\1.jpg;.\\photos\\2.jpg,red\n", "both", {}),
         # a template
@@ -253,6 +267,7 @@ LINES = '{"id": 1, "images": "photos/1.jpg", "title": "red dress"},\n'
         ('{"id": 1, "images": "photos/1.jpg", "title": "red dress", "description": NaN}', RED, {"name": "shop.jsonl"}),
         # Shopify: a size without a photo of its own
         ("id,title,images,size\n1,red,photos/1.jpg,S\n1,,photos/2.jpg,M\n1,,,L\n", "both", {}),
+        ("id,title,images,size\n1,red,,S\n1,,photos/1.jpg,M\n1,,photos/2.jpg,L\n", "both", {}),
     ],
 )
 def test_exports_that_are_read(tmp_path, text, found, settings):
@@ -260,6 +275,50 @@ def test_exports_that_are_read(tmp_path, text, found, settings):
         photo(tmp_path / "photos" / f"{name}.jpg")
     found = {"1": ("red", ["photos/1.jpg", "photos/2.jpg"])} if found == "both" else found
     assert read_shop(tmp_path, text, **settings) == (found, [])
+
+
+ROWS_OF_ONE_ID = """id,title,images,description,category
+1,red dress,,,
+2,,b.jpg,,Hats
+3,,,wool,
+1,,a.jpg,soft silk,
+2,blue hat,,,hats
+1,Red Dress,a.jpg;b.jpg,other silk,dresses
+2,,b.jpg,,shoes
+2,green hat,b.jpg,,
+4,grey shoe,,,
+"""
+
+
+def test_texts_and_photos_on_any_row_of_a_product(tmp_path):
+    for name in "ab":
+        photo(tmp_path / f"{name}.jpg")
+    (tmp_path / "shop.csv").write_text(ROWS_OF_ONE_ID)
+    items, faults = products.read_products(config(products=str(tmp_path / "shop.csv")), tmp_path / "temporary")
+    texts = [(item["id"], item["title"], item["description"], item["category"]) for item in items]
+    assert texts == [("1", "red dress", "soft silk", "dresses"), ("2", "blue hat", "", "Hats")]
+    assert [[path.name for path in item["images"]] for item in items] == [["a.jpg", "b.jpg"], ["b.jpg"]]
+    other = "rows of one id are one product"
+    assert [fault.removeprefix(f"{tmp_path}/shop.csv: ") for fault in faults] == [
+        f"row 7: id 2 stood before with another category; {other}",
+        f"row 8: id 2 stood before with another title; {other}",
+        f"row 3: title and images: {EMPTY}",
+        f"row 9: images: {EMPTY}",
+    ]
+
+
+def test_half_an_emoji(tmp_path):
+    photo(tmp_path / "a.jpg")
+    row = {"images": "a.jpg", "title": "red \ud83d dress", "description": "silk \ude00"}
+    row["category"] = "\ud83d\ude00 hats"  # both halves
+    rows = [{**row, "id": i} for i in range(2)]
+    photo(tmp_path / "b.jpg", 50)
+    rows[1]["images"] = "b.jpg"
+    (tmp_path / "shop.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    products.write_layout(tmp_path / "out", tmp_path / "temporary", config(products=str(tmp_path / "shop.jsonl")))
+    items = [read_json(tmp_path / "out" / "FashionGen" / f"{split}_info.json")[0] for split in ("train", "val")]
+    assert [(item["title"], item["description"]) for item in items] == [("red ? dress", "silk ?")] * 2
+    assert read_json(tmp_path / "out" / "labels.json")["categories"] == ["😀 hats"]
 
 
 def test_absolute_paths_and_odd_names_of_images(tmp_path):
@@ -271,6 +330,7 @@ def test_absolute_paths_and_odd_names_of_images(tmp_path):
     assert not faults and [images for _, images in found.values()] == [[name] for name in [*names, "away/a.jpg"]]
 
 
+EMPTY = "empty; a product needs an id, a title and images"
 STYLES = """id,gender,masterCategory,productDisplayName
 1,Men,Apparel,Red dress
 2,Men,Apparel,Blue hat, wool
@@ -288,7 +348,7 @@ def test_kaggles_styles(tmp_path):
     assert faults == [
         "row 2: 1 more cells than columns; put quotes around a cell that holds the separator",
         f"row 3: {tmp_path}/images/3.jpg: image cannot be read: No such file or directory; replace the file",
-        "row 4: column 'id' is empty, and --images needs it",
+        f"row 4: id: {EMPTY}",
     ]
 
 
@@ -427,8 +487,8 @@ def test_photos_of_the_size_that_training_needs(tmp_path, run_catalogue):
         (lambda i: "a.jpg", "a.jpg"),
         (lambda i: {"bytes": b"no photo", "path": "a.jpg"}, "row 1: image cannot be read: cannot identify image file"),
         (lambda i: {"bytes": b"", "path": "a.jpg"}, "row 1: image cannot be read: cannot identify image file"),
-        (lambda i: {"bytes": None, "path": None}, "row 1: id, title or images: empty"),
-        (lambda i: None, "row 1: id, title or images: empty"),
+        (lambda i: {"bytes": None, "path": None}, f"row 1: images: {EMPTY}"),
+        (lambda i: None, f"row 1: images: {EMPTY}"),
         (lambda i: 5, "row 1: images: found [5], expected file names"),
     ],
 )
@@ -522,7 +582,7 @@ def test_cells_that_stand_for_none(tmp_path, capsys):
     )
     items, faults = products.read_products(config(products=str(tmp_path / "a.csv")), tmp_path / "temporary")
     assert [item["description"] for item in items] == [""] * 5
-    assert faults == [f"{tmp_path}/a.csv: row 6: id, title or images: empty"]
+    assert faults == [f"{tmp_path}/a.csv: row 6: id: {EMPTY}"]
     assert "6 cells such as 'nan' or 'NULL' count as empty" in capsys.readouterr().out
     rows = [
         {"id": 7, "images": "photos/1.jpg", "title": "red", "description": cell} for cell in ("NaN", None, "Nan bread")
