@@ -883,6 +883,41 @@ def test_relabel_in_place_changes_nothing_on_a_fault(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# check_data.py
+
+
+def test_photos_of_the_evaluation_that_pre_training_reads_from_another_set(catalogue, tmp_path):
+    root = shutil.copytree(catalogue, tmp_path / "root")
+    val = read_json(root / "FashionGen" / "val_info.json")
+    train = read_json(root / "BigFACAD" / "train_info.json")
+    photos = [root / "FashionGen" / "val" / name for item in val for name in item["images"]][:8]
+    copies = [root / "BigFACAD" / "images" / f"copy{i}.jpg" for i in range(8)]
+    for source, copy in zip(photos, copies, strict=True):
+        shutil.copyfile(source, copy)
+    train[0]["images"] += [copy.name for copy in copies]
+    write_json(root / "BigFACAD" / "train_info.json", train)
+    item = read_json(root / "PolyvoreOutfits" / "ocir_disjoint_test.json")[0]["blank"]
+    items = read_json(root / "PolyvoreOutfits" / "train_info.json")
+    more = {**items[0], "id": "one more", "images": f"{item}.jpg"}
+    write_json(root / "PolyvoreOutfits" / "train_info.json", [*items, more])
+    blank = root / "PolyvoreOutfits" / "images" / f"{item}.jpg"
+
+    def found(root):
+        report, faults = check_data.check(root)
+        assert not faults
+        # the demo's nondisjoint outfits share items, as the published ones do
+        lines = [line for line in report if not line.startswith("PolyvoreOutfits nondisjoint")]
+        return [line for line in lines if "which pre-training reads" in line]
+
+    reads = "train_info.json, which pre-training reads, such as"
+    assert found(root) == [
+        f"FashionGen: 8 images of val stand in BigFACAD/{reads} {photos[0]} = {copies[0]}",
+        f"PolyvoreOutfits disjoint: 1 images of val stand in PolyvoreOutfits/{reads} {blank} = {blank}",
+    ]
+    assert found(catalogue) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # fashiongen.py
 
 
