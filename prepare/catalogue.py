@@ -297,6 +297,8 @@ def write_layout(root, photos, config):
     print(*faults, sep="\n", end="\n" * bool(faults))
     if faults and not config.skip_faulty:
         raise InputError(f"{config.products}: {len(faults)} faulty rows, listed above; mend them or set --skip_faulty")
+    if not items:
+        raise InputError(f"{config.products}: no product is left, as all rows are faulty; mend those listed above")
     n_val = max(1, round(config.val_share * len(items)))
     if not 0 < config.val_share < 1 or n_val >= len(items):
         raise InputError(f"val_share: found {config.val_share} of {len(items)} products; both splits need products")

@@ -207,6 +207,15 @@ def test_faulty_rows(tmp_path, capsys):
     assert len(found) == 6 and all(len(product.images) == 1 for product in found)
 
 
+def test_a_file_of_faulty_rows_alone(tmp_path):
+    (tmp_path / "shop.csv").write_text("id,images,title\n1,,red hat\n2,gone.jpg,red hat\n")
+    with pytest.raises(InputError) as error:
+        given = config(products=str(tmp_path / "shop.csv"), skip_faulty=True)
+        products.write_layout(tmp_path / "out", tmp_path / "temporary", given)
+    message = "no product is left, as all rows are faulty; mend those listed above"
+    assert str(error.value) == f"{tmp_path}/shop.csv: {message}"
+
+
 def read_shop(folder, text, name="shop.csv", encoding="utf-8", **settings):
     """What `read_products` makes of a file: ({id: (title, names of its images)}, faults after the file's name)."""
     (folder / name).write_text(text, encoding=encoding, newline="")
@@ -217,6 +226,7 @@ def read_shop(folder, text, name="shop.csv", encoding="utf-8", **settings):
 
 RED = {"1": ("red dress", ["photos/1.jpg"])}
 RED_AND_BLUE = {**RED, "2": ("blue hat, wool", ["photos/2.jpg"])}
+JSON = {"name": "shop.json"}
 LINES = '{"id": 1, "images": "photos/1.jpg", "title": "red dress"},\n'
 
 
@@ -235,6 +245,17 @@ LINES = '{"id": 1, "images": "photos/1.jpg", "title": "red dress"},\n'
             {"encoding": "utf-8-sig"},
         ),
         # quotes and spaces
+        ("\n  \nid;images;title\n1;photos/1.jpg;red dress\n", RED, {}),
+        (
+            'id;images;"title, short and long";"size, colour, fit"\n1;photos/1.jpg;red dress;\n',
+            RED,
+            {"title": "title, short and long"},
+        ),
+        (
+            'id;"title, in short,\nand long";images\n1;red dress;photos/1.jpg\n',
+            RED,
+            {"title": "title, in short, and long"},
+        ),
         ('id, images , title\n1, photos/1.jpg, red dress\n\n2, photos/2.jpg, "blue hat, wool"\n', RED_AND_BLUE, {}),
         ('id,images,title\n1,photos/1.jpg,red 5" heel\n', {"1": ('red 5" heel', ["photos/1.jpg"])}, {}),
         # lists in a cell
@@ -262,6 +283,15 @@ LINES = '{"id": 1, "images": "photos/1.jpg", "title": "red dress"},\n'
         ("id,Other No.,title\n1,2,red\n", "both", {"images": "photos/{id}.jpg;photos/{Other No.}.jpg"}),
         ('{"id": 1, "title": "red dress"}', RED, {"images": "photos/{id}.jpg", "name": "shop.jsonl"}),
         # JSON
+        ('{"products": [\n' + LINES.strip()[:-1] + '\n],\n "count": 1}', RED, JSON),
+        ('{"7": {"images": "photos/1.jpg", "title": "red"}}', {"7": ("red", ["photos/1.jpg"])}, JSON),
+        ('{"id": "7", "images": [{"src": "photos/1.jpg"}], "title": "red"}', {"7": ("red", ["photos/1.jpg"])}, JSON),
+        (
+            '[{"id": 1, "images": [{"src": "photos/1.jpg", "width": 9}, {"src": "photos/2.jpg"}], "title": "red"}]',
+            "both",
+            JSON,
+        ),
+        (LINES.replace('"photos/1.jpg"', '{"src": "photos/1.jpg"}') * 2, RED, JSON),
         (LINES + LINES.replace("1", "2").replace("red dress", "blue hat, wool"), RED_AND_BLUE, {"name": "shop.jsonl"}),
         (f"[{LINES.strip()[:-1]}]\n", RED, {"name": "shop.json"}),
         ('{"id": 1, "images": "photos/1.jpg", "title": "red dress", "description": NaN}', RED, {"name": "shop.jsonl"}),
@@ -636,7 +666,8 @@ def test_names_that_differ_in_case_alone_are_one_class(tmp_path, capsys):
         ),
         ("a.jpg|a.jpg", "images: no file '***/a.jpg|a.jpg'; between several images stands --separator (';')"),
         ("[a.jpg]", "images: found '[a.jpg]', expected a list of file names"),
-        ('"[{""src"": ""a.jpg""}]"', "images: found [{'src': 'a.jpg'}], expected file names"),
+        ('"[{""alt"": ""a.jpg""}]"', "images: found [{'alt': 'a.jpg'}], expected file names"),
+        ('"[{""src"": ""//a.b/1.jpg""}]"', "images: '//a.b/1.jpg' is an address; download first, ***"),
         ("[1]", "images: found [1], expected file names"),
     ],
 )
@@ -683,6 +714,10 @@ QUOTE = 'double each quote (") inside a cell, and close each cell that begins wi
             '{"a": 1}\n{"a": \n',
             "line 2: Expecting value: line 1 column 6 (char 5); expected UTF-8, a .csv or one ***",
         ),
+        ("a.csv", "", "the file is empty, expected products"),
+        ("a.csv", "\n \n", "the file is empty, expected products"),
+        ("a.json", "", "the file is empty, expected products"),
+        ("a.json", "{}", "the file is empty, expected products"),
         ("a.json", "[1]", "found a line that is no object, expected products"),
     ],
 )
