@@ -48,6 +48,9 @@ def open_release(path):
         import h5py
     except ImportError:
         raise InputError("h5py: the package is missing, HDF5 files need it; pip install h5py") from None
+    if not Path(path).is_file():
+        cure = "FashionGen's authors give it on request (README, section Data); name the two files by --train and --val"
+        raise InputError(f"{path}: no file there, expected FashionGen's HDF5 file; {cure}")
     try:
         return h5py.File(path, "r")
     except OSError as error:

@@ -93,6 +93,11 @@ def has_photo(release, item):
 def convert(release, folder, link=False, missing="stop"):
     """Write the folder PolyvoreOutfits from the release. Raises InputError on what is missing or does not fit."""
     metadata_path = release / "polyvore_item_metadata.json"
+    names = [f"{split}/{name}.json" for split in SPLITS for name in ("train", "test", "fill_in_blank_test")]
+    for path in [metadata_path, *(release / name for name in names)]:
+        if not path.is_file():
+            cure = "its authors publish it (README, section Data); name its folder by --release"
+            raise InputError(f"{path}: no file there, expected the release of Polyvore Outfits; {cure}")
     metadata, values, used = read_json(metadata_path, dict), {}, {}
     gone = {item for item in metadata if not has_photo(release, item)} if missing == "skip" else set()
 

@@ -1033,6 +1033,16 @@ def test_fashiongen_without_h5py(monkeypatch):
         fashiongen.open_release("train.h5")
 
 
+def test_fashiongen_that_is_not_there(tmp_path, monkeypatch):
+    pytest.importorskip("h5py")
+    flags = [f"--train={tmp_path}/train.h5", f"--val={tmp_path}/val.h5", f"--out={tmp_path}/out"]
+    monkeypatch.setattr(sys, "argv", ["fashiongen.py", *flags])
+    with pytest.raises(InputError) as error:
+        fashiongen.main()
+    cure = "FashionGen's authors give it on request (README, section Data); name the two files by --train and --val"
+    assert str(error.value) == f"{tmp_path}/train.h5: no file there, expected FashionGen's HDF5 file; {cure}"
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -1137,6 +1147,22 @@ def test_polyvore_that_does_not_fit(release, tmp_path):
     with pytest.raises(InputError, match="item 9: key 'category_id'"):
         polyvore.convert(release, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "gone", ["polyvore_item_metadata.json", "disjoint/train.json", "nondisjoint/fill_in_blank_test.json"]
+)
+def test_polyvore_that_is_not_there(release, tmp_path, gone):
+    (release / gone).unlink()
+    cure = "its authors publish it (README, section Data); name its folder by --release"
+    message = f"{release / gone}: no file there, expected the release of Polyvore Outfits; {cure}"
+    with pytest.raises(InputError) as error:
+        polyvore.convert(release, tmp_path / "out")
+    assert str(error.value) == message
+    with pytest.raises(InputError) as error:
+        polyvore.convert(tmp_path / "nowhere", tmp_path / "out")
+    first = tmp_path / "nowhere" / "polyvore_item_metadata.json"
+    assert str(error.value) == message.replace(str(release / gone), str(first))
 
 
 def test_polyvore_without_some_images(release, tmp_path, monkeypatch, capsys):
