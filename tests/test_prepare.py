@@ -1033,6 +1033,15 @@ def test_fashiongen_without_h5py(monkeypatch):
         fashiongen.open_release("train.h5")
 
 
+def test_markup_in_the_texts_of_a_release():
+    release = make_release([(1, "Tees &amp; tops <br>", "TOPS &amp; MORE", "T-SHIRTS")], size=4)
+    (item,), _ = fashiongen.read_products(release, "train")
+    texts = [item[name] for name in ("title", "description", "category")]
+    assert texts == ["Tees & tops", "Tees & tops by Kılıç, in café.", "TOPS & MORE"]
+    row = {"title": "A&amp;B <b>hat</b>", "description": None, "semantic_category": "hats"}
+    assert polyvore.texts(row) == {"title": "A&B hat", "description": "", "semantic_category": "hats"}
+
+
 def test_fashiongen_that_is_not_there(tmp_path, monkeypatch):
     pytest.importorskip("h5py")
     flags = [f"--train={tmp_path}/train.h5", f"--val={tmp_path}/val.h5", f"--out={tmp_path}/out"]
