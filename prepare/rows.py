@@ -137,8 +137,11 @@ def find_products(value, config):
         lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
         if len(lists) == 1:
             return lists[0]
-        if all(isinstance(part, dict) for part in value.values()):
-            return [{config.id: key, **part} for key, part in value.items()]
+        parts = {key: part for key, part in value.items() if isinstance(part, dict)}
+        if any(config.title in part for part in parts.values()) or len(parts) == len(value) > 1:
+            return [{config.id: key, **part} for key, part in parts.items()]
+        if len(parts) == 1:
+            return find_products(*parts.values(), config)
     return value if isinstance(value, list) else [value]
 
 
@@ -204,8 +207,7 @@ def read_parquet(path, config, photos):
 def write_photos(cell, folder, stem):
     """The image cell of a parquet file -> what `image_names` reads: names as they are, of photos their new paths.
 
-    A photo is bytes, or {"bytes": ..., "path": ...} as Hugging Face's data sets have it. A cell may be a list of them.
-    """
+    A photo is bytes, or {"bytes": ..., "path": ...} as in Hugging Face's data sets. A cell may be a list of them."""
     if isinstance(cell, str) or cell is None:
         return cell
     names = []
@@ -225,8 +227,7 @@ def write_photos(cell, folder, stem):
 def find_files(products):
     """The paths of the file `products`, or of the parquet files of a folder or of a pattern such as data/*.parquet.
 
-    Raises InputError where there is none, and where a folder lacks some of the files 00000-of-00003 to 00002-of-00003.
-    """
+    Raises InputError where there is none, and where a folder lacks one of 00000-of-00003 to 00002-of-00003."""
     if not os.path.isdir(products) and ("*" not in products or os.path.exists(products)):
         return [Path(products)]
     is_folder = os.path.isdir(products)

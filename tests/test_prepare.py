@@ -284,7 +284,8 @@ LINES = '{"id": 1, "images": "photos/1.jpg", "title": "red dress"},\n'
         ('{"id": 1, "title": "red dress"}', RED, {"images": "photos/{id}.jpg", "name": "shop.jsonl"}),
         # JSON
         ('{"products": [\n' + LINES.strip()[:-1] + '\n],\n "count": 1}', RED, JSON),
-        ('{"7": {"images": "photos/1.jpg", "title": "red"}}', {"7": ("red", ["photos/1.jpg"])}, JSON),
+        ('{"data": {"products": [' + LINES.strip()[:-1] + "]}}", RED, JSON),
+        ('{"n": 1, "7": {"images": "photos/1.jpg", "title": "red"}}', {"7": ("red", ["photos/1.jpg"])}, JSON),
         ('{"id": "7", "images": [{"src": "photos/1.jpg"}], "title": "red"}', {"7": ("red", ["photos/1.jpg"])}, JSON),
         (
             '[{"id": 1, "images": [{"src": "photos/1.jpg", "width": 9}, {"src": "photos/2.jpg"}], "title": "red"}]',
@@ -757,12 +758,14 @@ def test_templates_and_columns_that_are_not_there(tmp_path):
             "no column 'id', but 'ID'; set --images='a/{ID}.jpg'",
         ),
         ("a.csv", "title,images,\ufeffid", {}, r"no column 'id', but '\ufeffid'; set --id='\ufeffid'"),
+        ("a.json", "Title,images", {}, "no column 'title', but 'Title'; set --title='Title'"),
         ("a.jsonl", " id,title,images", {}, "no column 'id', but ' id'; set --id=' id'"),
     ],
 )
 def test_columns_of_another_spelling(tmp_path, name, columns, given, message):
     row = dict.fromkeys(columns.split(","), "1")
-    (tmp_path / name).write_text(f"{columns}\n" if name == "a.csv" else json.dumps(row))
+    texts = {"a.csv": f"{columns}\n", "a.jsonl": json.dumps(row), "a.json": json.dumps({"1": row, "2": row})}
+    (tmp_path / name).write_text(texts[name])
     with pytest.raises(InputError) as error:
         products.read_products(config(products=str(tmp_path / name), **given), tmp_path / "temporary")
     assert str(error.value) == f"{tmp_path / name}: {message}"
