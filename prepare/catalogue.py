@@ -158,14 +158,24 @@ def label(root, out, config):
 
 
 def check_columns(table, config):
-    """Raise InputError where the settings name a column that the `Table` lacks."""
+    """Raise InputError where the settings name a column that the `Table` lacks.
+
+    A column of a default's name may be absent, except images and title, but not stand there in another spelling."""
+
+    def plain(column):
+        return column.strip("\ufeff ").casefold()
+
     for name in COLUMNS:
-        column = getattr(config, name)
-        fields = re.findall(FIELD, column) if name == "images" and column not in table.columns else []
-        unknown = [field for field in fields or [column] if field not in table.columns]
-        if unknown and (name in ("images", "title") or column != name):
-            cure = f"set --{name}=COLUMN" + " or --images='images/{COLUMN}.jpg'" * (name == "images")
-            raise InputError(f"{table.path}: no column {unknown[0]!r}, found {', '.join(table.columns)}; {cure}")
+        value = getattr(config, name)
+        fields = re.findall(FIELD, value) if name == "images" and value not in table.columns else []
+        for column in [column for column in fields or [value] if column not in table.columns]:
+            similar = [other for other in table.columns if plain(other) == plain(column)]
+            if similar:
+                value = value.replace(f"{{{column}}}", f"{{{similar[0]}}}") if fields else similar[0]
+                raise InputError(f"{table.path}: no column {column!r}, but {similar[0]!r}; set --{name}={value!r}")
+            if name in ("images", "title") or value != name:
+                cure = f"set --{name}=COLUMN" + " or --images='images/{COLUMN}.jpg'" * (name == "images")
+                raise InputError(f"{table.path}: no column {column!r}, found {', '.join(table.columns)}; {cure}")
 
 
 def check_photo(path, photos, image_size):
@@ -196,9 +206,9 @@ def read_products(config, photos):
     """(items, faults) of the files of products: rows of one id joined, images as paths, labels still names.
 
     photos: an empty folder for photos that lie in parquet files and for smaller copies."""
-    items, faults, checked, n_rows, n_no_value = {}, [], {}, 0, 0
-    tables = read_tables(config, photos)
-    for table in tables:
+    items, faults, first_rows, checked, n_rows, n_no_value = {}, [], {}, {}, 0, 0
+    needs = "a product needs an id, a title and images"
+    for table in read_tables(config, photos):
         check_columns(table, config)
         folder = Path(config.image_folder or table.path.parent)
         for number, row in enumerate(tqdm(table.rows, desc="reading", unit="row", disable=None), 1):
@@ -208,21 +218,28 @@ def read_products(config, photos):
                 key, texts = read_row(row, config)
                 if config.id not in table.columns:
                     key = str(n_rows)
+                if not key:
+                    raise ValueError(f"id: empty; {needs}")
                 paths = [image_file(name, folder, config.separator) for name in image_names(row, config)]
-                if key in items and not texts["title"]:  # a shop may write the texts on a product's first row alone
-                    texts = {name: items[key][name] for name in texts}
-                    paths = paths or items[key]["images"]  # a row of another size, without a photo
-                if not (key and texts["title"] and paths):
-                    raise ValueError("id, title or images: empty")
-                if items.get(key, texts)["title"] != texts["title"]:
-                    raise ValueError(f"id {key} stood before with another title; rows of one id are one product")
+                old = items.get(key, texts)
+                for name in ("title", "category", "subcategory"):
+                    if old[name] and texts[name] and old[name].casefold() != texts[name].casefold():
+                        raise ValueError(f"id {key} stood before with another {name}; rows of one id are one product")
                 for path in paths:
                     if path not in checked:
                         checked[path] = check_photo(path, photos, config.image_size)
                 item = items.setdefault(key, {"id": key, "images": [], **texts, "attributes_id": []})
+                # a shop may write the texts and photos of a product on any one of its rows
+                item.update({name: item[name] or text for name, text in texts.items()})
                 item["images"] = list(dict.fromkeys([*item["images"], *(checked[path] for path in paths)]))
+                first_rows.setdefault(key, f"{table.path}: row {number}")
             except ValueError as error:
                 faults.append(f"{table.path}: row {number}: {error}")
+    for key, row in first_rows.items():
+        empty = [name for name in ("title", "images") if not items[key][name]]
+        if empty:
+            faults.append(f"{row}: {' and '.join(empty)}: empty; {needs}")
+            del items[key]
     if not n_rows:
         raise InputError(f"{config.products}: found no product, expected products")
     if n_no_value:
@@ -280,6 +297,8 @@ def write_layout(root, photos, config):
     print(*faults, sep="\n", end="\n" * bool(faults))
     if faults and not config.skip_faulty:
         raise InputError(f"{config.products}: {len(faults)} faulty rows, listed above; mend them or set --skip_faulty")
+    if not items:
+        raise InputError(f"{config.products}: no product is left, as all rows are faulty; mend those listed above")
     n_val = max(1, round(config.val_share * len(items)))
     if not 0 < config.val_share < 1 or n_val >= len(items):
         raise InputError(f"val_share: found {config.val_share} of {len(items)} products; both splits need products")

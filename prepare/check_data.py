@@ -82,7 +82,8 @@ def check(root, workers=1, open_images=True):
     """(report lines, faults) of all that is under `root`: counts of every file, and every fault with file and entry.
 
     Every image is opened once, by `workers` threads. An id in train and in val is a fault. The same image in both is
-    only reported: Polyvore's nondisjoint split and the classes of FashionIQ were published so."""
+    only reported: Polyvore's nondisjoint split and the classes of FashionIQ were published so. So is an image of
+    val that pre-training reads from another set."""
     report, faults, checks, images = [], [], [], collections.defaultdict(dict)
     for source, data_set in annotations.SETS.items():
         checks += [(check_products, source, part, f"{source}/{file}") for part, file in data_set.files.items()]
@@ -108,16 +109,18 @@ def check(root, workers=1, open_images=True):
         if n >= MANY:
             one = min(path for path in keys if keys[path] == key)
             report.append(f"{n} images are one and the same file, such as {one}: what a shop sends for a dead link?")
-    for name in dict.fromkeys(name for name, _ in images):
-        train, val = images[name, True], images[name, False]
-        ids = set(train.values()) & set(val.values())
+    for name in list(dict.fromkeys(name for name, _ in images)):
+        val = images[name, False]
+        ids = set(images[name, True].values()) & set(val.values())
         if ids:
             faults.append(f"{name}: {len(ids)} ids stand in train and in val, such as {min(ids)}")
-        twins = {keys.get(path, path): path for path in train}
-        both = [path for path in val if keys.get(path, path) in twins]
-        if both:
-            twin = twins[keys.get(both[0], both[0])]
-            report.append(f"{name}: {len(both)} images of val stand in train, too, such as {both[0]} = {twin}")
+        for source in dict.fromkeys([name, *annotations.SETS]):  # pre-training reads the train of all of SETS
+            twins = {keys.get(path, path): path for path in images[source, True]}
+            both = [path for path in val if keys.get(path, path) in twins]
+            if both:
+                twin = twins[keys.get(both[0], both[0])]
+                where = "train, too" if source == name else f"{source}/train_info.json, which pre-training reads"
+                report.append(f"{name}: {len(both)} images of val stand in {where}, such as {both[0]} = {twin}")
     return report, list(dict.fromkeys(faults))
 
 

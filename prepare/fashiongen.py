@@ -18,6 +18,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py and data.py stand one folder up
 
 from layout import number_labels, read_labels, write_together, written_aside  # noqa: E402
+from rows import plain_text  # noqa: E402
 
 from ending import run  # noqa: E402
 from settings import InputError, load_config, setting  # noqa: E402
@@ -48,6 +49,9 @@ def open_release(path):
         import h5py
     except ImportError:
         raise InputError("h5py: the package is missing, HDF5 files need it; pip install h5py") from None
+    if not Path(path).is_file():
+        cure = "FashionGen's authors give it on request (README, section Data); name the two files by --train and --val"
+        raise InputError(f"{path}: no file there, expected FashionGen's HDF5 file; {cure}")
     try:
         return h5py.File(path, "r")
     except OSError as error:
@@ -73,7 +77,7 @@ def read_products(release, where):
     products, files = {}, []
     for row, number in enumerate(ids.tolist()):
         if number not in products:
-            words = {name: " ".join(str(column[row], ENCODING).split()) for name, column in texts.items()}
+            words = {name: plain_text(str(column[row], ENCODING)) for name, column in texts.items()}
             products[number] = {"id": number, "images": [], **words, "attributes_id": []}
         images = products[number]["images"]
         images.append(f"{number}_{len(images)}.jpg")

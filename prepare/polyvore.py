@@ -24,6 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py and data.py stand one folder up
 
 from layout import place, write_together, written_aside  # noqa: E402
+from rows import plain_text  # noqa: E402
 
 from annotations import need, read_json  # noqa: E402
 from ending import run  # noqa: E402
@@ -81,7 +82,7 @@ def texts(row):
     """Title (the end of the item's address where it is empty), description and coarse category of a metadata row."""
     row = {**row, "title": row.get("title") or row.get("url_name")}
     keys = ("title", "description", "semantic_category")
-    return {key: " ".join(str(row.get(key) or "").split()) for key in keys}
+    return {key: plain_text(str(row.get(key) or "")) for key in keys}
 
 
 def has_photo(release, item):
@@ -93,6 +94,11 @@ def has_photo(release, item):
 def convert(release, folder, link=False, missing="stop"):
     """Write the folder PolyvoreOutfits from the release. Raises InputError on what is missing or does not fit."""
     metadata_path = release / "polyvore_item_metadata.json"
+    names = [f"{split}/{name}.json" for split in SPLITS for name in ("train", "test", "fill_in_blank_test")]
+    for path in [metadata_path, *(release / name for name in names)]:
+        if not path.is_file():
+            cure = "its authors publish it (README, section Data); name its folder by --release"
+            raise InputError(f"{path}: no file there, expected the release of Polyvore Outfits; {cure}")
     metadata, values, used = read_json(metadata_path, dict), {}, {}
     gone = {item for item in metadata if not has_photo(release, item)} if missing == "skip" else set()
 

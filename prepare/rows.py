@@ -6,6 +6,7 @@ import ast
 import codecs
 import csv
 import glob
+import html
 import io
 import json
 import os
@@ -41,17 +42,15 @@ class _Text(HTMLParser):
 
     def __init__(self):
         super().__init__(convert_charrefs=True)
-        self.parts, self.hidden = [], ""
+        self.parts, self.hidden = [], False
 
     def handle_starttag(self, tag, attributes):
         self.parts.append(" ")
-        if tag in ("style", "script"):
-            self.hidden = tag
+        self.hidden = tag in ("style", "script")  # which hold no other tag
 
     def handle_endtag(self, tag):
         self.parts.append(" ")
-        if tag == self.hidden:
-            self.hidden = ""
+        self.hidden = False
 
     def handle_data(self, text):
         if not self.hidden:
@@ -60,38 +59,37 @@ class _Text(HTMLParser):
 
 def plain_text(text):
     """Text without HTML's tags and entities, its white space as single spaces."""
-    if re.search(r"<[a-zA-Z/!][^<>]*>|&#?\w+;", text):
-        parser = _Text()
-        parser.feed(text)
-        parser.close()
-        text = "".join(parser.parts)
+    text = text.encode("utf-8", "replace").decode()  # half an emoji, which JSON may hold, cannot be written to a file
+    text = re.sub(r"(\\+[rnt])+", " ", text)  # WooCommerce writes the end of a line as a backslash and an n
+    for _ in range(3):  # feeds escape their HTML once or twice
+        text = re.sub(r"<!\[CDATA\[|\]\]>|<[a-zA-Z]+\s[^<>]*=[^<>]*$", " ", text)  # the last: a tag that is cut off
+        if re.search(r"<[a-zA-Z/!][^<>]*>", text):
+            parser = _Text()
+            parser.feed(text)
+            parser.close()
+            text = "".join(parser.parts)
+        else:
+            text = re.sub(r"&#?\w+;", lambda entity: html.unescape(entity[0]), text)
     return " ".join(text.split())
 
 
 def read_text(path):
     """The text of a file in UTF-8, or in UTF-16 with its mark, as Excel writes it. Raises InputError on others."""
-    cure = "save it as UTF-8 text (in Excel: CSV UTF-8)"
+    cure, problem = "save it as UTF-8 text (in Excel: CSV UTF-8)", not_the_file(path)
     try:
         content = Path(path).read_bytes()
         marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text = content.decode("utf-16" if marked else "utf-8-sig")
+        if "\0" in text:
+            problem = f"found a zero character, which no text has; {cure}"
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        problem = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        problem = not_the_file(path) or f"line {line}: {content[error.start : error.end]} is no UTF-8; {cure}"
-        raise InputError(f"{path}: {problem}") from None
-    problem = not_the_file(path)
-    if "\0" in text:
-        problem = f"found a zero character, which no text has; {cure}"
+        problem = problem or f"line {line}: {content[error.start : error.end]} is no UTF-8; {cure}"
     if problem:
         raise InputError(f"{path}: {problem}")
-    return text
-
-
-def guess_separator(first_line):
-    """The mark that cuts the first line of a CSV file into most cells: a comma, a semicolon, a tab or a bar."""
-    return max(",;\t|", key=lambda mark: len(next(csv.reader([first_line], delimiter=mark))))
+    return text.lstrip("\ufeff")  # a file that was saved twice may have the mark of UTF-8 twice
 
 
 def read_csv(path, config):
@@ -102,13 +100,15 @@ def read_csv(path, config):
     excel = re.match(r'"?sep=([^\w"\r\n])"?[\r\n]+', text)  # Excel's own first line
     if excel:
         text = text[excel.end() :]
-    separator = excel[1] if excel else guess_separator(re.match(r"[^\r\n]*", text.lstrip())[0])
+    first_row = re.match(r'("[^"]*"|[^"\r\n])*', text.lstrip())[0]
+    # without Excel's line it is the mark that stands most often in the first row, outside of quotes
+    separator = excel[1] if excel else max(",;\t|", key=re.sub(r'"[^"]*"', "", first_row).count)
     csv.field_size_limit(2**31 - 1)  # descriptions can be longer than csv's own limit
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)
     columns, rows, begin = [], [], 1
     try:
         for cells in reader:
-            if not columns:
+            if not any(columns):  # the first row that is not blank
                 columns = [" ".join(name.split()) for name in cells]
             elif any(cells):
                 if any(holds_row(cell, columns, separator, config.images) for cell in cells):
@@ -131,18 +131,37 @@ def holds_row(cell, columns, separator, images):
     return any(re.fullmatch(r".+\.(jpe?g|png|webp|gif)", row[columns.index(images)].strip(), re.I) for row in rows)
 
 
-def read_json(path):
-    """The `Table` of a file of JSON lines, or of one JSON list. Raises InputError naming a line that cannot be read."""
-    text, rows = read_text(path).strip(), []
-    is_list = text.startswith("[")
-    for number, line in enumerate([text] if is_list else text.split("\n"), 1):
-        line = line.strip().removesuffix(",")  # a line that was cut out of a list
+def find_products(value, config):
+    """The products of a JSON value: a list, one product, the only list in an object, or an object with ids as keys."""
+    if isinstance(value, dict) and config.title not in value:
+        lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
+        if len(lists) == 1:
+            return lists[0]
+        parts = {key: part for key, part in value.items() if isinstance(part, dict)}
+        if any(config.title in part for part in parts.values()) or len(parts) == len(value) > 1:
+            return [{config.id: key, **part} for key, part in parts.items()]
+        if len(parts) == 1:
+            return find_products(*parts.values(), config)
+    return value if isinstance(value, list) else [value]
+
+
+def read_json(path, config):
+    """The `Table` of a file of JSON lines, or one JSON value. Raises InputError naming a line that cannot be read."""
+
+    def load(text, where=""):
         try:
-            value = json.loads(line or "[]", parse_constant=lambda name: None)  # NaN is no text
+            return json.loads(text, parse_constant=lambda name: None)  # NaN is no text
         except (ValueError, RecursionError) as error:
-            where = "" if is_list else f"line {number}: "
             raise InputError(f"{path}: {where}{error}; expected UTF-8, a .csv or one JSON object a line") from None
-        rows += value if is_list else [value] if line else []
+
+    text = read_text(path).strip()
+    try:
+        rows = find_products(load(text), config)
+    except InputError:
+        if text.startswith("["):
+            raise
+        lines = [line.strip().removesuffix(",") for line in text.split("\n")]  # they may be cut out of a list
+        rows = [load(line, f"line {number}: ") for number, line in enumerate(lines, 1) if line]
     if not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: found a line that is no object, expected products")
     return Table(path, list(dict.fromkeys(column for row in rows for column in row)), rows)
@@ -188,8 +207,7 @@ def read_parquet(path, config, photos):
 def write_photos(cell, folder, stem):
     """The image cell of a parquet file -> what `image_names` reads: names as they are, of photos their new paths.
 
-    A photo is bytes, or {"bytes": ..., "path": ...} as Hugging Face's data sets have it. A cell may be a list of them.
-    """
+    A photo is bytes, or {"bytes": ..., "path": ...} as in Hugging Face's data sets. A cell may be a list of them."""
     if isinstance(cell, str) or cell is None:
         return cell
     names = []
@@ -209,8 +227,7 @@ def write_photos(cell, folder, stem):
 def find_files(products):
     """The paths of the file `products`, or of the parquet files of a folder or of a pattern such as data/*.parquet.
 
-    Raises InputError where there is none, and where a folder lacks some of the files 00000-of-00003 to 00002-of-00003.
-    """
+    Raises InputError where there is none, and where a folder lacks one of 00000-of-00003 to 00002-of-00003."""
     if not os.path.isdir(products) and ("*" not in products or os.path.exists(products)):
         return [Path(products)]
     is_folder = os.path.isdir(products)
@@ -239,9 +256,11 @@ def read_tables(config, photos):
         elif suffix in (".csv", ".tsv", ".txt"):
             tables.append(read_csv(path, config))
         else:
-            tables.append(read_json(path))
+            tables.append(read_json(path, config))
     first = tables[0]
     for table in tables:
+        if not any(table.columns):
+            raise InputError(f"{table.path}: the file is empty, expected products")
         if set(table.columns) != set(first.columns):
             odd = min(set(table.columns) ^ set(first.columns))
             raise InputError(f"{table.path}: column {odd!r} stands in it or in {first.path}, expected in both or none")
@@ -289,35 +308,41 @@ def read_list(text):
     raise ValueError(f"images: found {text!r:.60}, expected a list of file names")
 
 
-def image_names(row, config):
-    """The names of a row's images, from its column or by a template such as images/{id}.jpg. Raises ValueError."""
-
-    def fill(field):
-        if row.get(field[1]) in (None, ""):
-            raise ValueError(f"column {field[1]!r} is empty, and --images needs it")
-        return str(row[field[1]])
-
-    if config.images not in row and "{" in config.images:
-        return [re.sub(FIELD, fill, name) for name in config.images.split(config.separator)]
-    names = row.get(config.images) or []
-    if isinstance(names, str) and re.fullmatch(r"\s*\[.*\]\s*", names, re.S):
-        names = read_list(names.strip())
-    names = names.split(config.separator) if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"images: found {names!r:.60}, expected file names")
+def split_names(cell, separator):
+    """The names in a cell: text with separators between them, or a list, also as text. Raises ValueError on others."""
+    if isinstance(cell, str) and re.fullmatch(r"\s*\[.*\]\s*", cell, re.S):
+        cell = read_list(cell.strip())
+    names = cell.split(separator) if isinstance(cell, str) else cell or []
+    names = names if isinstance(names, list) else [names]
+    names = [name.get("src") if isinstance(name, dict) else name for name in names]  # as Shopify's programs give them
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"images: found {cell!r:.60}, expected file names")
     return [name.strip() for name in names if name.strip()]
+
+
+def image_names(row, config):
+    """The names of a row's images, from its column or by a template such as images/{id}.jpg. Raises ValueError.
+
+    A template is filled with each name of a cell. It gives none where its cell is empty."""
+    if config.images in row or "{" not in config.images:
+        return split_names(row.get(config.images), config.separator)
+    names = config.images.split(config.separator)
+    for column in re.findall(FIELD, config.images):
+        field, cell = f"{{{column}}}", row.get(column)
+        values = split_names(str(cell) if isinstance(cell, (int, float)) else cell, config.separator)
+        names = [name.replace(field, value) for name in names for value in (values if field in name else [""])]
+    return [name.strip() for name in names]
 
 
 def image_file(name, folder, separator):
     """The path of an image that a row names. Raises ValueError on an address and where it says more than open_image."""
     check_printable(name, "images")
-    path = folder / name
-    if os.path.exists(path):
-        return path
+    path, unix = folder / name, name.replace("\\", "/")  # Windows writes backslashes
+    for place in (path, folder / unix, folder / unix.lstrip("/")):  # Magento begins a path in its folder with a slash
+        if os.path.exists(place):
+            return place
     if re.match(r"([a-z]+:)?//|data:", name, re.I):
         raise ValueError(f"images: {name!r:.80} is an address; download first, and write the name of the file there")
-    if os.path.exists(folder / name.replace("\\", "/")):  # written on Windows
-        return folder / name.replace("\\", "/")
     if re.match(r"[a-z]:[\\/]", name, re.I):
         raise ValueError(f"images: {name!r:.80} is a path of another computer; write it as seen from --image_folder")
     if re.search(r"[,;|]", name):

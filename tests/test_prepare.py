@@ -135,7 +135,34 @@ def test_html_becomes_text():
     assert plain_text(body) == "red dress & belt soft silk"
     assert plain_text("<style>p {color: red}</style>one<br/>two<!-- three -->") == "one two"
     assert plain_text("length < 90 cm, A&B,\n width > 3") == "length < 90 cm, A&B, width > 3"
-    assert plain_text("caf&eacute; &#39;s &lt;b&gt;") == "café 's <b>"
+    assert plain_text("caf&eacute; &#39;s A&not B a<b and c &amp; d") == "café 's A&not B a<b and c & d"
+
+
+@pytest.mark.parametrize(
+    "text, plain",
+    [
+        # escaped once and twice, as feeds and Magento write it
+        ("&lt;p&gt;red &lt;b class=&quot;x&quot;&gt;dress&lt;/b&gt;&lt;/p&gt;", "red dress"),
+        ("&amp;lt;p&amp;gt;red&amp;amp;nbsp;dress &amp;amp;amp; belt&amp;lt;/p&amp;gt;", "red dress & belt"),
+        # Google's feeds
+        ("<![CDATA[red dress]]>", "red dress"),
+        ("<![CDATA[<p>red</p> dress]]>", "red dress"),
+        ("&lt;![CDATA[red dress]]&gt;", "red dress"),
+        # WooCommerce
+        (r"soft silk\nline two\r\n\r\nline\tthree", "soft silk line two line three"),
+        (r"soft silk\\nline two", "soft silk line two"),
+        # cut off by the shop
+        ('red dress <span style="font', "red dress"),
+        ("<p>red dress <a\nhref=", "red dress"),
+        ("&lt;p&gt;red dress&lt;/p&gt;&lt;span style=&quot;font", "red dress"),
+        # no markup
+        ("length < 90", "length < 90"),
+        ("a<b and c", "a<b and c"),
+        ("A&B", "A&B"),
+    ],
+)
+def test_markup_as_shops_write_it(text, plain):
+    assert plain_text(text) == plain
 
 
 def test_shop_export_with_texts_on_the_first_row_alone(tmp_path):
@@ -180,6 +207,15 @@ def test_faulty_rows(tmp_path, capsys):
     assert len(found) == 6 and all(len(product.images) == 1 for product in found)
 
 
+def test_a_file_of_faulty_rows_alone(tmp_path):
+    (tmp_path / "shop.csv").write_text("id,images,title\n1,,red hat\n2,gone.jpg,red hat\n")
+    with pytest.raises(InputError) as error:
+        given = config(products=str(tmp_path / "shop.csv"), skip_faulty=True)
+        products.write_layout(tmp_path / "out", tmp_path / "temporary", given)
+    message = "no product is left, as all rows are faulty; mend those listed above"
+    assert str(error.value) == f"{tmp_path}/shop.csv: {message}"
+
+
 def read_shop(folder, text, name="shop.csv", encoding="utf-8", **settings):
     """What `read_products` makes of a file: ({id: (title, names of its images)}, faults after the file's name)."""
     (folder / name).write_text(text, encoding=encoding, newline="")
@@ -190,6 +226,7 @@ def read_shop(folder, text, name="shop.csv", encoding="utf-8", **settings):
 
 RED = {"1": ("red dress", ["photos/1.jpg"])}
 RED_AND_BLUE = {**RED, "2": ("blue hat, wool", ["photos/2.jpg"])}
+JSON = {"name": "shop.json"}
 LINES = '{"id": 1, "images": "photos/1.jpg", "title": "red dress"},\n'
 
 
@@ -202,13 +239,43 @@ LINES = '{"id": 1, "images": "photos/1.jpg", "title": "red dress"},\n'
         ("id\timages\ttitle\r\n1\tphotos/1.jpg\tred dress\r\n", RED, {"encoding": "utf-16"}),
         ("id\timages\ttitle\n1\tphotos/1.jpg\tred dress\n", RED, {"name": "shop.tsv"}),
         ("id|images|title\r1|photos/1.jpg|red dress\r", RED, {}),
+        (
+            '\ufeff\ufeffid,images,title\n2,photos/2.jpg,"blue hat, wool"\n1,photos/1.jpg,red dress\n',
+            RED_AND_BLUE,
+            {"encoding": "utf-8-sig"},
+        ),
         # quotes and spaces
+        ("\n  \nid;images;title\n1;photos/1.jpg;red dress\n", RED, {}),
+        (
+            'id;images;"title, short and long";"size, colour, fit"\n1;photos/1.jpg;red dress;\n',
+            RED,
+            {"title": "title, short and long"},
+        ),
+        (
+            'id;"title, in short,\nand long";images\n1;red dress;photos/1.jpg\n',
+            RED,
+            {"title": "title, in short, and long"},
+        ),
         ('id, images , title\n1, photos/1.jpg, red dress\n\n2, photos/2.jpg, "blue hat, wool"\n', RED_AND_BLUE, {}),
         ('id,images,title\n1,photos/1.jpg,red 5" heel\n', {"1": ('red 5" heel', ["photos/1.jpg"])}, {}),
         # lists in a cell
         ('id,images,title\n1,"[""photos\\/1.jpg"", ""photos/2.jpg""]",red\n', "both", {}),
         ("id;images;title\n1;['photos/1.jpg', 'photos/2.jpg'];red\n", "both", {}),
         ("id,images,title\n1, photos/1.jpg ;photos/2.jpg;,red\n", "both", {}),
+        # Magento: paths in its folder of media, further images in a column that may be empty
+        ('id;images;title\n1;"/photos/1.jpg;/photos/2.jpg";red\n', "both", {}),
+        (
+            'id,base,more,title\n1,/1.jpg,"/1.jpg,/2.jpg",red\n',
+            "both",
+            {"images": "photos/{base},photos/{more}", "separator": ","},
+        ),
+        ("id,base,more,title\n1,photos/1.jpg,,red dress\n", RED, {"images": "{base};{more}"}),
+        ("id,base,more,title\n1,,1.jpg;2.jpg,red\n", "both", {"images": "{base};photos/{more}"}),
+        (
+            '{"id": 1, "base": "1", "more": ["2"], "title": "red"}',
+            "both",
+            {"images": "photos/{base}.jpg;photos/{more}.jpg", "name": "a.jsonl"},
+        ),
         # Windows
         ("id,images,title\n1,photos\\1.jpg;.\\photos\\2.jpg,red\n", "both", {}),
         # a template
@@ -216,11 +283,22 @@ LINES = '{"id": 1, "images": "photos/1.jpg", "title": "red dress"},\n'
         ("id,Other No.,title\n1,2,red\n", "both", {"images": "photos/{id}.jpg;photos/{Other No.}.jpg"}),
         ('{"id": 1, "title": "red dress"}', RED, {"images": "photos/{id}.jpg", "name": "shop.jsonl"}),
         # JSON
+        ('{"products": [\n' + LINES.strip()[:-1] + '\n],\n "count": 1}', RED, JSON),
+        ('{"data": {"products": [' + LINES.strip()[:-1] + "]}}", RED, JSON),
+        ('{"n": 1, "7": {"images": "photos/1.jpg", "title": "red"}}', {"7": ("red", ["photos/1.jpg"])}, JSON),
+        ('{"id": "7", "images": [{"src": "photos/1.jpg"}], "title": "red"}', {"7": ("red", ["photos/1.jpg"])}, JSON),
+        (
+            '[{"id": 1, "images": [{"src": "photos/1.jpg", "width": 9}, {"src": "photos/2.jpg"}], "title": "red"}]',
+            "both",
+            JSON,
+        ),
+        (LINES.replace('"photos/1.jpg"', '{"src": "photos/1.jpg"}') * 2, RED, JSON),
         (LINES + LINES.replace("1", "2").replace("red dress", "blue hat, wool"), RED_AND_BLUE, {"name": "shop.jsonl"}),
         (f"[{LINES.strip()[:-1]}]\n", RED, {"name": "shop.json"}),
         ('{"id": 1, "images": "photos/1.jpg", "title": "red dress", "description": NaN}', RED, {"name": "shop.jsonl"}),
         # Shopify: a size without a photo of its own
         ("id,title,images,size\n1,red,photos/1.jpg,S\n1,,photos/2.jpg,M\n1,,,L\n", "both", {}),
+        ("id,title,images,size\n1,red,,S\n1,,photos/1.jpg,M\n1,,photos/2.jpg,L\n", "both", {}),
     ],
 )
 def test_exports_that_are_read(tmp_path, text, found, settings):
@@ -228,6 +306,50 @@ def test_exports_that_are_read(tmp_path, text, found, settings):
         photo(tmp_path / "photos" / f"{name}.jpg")
     found = {"1": ("red", ["photos/1.jpg", "photos/2.jpg"])} if found == "both" else found
     assert read_shop(tmp_path, text, **settings) == (found, [])
+
+
+ROWS_OF_ONE_ID = """id,title,images,description,category
+1,red dress,,,
+2,,b.jpg,,Hats
+3,,,wool,
+1,,a.jpg,soft silk,
+2,blue hat,,,hats
+1,Red Dress,a.jpg;b.jpg,other silk,dresses
+2,,b.jpg,,shoes
+2,green hat,b.jpg,,
+4,grey shoe,,,
+"""
+
+
+def test_texts_and_photos_on_any_row_of_a_product(tmp_path):
+    for name in "ab":
+        photo(tmp_path / f"{name}.jpg")
+    (tmp_path / "shop.csv").write_text(ROWS_OF_ONE_ID)
+    items, faults = products.read_products(config(products=str(tmp_path / "shop.csv")), tmp_path / "temporary")
+    texts = [(item["id"], item["title"], item["description"], item["category"]) for item in items]
+    assert texts == [("1", "red dress", "soft silk", "dresses"), ("2", "blue hat", "", "Hats")]
+    assert [[path.name for path in item["images"]] for item in items] == [["a.jpg", "b.jpg"], ["b.jpg"]]
+    other = "rows of one id are one product"
+    assert [fault.removeprefix(f"{tmp_path}/shop.csv: ") for fault in faults] == [
+        f"row 7: id 2 stood before with another category; {other}",
+        f"row 8: id 2 stood before with another title; {other}",
+        f"row 3: title and images: {EMPTY}",
+        f"row 9: images: {EMPTY}",
+    ]
+
+
+def test_half_an_emoji(tmp_path):
+    photo(tmp_path / "a.jpg")
+    row = {"images": "a.jpg", "title": "red \ud83d dress", "description": "silk \ude00"}
+    row["category"] = "\ud83d\ude00 hats"  # both halves
+    rows = [{**row, "id": i} for i in range(2)]
+    photo(tmp_path / "b.jpg", 50)
+    rows[1]["images"] = "b.jpg"
+    (tmp_path / "shop.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    products.write_layout(tmp_path / "out", tmp_path / "temporary", config(products=str(tmp_path / "shop.jsonl")))
+    items = [read_json(tmp_path / "out" / "FashionGen" / f"{split}_info.json")[0] for split in ("train", "val")]
+    assert [(item["title"], item["description"]) for item in items] == [("red ? dress", "silk ?")] * 2
+    assert read_json(tmp_path / "out" / "labels.json")["categories"] == ["😀 hats"]
 
 
 def test_absolute_paths_and_odd_names_of_images(tmp_path):
@@ -239,6 +361,7 @@ def test_absolute_paths_and_odd_names_of_images(tmp_path):
     assert not faults and [images for _, images in found.values()] == [[name] for name in [*names, "away/a.jpg"]]
 
 
+EMPTY = "empty; a product needs an id, a title and images"
 STYLES = """id,gender,masterCategory,productDisplayName
 1,Men,Apparel,Red dress
 2,Men,Apparel,Blue hat, wool
@@ -256,7 +379,7 @@ def test_kaggles_styles(tmp_path):
     assert faults == [
         "row 2: 1 more cells than columns; put quotes around a cell that holds the separator",
         f"row 3: {tmp_path}/images/3.jpg: image cannot be read: No such file or directory; replace the file",
-        "row 4: column 'id' is empty, and --images needs it",
+        f"row 4: id: {EMPTY}",
     ]
 
 
@@ -395,8 +518,8 @@ def test_photos_of_the_size_that_training_needs(tmp_path, run_catalogue):
         (lambda i: "a.jpg", "a.jpg"),
         (lambda i: {"bytes": b"no photo", "path": "a.jpg"}, "row 1: image cannot be read: cannot identify image file"),
         (lambda i: {"bytes": b"", "path": "a.jpg"}, "row 1: image cannot be read: cannot identify image file"),
-        (lambda i: {"bytes": None, "path": None}, "row 1: id, title or images: empty"),
-        (lambda i: None, "row 1: id, title or images: empty"),
+        (lambda i: {"bytes": None, "path": None}, f"row 1: images: {EMPTY}"),
+        (lambda i: None, f"row 1: images: {EMPTY}"),
         (lambda i: 5, "row 1: images: found [5], expected file names"),
     ],
 )
@@ -490,7 +613,7 @@ def test_cells_that_stand_for_none(tmp_path, capsys):
     )
     items, faults = products.read_products(config(products=str(tmp_path / "a.csv")), tmp_path / "temporary")
     assert [item["description"] for item in items] == [""] * 5
-    assert faults == [f"{tmp_path}/a.csv: row 6: id, title or images: empty"]
+    assert faults == [f"{tmp_path}/a.csv: row 6: id: {EMPTY}"]
     assert "6 cells such as 'nan' or 'NULL' count as empty" in capsys.readouterr().out
     rows = [
         {"id": 7, "images": "photos/1.jpg", "title": "red", "description": cell} for cell in ("NaN", None, "Nan bread")
@@ -544,7 +667,8 @@ def test_names_that_differ_in_case_alone_are_one_class(tmp_path, capsys):
         ),
         ("a.jpg|a.jpg", "images: no file '***/a.jpg|a.jpg'; between several images stands --separator (';')"),
         ("[a.jpg]", "images: found '[a.jpg]', expected a list of file names"),
-        ('"[{""src"": ""a.jpg""}]"', "images: found [{'src': 'a.jpg'}], expected file names"),
+        ('"[{""alt"": ""a.jpg""}]"', "images: found [{'alt': 'a.jpg'}], expected file names"),
+        ('"[{""src"": ""//a.b/1.jpg""}]"', "images: '//a.b/1.jpg' is an address; download first, ***"),
         ("[1]", "images: found [1], expected file names"),
     ],
 )
@@ -591,6 +715,10 @@ QUOTE = 'double each quote (") inside a cell, and close each cell that begins wi
             '{"a": 1}\n{"a": \n',
             "line 2: Expecting value: line 1 column 6 (char 5); expected UTF-8, a .csv or one ***",
         ),
+        ("a.csv", "", "the file is empty, expected products"),
+        ("a.csv", "\n \n", "the file is empty, expected products"),
+        ("a.json", "", "the file is empty, expected products"),
+        ("a.json", "{}", "the file is empty, expected products"),
         ("a.json", "[1]", "found a line that is no object, expected products"),
     ],
 )
@@ -609,6 +737,38 @@ def test_templates_and_columns_that_are_not_there(tmp_path):
         with pytest.raises(InputError) as error:
             products.read_products(config(products=str(tmp_path / "a.csv"), images=images), tmp_path / "temporary")
         assert str(error.value) == f"{tmp_path}/a.csv: no column {column!r}, found id, title{cure}"
+
+
+@pytest.mark.parametrize(
+    "name, columns, given, message",
+    [
+        ("a.csv", "ID,title,images", {}, "no column 'id', but 'ID'; set --id='ID'"),
+        ("a.csv", "id,Title,images", {}, "no column 'title', but 'Title'; set --title='Title'"),
+        (
+            "a.csv",
+            "Title,Images,Description,Category",
+            {"title": "Title", "images": "Images"},
+            "no column 'description', but 'Description'; set --description='Description'",
+        ),
+        ("a.csv", "id,title,images,KIND", {"category": "kind"}, "no column 'kind', but 'KIND'; set --category='KIND'"),
+        (
+            "a.csv",
+            "ID,title",
+            {"images": "a/{id}.jpg", "id": "ID"},
+            "no column 'id', but 'ID'; set --images='a/{ID}.jpg'",
+        ),
+        ("a.csv", "title,images,\ufeffid", {}, r"no column 'id', but '\ufeffid'; set --id='\ufeffid'"),
+        ("a.json", "Title,images", {}, "no column 'title', but 'Title'; set --title='Title'"),
+        ("a.jsonl", " id,title,images", {}, "no column 'id', but ' id'; set --id=' id'"),
+    ],
+)
+def test_columns_of_another_spelling(tmp_path, name, columns, given, message):
+    row = dict.fromkeys(columns.split(","), "1")
+    texts = {"a.csv": f"{columns}\n", "a.jsonl": json.dumps(row), "a.json": json.dumps({"1": row, "2": row})}
+    (tmp_path / name).write_text(texts[name])
+    with pytest.raises(InputError) as error:
+        products.read_products(config(products=str(tmp_path / name), **given), tmp_path / "temporary")
+    assert str(error.value) == f"{tmp_path / name}: {message}"
 
 
 def make_sizes(folder, photos, title="red dress"):
@@ -761,6 +921,41 @@ def test_relabel_in_place_changes_nothing_on_a_fault(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# check_data.py
+
+
+def test_photos_of_the_evaluation_that_pre_training_reads_from_another_set(catalogue, tmp_path):
+    root = shutil.copytree(catalogue, tmp_path / "root")
+    val = read_json(root / "FashionGen" / "val_info.json")
+    train = read_json(root / "BigFACAD" / "train_info.json")
+    photos = [root / "FashionGen" / "val" / name for item in val for name in item["images"]][:8]
+    copies = [root / "BigFACAD" / "images" / f"copy{i}.jpg" for i in range(8)]
+    for source, copy in zip(photos, copies, strict=True):
+        shutil.copyfile(source, copy)
+    train[0]["images"] += [copy.name for copy in copies]
+    write_json(root / "BigFACAD" / "train_info.json", train)
+    item = read_json(root / "PolyvoreOutfits" / "ocir_disjoint_test.json")[0]["blank"]
+    items = read_json(root / "PolyvoreOutfits" / "train_info.json")
+    more = {**items[0], "id": "one more", "images": f"{item}.jpg"}
+    write_json(root / "PolyvoreOutfits" / "train_info.json", [*items, more])
+    blank = root / "PolyvoreOutfits" / "images" / f"{item}.jpg"
+
+    def found(root):
+        report, faults = check_data.check(root)
+        assert not faults
+        # the demo's nondisjoint outfits share items, as the published ones do
+        lines = [line for line in report if not line.startswith("PolyvoreOutfits nondisjoint")]
+        return [line for line in lines if "which pre-training reads" in line]
+
+    reads = "train_info.json, which pre-training reads, such as"
+    assert found(root) == [
+        f"FashionGen: 8 images of val stand in BigFACAD/{reads} {photos[0]} = {copies[0]}",
+        f"PolyvoreOutfits disjoint: 1 images of val stand in PolyvoreOutfits/{reads} {blank} = {blank}",
+    ]
+    assert found(catalogue) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # fashiongen.py
 
 
@@ -839,6 +1034,25 @@ def test_fashiongen_without_h5py(monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(InputError, match="pip install h5py"):
         fashiongen.open_release("train.h5")
+
+
+def test_markup_in_the_texts_of_a_release():
+    release = make_release([(1, "Tees &amp; tops <br>", "TOPS &amp; MORE", "T-SHIRTS")], size=4)
+    (item,), _ = fashiongen.read_products(release, "train")
+    texts = [item[name] for name in ("title", "description", "category")]
+    assert texts == ["Tees & tops", "Tees & tops by Kılıç, in café.", "TOPS & MORE"]
+    row = {"title": "A&amp;B <b>hat</b>", "description": None, "semantic_category": "hats"}
+    assert polyvore.texts(row) == {"title": "A&B hat", "description": "", "semantic_category": "hats"}
+
+
+def test_fashiongen_that_is_not_there(tmp_path, monkeypatch):
+    pytest.importorskip("h5py")
+    flags = [f"--train={tmp_path}/train.h5", f"--val={tmp_path}/val.h5", f"--out={tmp_path}/out"]
+    monkeypatch.setattr(sys, "argv", ["fashiongen.py", *flags])
+    with pytest.raises(InputError) as error:
+        fashiongen.main()
+    cure = "FashionGen's authors give it on request (README, section Data); name the two files by --train and --val"
+    assert str(error.value) == f"{tmp_path}/train.h5: no file there, expected FashionGen's HDF5 file; {cure}"
 
 
 @pytest.mark.parametrize(
@@ -945,6 +1159,22 @@ def test_polyvore_that_does_not_fit(release, tmp_path):
     with pytest.raises(InputError, match="item 9: key 'category_id'"):
         polyvore.convert(release, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "gone", ["polyvore_item_metadata.json", "disjoint/train.json", "nondisjoint/fill_in_blank_test.json"]
+)
+def test_polyvore_that_is_not_there(release, tmp_path, gone):
+    (release / gone).unlink()
+    cure = "its authors publish it (README, section Data); name its folder by --release"
+    message = f"{release / gone}: no file there, expected the release of Polyvore Outfits; {cure}"
+    with pytest.raises(InputError) as error:
+        polyvore.convert(release, tmp_path / "out")
+    assert str(error.value) == message
+    with pytest.raises(InputError) as error:
+        polyvore.convert(tmp_path / "nowhere", tmp_path / "out")
+    first = tmp_path / "nowhere" / "polyvore_item_metadata.json"
+    assert str(error.value) == message.replace(str(release / gone), str(first))
 
 
 def test_polyvore_without_some_images(release, tmp_path, monkeypatch, capsys):
