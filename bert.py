@@ -181,7 +181,7 @@ def check_tokenizer(bert, words):
 # ---- its sizes -------------------------------------------------------------------------------------------------------
 
 
-def count_heads(bert, sizes):
+def count_attention_heads(bert, sizes):
     """The number of attention heads that config.json says. sizes: {field of ModelConfig: what the weights have}.
 
     Raises InputError where the weights and config.json disagree, or it tells of another model than BERT."""

@@ -6,9 +6,10 @@ ends in InputError, one line that names the file. Reading takes about as much me
 
 Our checkpoint is a dict. Every one has "format" (1), "kind" (one of KINDS), "model" (its state dict), "config" (all
 settings of the run), "step" (updates done), "best" (the metric that selects) and "n_items" (of the training data). A
-model also has "task", "model_config", "vocab" (text of vocab.txt), "labels" (what numbers mean,
-`annotations.label_names`) and n_classes or n_categories. For a resume, last.pt adds "optimizer", "scaler", "parts"
-(each process's sums for the next log line), "lasting", "skipped_updates" and "validation_due"."""
+model also has "task", "model_config", "vocab" (text of vocab.txt) and "labels" (what numbers mean,
+`annotations.label_names`, and in pre-training the checksum of the image tokenizer). For a resume, last.pt adds
+"optimizer", "scaler", "parts" (each process's sums for the next log line), "lasting", "skipped_updates" and
+"validation_due"."""
 
 import hashlib
 import json
@@ -217,7 +218,7 @@ def read_start(config, uses_bert=True):
         state, info = read_weights(path, ("bert",), "bert")
         if config.bert:
             found = read_sizes(path, state, info)
-            sizes |= {**found, "num_attention_heads": bert.count_heads(config.bert, found)}
+            sizes |= {**found, "num_attention_heads": bert.count_attention_heads(config.bert, found)}
         if config.init == "pretrained":
             files.append((path, state, info))
     return Start(sizes, None, {}, files)
@@ -433,11 +434,11 @@ def read_file(path):
     if type(file["format"]) is not int or file["format"] != FORMAT:
         found = shown(file["format"])
         raise InputError(f"{path}: checkpoint format {found}, expected {FORMAT}; read it with the code that wrote it")
-    for key, kind in FIELDS.items():
-        if key in file and not isinstance(file[key], kind):
-            raise InputError(f"{path}: {key}: found {shown(file[key])}, expected a {kind.__name__}")
+    for key, expected in FIELDS.items():
+        if key in file and not isinstance(file[key], expected):
+            raise InputError(f"{path}: {key}: found {shown(file[key])}, expected a {expected.__name__}")
     if file.get("kind") == "tokenizer":  # the image tokenizer's name in older files
-        file["kind"], file["image_tokenizer_config"] = "image_tokenizer", file.get("tokenizer_config")
+        file["kind"] = "image_tokenizer"
     if file.get("kind") not in KINDS or "model" not in file:
         raise InputError(f"{path}: kind {file.get('kind')!r}, expected {' or '.join(KINDS)}, and a 'model'")
     return file

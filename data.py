@@ -361,7 +361,7 @@ def to_device(batch, device):
 class Update(NamedTuple):  # the samples of one update, over all processes and micro-batches
     epoch: int
     rows: np.ndarray  # (batch_size,) int64, indices into the data set
-    objective: str
+    objective: str  # its name; in fine-tuning the task's
 
 
 class Batches:
@@ -400,21 +400,23 @@ class Batches:
                 yield [Key(epoch, int(index), objective) for index in micro]
 
 
-def leave_group(worker=0):
+def init_worker(worker=0):
     """Keep a data loader worker alive while its main process finishes an update and saves.
 
     Ctrl-C and torchrun send their signals to the whole process group, so the worker leaves it. SLURM and systemd send
-    SIGTERM to every process, so the first one does nothing. The second one ends the worker, as the main process may.
+    SIGTERM to every process, so the first one does nothing. The second one ends the worker, as it ends any program.
+    SLURM may send SIGUSR1 before the end of its time, which the main process alone answers.
 
     A worker whose batch does not fit into /dev/shm ends. Else it would drop the batch, and all would wait for it."""
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
     os.setpgrp()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def train_loader(dataset, batches, config, device):
     """A DataLoader of the `batches`; its workers read ahead, and its memory is pinned for a GPU."""
-    workers = {"num_workers": config.workers, "worker_init_fn": leave_group, "pin_memory": device.type == "cuda"}
+    workers = {"num_workers": config.workers, "worker_init_fn": init_worker, "pin_memory": device.type == "cuda"}
     if config.workers:
         workers |= {"prefetch_factor": 4, "persistent_workers": True}
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **workers)

@@ -32,7 +32,7 @@ import photos
 import pictures
 import settings
 from files import replacing, write_json
-from metrics import classification, composed_retrieval, full_gallery, outfit_retrieval, sample_100
+from metrics import composed_retrieval, full_gallery, outfit_retrieval, recognition, sample_100
 from model import CSANet
 from pictures import Ranking
 from settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
@@ -44,9 +44,10 @@ GALLERIES, SPLITS = ("original", "val"), ("disjoint", "nondisjoint")  # of Fashi
 def embed(encode, items, tokenizer, config, processes, whole=False, progress=False):
     """`encode(batch)` of every item once, in the order of the items: (len(items), ...) float32 on every process's CPU.
 
-    items: as data.Samples takes them; the processes share them. whole: FashionIQ and Polyvore have whole images, the
-    others their centres, and FashionIQ's longest text is its own: docs/recipe.md "Images", "Texts". config needs
-    image_size, max_tokens, eval_batch_size, workers, dtype; in tasks also task, data_root, seed, split and gallery."""
+    items: as data.Samples takes them; the processes share them. whole: True for FashionIQ and Polyvore, whose images
+    are whole and whose texts are shorter; of the others the centre is taken: docs/recipe.md "Images", "Texts".
+    config has image_size, max_tokens, eval_batch_size, workers and dtype. Tasks also need its task, data_root, missing,
+    seed, split and gallery."""
     fit = data.crop_then_resize if whole else data.resize_then_crop
     max_tokens = config.max_tokens or (data.FASHIONIQ_MAX_TOKENS if whole else data.MAX_TOKENS)
     # Neighbours have texts of similar length, so that batches hold little padding.
@@ -58,7 +59,7 @@ def embed(encode, items, tokenizer, config, processes, whole=False, progress=Fal
     # Workers only pay for more images than a batch. Texts are tokenized already.
     workers = config.workers if "image" in items[0] and len(own) > config.eval_batch_size else 0
     on_gpu = processes.device.type == "cuda"
-    reading = {"num_workers": workers, "worker_init_fn": data.leave_group, "pin_memory": on_gpu}
+    reading = {"num_workers": workers, "worker_init_fn": data.init_worker, "pin_memory": on_gpu}
     if workers and (common.in_group() or on_gpu):
         # The main process has threads (gloo, NCCL, pinned memory). A fork beside them can hang (pytorch#130610).
         reading["multiprocessing_context"] = "forkserver"
@@ -93,7 +94,7 @@ def embed_batch(model, batch):
     return model.scaled(model.encode_item(image) if isinstance(model, CSANet) else model.encode_image(image))
 
 
-def embed_scaled(model, items, *how):
+def embed_scaled(model, items, **how):
     """Scaled embeddings (len(items), D) of items; how: what `embed` takes after the items.
 
     model: one of ours, an OtherModel, or None, which gives zeros."""
@@ -101,7 +102,7 @@ def embed_scaled(model, items, *how):
         return torch.zeros(len(items), 1)
     if isinstance(model, OtherModel):
         return model.vectors_of(items)
-    return embed(partial(embed_batch, model), items, *how)
+    return embed(partial(embed_batch, model), items, **how)
 
 
 class OtherModel:
@@ -152,11 +153,12 @@ def product_items(products):
     return images, [{"text": product.text} for product in products]
 
 
-def embed_retrieval(model, products, *how):
+def embed_retrieval(model, products, tokenizer, config, processes):
     """The first four arguments of `full_gallery` for products: every image and every text once, scaled."""
     images, texts = product_items(products)
     image_id = [i for i, product in enumerate(products) for _ in product.images]
-    embeddings = [embed_scaled(model, items, *how) for items in (images, texts)]
+    how = {"tokenizer": tokenizer, "config": config, "processes": processes}
+    embeddings = [embed_scaled(model, items, **how) for items in (images, texts)]
     return *embeddings, torch.tensor(image_id), torch.arange(len(products))
 
 
@@ -196,20 +198,21 @@ def load_garment(name, config):
 
 def evaluate_fashioniq(model, tokenizer, config, processes):
     """TGIR on FashionIQ val with the gallery `config.gallery`: each gallery image and each query is embedded once."""
-    how = (tokenizer, config, processes, True)
+    how = {"tokenizer": tokenizer, "config": config, "processes": processes, "whole": True}
     garments = {name: load_garment(name, config) for name in annotations.FASHIONIQ_CLASSES}
-    rankings, counts = {}, {}
+    classes, rankings, counts = {}, [], {}
     for name, (queries, gallery, left_out) in garments.items():
         query_items = [{key: query[key] for key in ("image", "text", "name")} for query in queries]
         gallery_items = [{"image": path, "name": image} for image, path in gallery.items()]
         place = {image: i for i, image in enumerate(gallery)}
         target = torch.tensor([place[query["target"]] for query in queries])
-        embeddings = [embed_scaled(model, items, *how) for items in (query_items, gallery_items)]
-        rankings[name] = Ranking(query_items, gallery_items, *embeddings, target, torch.arange(len(gallery)))
+        embeddings = [embed_scaled(model, items, **how) for items in (query_items, gallery_items)]
+        classes[name] = (*embeddings, target, torch.arange(len(gallery)))
+        rankings.append(Ranking(query_items, gallery_items, *classes[name]))
         counts |= left_out
-    result = composed_retrieval(rankings)
+    result = composed_retrieval(classes)
     result.counts |= counts
-    result.rankings += rankings.values()
+    result.rankings += rankings
     yield f"gallery {config.gallery}", result
 
 
@@ -225,7 +228,7 @@ def evaluate_recognition(model, tokenizer, config, processes):
         items += [{"image": path, **item} for path in product.images]
     logits = embed(model.classify, items, tokenizer, config, processes)
     labels, classes = torch.tensor([item["label"] for item in items]), torch.arange(logits.shape[1])
-    result = classification(logits, labels)
+    result = recognition(logits, labels)
     result.counts["samples_left_out"] = sum(len(product.images) for product in every) - len(items)
     # On a page each image shows its class and the class that was predicted for it.
     names = next(iter(annotations.label_names(config.data_root, config.task).values()), [])
@@ -236,7 +239,7 @@ def evaluate_recognition(model, tokenizer, config, processes):
 
 
 @torch.no_grad()
-def embed_outfits(model, outfits, *how):
+def embed_outfits(model, outfits, **how):
     """Each outfit as `outfit_retrieval` takes it: (Q, D) float32. how: what `embed` takes after the items.
 
     outfits: dicts as annotations.Polyvore has them, but an item has a list of categories: it counts as their mean."""
@@ -244,7 +247,7 @@ def embed_outfits(model, outfits, *how):
     paths = list({path: None for outfit in outfits for path, _ in outfit["items"]})
     images = [{"image": path, "name": path} for path in paths]
     device = model.logit_scale.device
-    encoded = embed(lambda batch: model.encode_item(batch["image"]), images, *how).to(device)
+    encoded = embed(lambda batch: model.encode_item(batch["image"]), images, **how).to(device)
     row_of, queries = {path: i for i, path in enumerate(paths)}, []
     for outfit in outfits:
         pairs = [(row_of[path], one, 1 / len(several)) for path, several in outfit["items"] for one in several]
@@ -268,11 +271,11 @@ def evaluate_polyvore(model, tokenizer, config, processes):
     every_blank = {row["blank"]: row["blank_item"] for row in every}
     blanks = {name: item for name, item in every_blank.items() if item[0] not in broken}
     outfits = [row for row in rows if not row["fake"]]
-    how = (tokenizer, config, processes, True)
+    how = {"tokenizer": tokenizer, "config": config, "processes": processes, "whole": True}
     blank_items = [{"image": path, "name": name} for name, (path, _) in blanks.items()]
-    blank = embed_scaled(model, blank_items, *how)
+    blank = embed_scaled(model, blank_items, **how)
     asked = [{**o, "items": [(path, [category]) for path, category in o["items"]]} for o in outfits]
-    queries = embed_outfits(model, asked, *how)
+    queries = embed_outfits(model, asked, **how)
     blank_id, category = torch.arange(len(blank)), torch.tensor([category for _, category in blanks.values()])
     place = {name: i for i, name in enumerate(blanks)}
     target = torch.tensor([place[outfit["blank"]] for outfit in outfits])
@@ -329,20 +332,20 @@ class EvalConfig:
     device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES)
 
 
-def read_tokenizer(path, model, config, trained):
-    """The WordPiece tokenizer of checkpoint `path`, whose own vocabulary is `trained`, a text or None.
+def read_tokenizer(path, model, config, vocab):
+    """The WordPiece tokenizer of checkpoint `path`, whose own vocabulary is `vocab`, a text or None.
 
     Raises InputError where there is no vocabulary or it is not the model's."""
-    tokenizer = data.wordpiece(bert.vocabulary(config, trained))
+    tokenizer = data.wordpiece(bert.vocabulary(config, vocab))
     if tokenizer.get_vocab_size() != model.config.vocab_size:
         found = f"found a vocabulary of {tokenizer.get_vocab_size()} words, expected {model.config.vocab_size}"
         raise InputError(f"{path}: {found}; set --vocab=FILE to the one of its training")
     return tokenizer
 
 
-def as_trained(config, trained):
-    """The config with image_size and max_tokens of `trained`, a checkpoint's "config" or {}, where it has 0."""
-    image_size, max_tokens = trained.get("image_size", 224), trained.get("max_tokens", 0)
+def as_trained(config, trained_config):
+    """The config with image_size and max_tokens of `trained_config`, a checkpoint's "config" or {}, where it has 0."""
+    image_size, max_tokens = trained_config.get("image_size", 224), trained_config.get("max_tokens", 0)
     return replace(config, image_size=config.image_size or image_size, max_tokens=config.max_tokens or max_tokens)
 
 

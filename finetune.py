@@ -96,7 +96,7 @@ class FinetuneConfig:
     device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES, group="machine")
     dtype: str = setting("float32", "float32, bfloat16 (autocast) or float16 (and GradScaler)", choices=DTYPES)
     tf32: bool = setting(
-        True, "float32 products on GPUs in TF32, as torch did it in the paper's time; final table: off"
+        True, "float32 matrix products on GPUs in TF32, as torch did it in the paper's time; final table: off"
     )
     compile: bool = setting(False, "torch.compile the model")
     workers: int = setting(4, "data loader workers per process; 0: load in the training process", FROM_0)
@@ -144,7 +144,7 @@ def train(config, processes):
     optimizer = common.make_optimizer(model, config.lr, config.weight_decay, config.lr_factor)
 
     # The bookkeeping, which resumes an earlier run where config.resume says so.
-    contents = {"kind": "fashionvil" if task.heads else "csa_net", "task": config.task, "vocab": vocab, **label_counts}
+    contents = {"kind": "fashionvil" if task.heads else "csa_net", "task": config.task, "vocab": vocab}
     contents |= {"model_config": dataclasses.asdict(model.config), "labels": labels}
     run = runs.Run(config, processes, model, optimizer, contents)
 
@@ -160,7 +160,7 @@ def train(config, processes):
     def validate():
         model.eval()
         _, result = next(evaluation.run(model, tokenizer, config, processes))  # its first protocol selects
-        run.keep_best(result.metrics, evaluation.criterion)
+        run.end_validation(result.metrics, evaluation.criterion)
 
     # The earlier run may have ended while it validated.
     if run.validating:

@@ -79,7 +79,7 @@ def itc(model, batch):
     image = model.scaled(model.encode_image(batch["image"]))
     text = model.scaled(model.encode_text(batch["input_ids"], batch["attention_mask"]))
     loss, accuracy = symmetric(image, text)
-    return loss, {"itc_acc": accuracy.detach()}
+    return loss, {"itc_acc": accuracy}
 
 
 @torch.no_grad()
@@ -93,14 +93,14 @@ def mine_negatives(model, features, batch):
     image = model.scaled(model.encode_image(features))
     text = model.scaled(model.encode_text(batch["input_ids"], batch["attention_mask"]))
     model.bert.train(was_training)
-    torch.clear_autocast_cache()  # it holds copies of weights without gradient, which `match` must not use
+    torch.clear_autocast_cache()  # it holds copies of weights without gradient, which `match_pairs` must not use
     hardest, exists = hardest_negatives(image, text, batch["product_id"], model.config.itm_candidates)
     replaced = (batch["itm_draws"] > 0.5) & exists
     own = torch.arange(len(hardest), device=hardest.device)
     return torch.where(replaced, hardest, own), (~replaced).long()
 
 
-def match(model, features, batch, text_rows, target):
+def match_pairs(model, features, batch, text_rows, target):
     """ITM of given pairs: image row i, as features (B, P, C), with text row text_rows[i]; target (B,) 1 = matched.
 
     Returns the mean cross-entropy and {"itm_acc", "itm_matched"}: 0..1, the second the share of matched pairs."""
@@ -111,11 +111,11 @@ def match(model, features, batch, text_rows, target):
 
 
 def itm(model, batch):
-    """Image-text matching with hard negatives from this process's own batch; returns what `match` returns.
+    """Image-text matching with hard negatives from this process's own batch; returns what `match_pairs` returns.
 
     batch as `itc`, product_id (B,) int64, itm_draws (B,). Source: FashionViL 3.2; docs/recipe.md "ITM"."""
     features = model.patches(batch["image"])  # one image forward serves mining and matching
-    return match(model, features, batch, *mine_negatives(model, features, batch))
+    return match_pairs(model, features, batch, *mine_negatives(model, features, batch))
 
 
 def mlm(model, batch):
@@ -128,7 +128,7 @@ def mlm(model, batch):
     labels, features = batch["mlm_labels"], model.patches(batch["image"])
     needed = F.pad(labels != NO_LABEL, (0, features.shape[1]))  # (B, T + P), no patch
     hidden = model.encode_joint(batch["masked_ids"], batch["attention_mask"], features, needed=needed)
-    return _classify(model.heads["mlm"], hidden[:, : labels.shape[1]], labels, batch["mlm_targets"], "mlm")
+    return _loss_of_targets(model.heads["mlm"], hidden[:, : labels.shape[1]], labels, batch["mlm_targets"], "mlm")
 
 
 def mpfc(model, batch):
@@ -144,10 +144,10 @@ def mpfc(model, batch):
     T = batch["input_ids"].shape[1]
     needed = F.pad(masked, (T, 0))  # (B, T + P), no token of the text
     hidden = model.encode_joint(batch["input_ids"], batch["attention_mask"], batch["image"], masked, needed=needed)
-    return _classify(model.heads["mpfc"], hidden[:, T:], codes, batch["mpfc_targets"], "mpfc")
+    return _loss_of_targets(model.heads["mpfc"], hidden[:, T:], codes, batch["mpfc_targets"], "mpfc")
 
 
-def _classify(head, hidden, labels, index, name):
+def _loss_of_targets(head, hidden, labels, index, name):
     """Cross-entropy and accuracy of head(hidden) at the n targets, over the n of all processes.
 
     hidden (B, L, D), labels (B, L) int64, index (n,) int64: the places of the targets in the flattened labels. They
@@ -163,21 +163,22 @@ def mvc(model, batch):
     """Multi-view contrastive learning (`icc` in the original's code).
 
     batch: image (view 0), image2 (view 1), input_ids, attention_mask (B, T), text_drop (B, T) and patch_drop (B, P)
-    bool, True = left out of attention and mean. The embedding of view 0 against view 1 composed with the text.
+    bool, True = left out of attention, a patch also of the mean. View 0 is compared with view 1 composed with text.
     Returns the symmetric InfoNCE in nats and {"mvc_acc"}. Source: docs/recipe.md "MVC"."""
     image = model.scaled(model.encode_image(batch["image"]))
     mask = batch["attention_mask"] * ~batch["text_drop"]
     composed = model.encode_composed(batch["input_ids"], mask, batch["image2"], ~batch["patch_drop"])
     loss, accuracy = symmetric(image, model.scaled(composed))
-    return loss, {"mvc_acc": accuracy.detach()}
+    return loss, {"mvc_acc": accuracy}
 
 
 def pac(model, batch):
     """Pseudo-attribute classification of both modalities by one cosine head.
 
     batch as `itc`, attributes (B, A) float: a product's attributes share weight 1; all 0 = none known, left out.
-    Returns image term + text term (at least 5.7 each over 2232 attributes, for cosines stay in [-1, 1]) and
-    {"pac_recall"}: the share of the label weight among the head's five best. Source: docs/recipe.md "PAC"."""
+    Returns image term + text term, and {"pac_recall"}: the share of the label weight among the head's five best. With
+    pac_scale 1 each term is at least 5.7 over 2232 attributes, as cosines stay in [-1, 1]. Source: docs/recipe.md "PAC"
+    """
     labels = batch["attributes"]
     known = (labels.sum(1) > 0).float()
     text = model.encode_text(batch["input_ids"], batch["attention_mask"])
@@ -227,4 +228,4 @@ def ocir(model, batch):
     Source: FashionViL 3.3; docs/recipe.md "Outfit completion"."""
     question = model.fuse(model.encode_item(batch["image"]), batch["category"], batch["wanted"])
     loss, accuracy = symmetric(question, model.scaled(model.encode_item(batch["image2"])))
-    return loss, {"ocir_acc": accuracy.detach()}
+    return loss, {"ocir_acc": accuracy}

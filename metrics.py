@@ -5,7 +5,8 @@ hit: a query is a hit at k if its rank is at most k. Recall at k (r@k) is the sh
 chance: what a random ranking, or a guess, reaches on average.
 outcomes: {set: tensor with a row for each query}, from which all metrics can be computed, also of resampled queries.
 
-queries (Q, D), gallery (G, D) float32 or float64; query_* (Q,), gallery_* (G,) int64. Of the same id means correct."""
+queries (Q, D), gallery (G, D) float32 or float64; query_* (Q,), gallery_* (G,) int64. A gallery item is correct if its
+id is the query's."""
 
 import math
 import statistics
@@ -61,7 +62,7 @@ def best_ranks(queries, gallery, query_id, gallery_id, block=512):
     place = torch.arange(len(gallery), device=queries.device)
     ranks = []
     for rows, own in zip(queries.split(block), own_items.split(block), strict=True):
-        # Zeros fill up the last block. A product of another shape may round otherwise, and then twins may not tie.
+        # Zeros fill up the last block. A matrix product of another shape may round otherwise, and twins may not tie.
         scores = (F.pad(rows, (0, 0, 0, block - len(rows))) @ gallery.t())[: len(rows)]  # (b, G)
         # The best correct item's score comes from this product, too, so it has the same bits as its equals.
         own_scores = scores.gather(1, own)  # (b, m)
@@ -211,20 +212,20 @@ def sample_100(image, text, image_id, text_id, image_group, text_group, seed=0, 
     return Result(partial(recalls, ks=ks), chance_recalls(sizes, ks), counts, outcomes)
 
 
-def composed_retrieval(rankings, ks=(10, 50)):
+def composed_retrieval(classes, ks=(10, 50)):
     """TGIR: each class has its own gallery, which includes the reference images; <class>_r@k and their mean.
 
-    rankings {class: a pictures.Ranking}, of which it takes the arguments of `best_ranks`; ids of images, each once in
-    a gallery. Raises as that. Source: docs/recipe.md "Text-guided image retrieval"."""
+    classes {name: (queries, gallery, query_id, gallery_id)}, as `best_ranks` takes them; ids of images, each once in a
+    gallery. Raises as that. Source: docs/recipe.md "Text-guided image retrieval"."""
     outcomes, sizes, counts = {}, {}, {}
-    for name, r in rankings.items():
-        outcomes[name] = best_ranks(r.queries, r.gallery, r.query_id, r.gallery_id)
-        sizes[name] = [(1, len(r.gallery))]
-        counts[f"{name}_queries"], counts[f"{name}_gallery"] = len(r.queries), len(r.gallery)
+    for name, (queries, gallery, query_id, gallery_id) in classes.items():
+        outcomes[name] = best_ranks(queries, gallery, query_id, gallery_id)
+        sizes[name] = [(1, len(gallery))]
+        counts[f"{name}_queries"], counts[f"{name}_gallery"] = len(queries), len(gallery)
     return Result(partial(recalls, ks=ks), chance_recalls(sizes, ks), counts, outcomes)
 
 
-def classification(logits, labels):
+def recognition(logits, labels):
     """CR and SCR: every image is one sample; accuracy and macro_f1.
 
     logits (N, C) float, the lower of equal classes counts; labels (N,) int64.

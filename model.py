@@ -53,7 +53,9 @@ class ModelConfig:
         if not set(self.heads) <= set(HEADS):
             raise ValueError(f"heads: found {self.heads}, expected some of {', '.join(HEADS)}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden size {self.hidden_size} does not divide into {self.num_attention_heads} heads")
+            raise ValueError(
+                f"hidden size {self.hidden_size} does not divide into {self.num_attention_heads} attention heads"
+            )
         if "recognition" in self.heads and self.n_classes < 1:
             raise ValueError("the recognition head needs n_classes, the number of classes of the data")
 
@@ -270,12 +272,6 @@ def masked_mean(x, mask):  # x (B, L, D) -> (B, D), over the positions where mas
     return (x * weights).sum(1) / weights.sum(1)
 
 
-def scaled_normalize(x, logit_scale):
-    """`s * x / ||x||` in float32, so that a product of two is `s^2 cos`; logits near 16 are too coarse in bfloat16."""
-    with torch.autocast(x.device.type, enabled=False):
-        return logit_scale * F.normalize(x.float(), dim=-1)
-
-
 class FashionViL(nn.Module):
     """The whole model. An `image` argument is pixels (B, 3, H, W) or patch features (B, P, C) computed before.
 
@@ -325,9 +321,8 @@ class FashionViL(nn.Module):
         embedded = torch.cat([embeddings.text(input_ids), embeddings.image(features)], 1)  # (B, T + P, D)
         return self.bert(embedded, torch.cat([attention_mask.bool(), patch_keep], 1), needed)
 
-    def encode_pair(
-        self, input_ids, attention_mask, image
-    ):  # -> BERT's pooler on [CLS] (B, D), for ITM and recognition
+    def encode_pair(self, input_ids, attention_mask, image):
+        """Text + image -> BERT's pooler on [CLS] (B, D), for ITM and recognition."""
         features = self.patches(image)
         is_cls = torch.arange(input_ids.shape[1] + features.shape[1], device=features.device) == 0
         needed = is_cls.expand(len(features), -1)  # (B, T + P)
@@ -346,15 +341,17 @@ class FashionViL(nn.Module):
         pooled = self.encode_pair(batch["input_ids"], batch["attention_mask"], batch["image"])
         return self.heads["recognition"](pooled).float()
 
-    def scaled(self, x):  # embeddings (B, D) -> `s * x / ||x||`, whose products are the contrastive logits
-        return scaled_normalize(x, self.logit_scale)
+    def scaled(self, x):
+        """Embeddings (B, D) -> `s * x / ||x||` float32. The dot product of two, `s^2 cos`, is a contrastive logit."""
+        with torch.autocast(x.device.type, enabled=False):  # logits near 16 are too coarse in bfloat16
+            return self.logit_scale * F.normalize(x.float(), dim=-1)
 
     def forward(self, batch, objective):  # DistributedDataParallel must see every loss inside its own forward
         return objective(self, batch)
 
 
 class CSANet(nn.Module):
-    """Category-aware subspace attention (Lin et al. 2020) on the image encoder alone, for outfits (OCIR).
+    """Category-based subspace attention network (Lin et al. 2020) on the image encoder alone, for outfits (OCIR).
 
     All BatchNorms, statistics and weights, and the last stage of the image encoder are frozen."""
 
@@ -390,7 +387,8 @@ class CSANet(nn.Module):
         masks = self.fusion_module["masks"].weight  # (5, 256)
         return self.scaled((item * (weights @ masks)) / len(masks))  # the original divides, too; `scaled` undoes it
 
-    scaled, forward = FashionViL.scaled, FashionViL.forward
+    scaled = FashionViL.scaled
+    forward = FashionViL.forward
 
 
 def compile_parts(model):

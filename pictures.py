@@ -122,11 +122,13 @@ def draw_rankings(path, name, rankings, n, seed):
     """Write a page of n random queries of a list of `Ranking`. If any query failed, one that failed is on the page."""
     queries = [(ranking, i) for ranking in rankings for i in range(len(ranking.queries))]
     order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(seed)).tolist()
-    rows = [ranked_row(*queries[i]) for i in order[:n]]
+    rows, how = [ranked_row(*queries[i]) for i in order[:n]], "drawn at random"
     if not any(row.failed for row in rows):
         others = (ranked_row(*queries[i]) for i in order[n:])
-        rows[-1] = next((row for row in others if row.failed), rows[-1])
-    draw_page(path, f"{name}: {len(rows)} of {len(queries)} queries, drawn at random; right ones in green", rows)
+        failed = next((row for row in others if row.failed), None)
+        if failed:
+            rows[-1], how = failed, "drawn at random, the last one because it failed"
+    draw_page(path, f"{name}: {len(rows)} of {len(queries)} queries, {how}; right ones in green", rows)
     print(f"written: {path} ({sum(row.failed for row in rows)} of {len(rows)} without a right one in view)")
 
 

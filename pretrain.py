@@ -75,7 +75,7 @@ class PretrainConfig:
 
     device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES, group="machine")
     dtype: str = setting("float32", "float32, bfloat16 (autocast) or float16 (and GradScaler)", choices=DTYPES)
-    tf32: bool = setting(True, "float32 products on GPUs in TF32, as torch did it in the paper's time")
+    tf32: bool = setting(True, "float32 matrix products on GPUs in TF32, as torch did it in the paper's time")
     compile: bool = setting(False, "torch.compile the model")
     workers: int = setting(4, "data loader workers per process; 0: load in the training process", FROM_0)
     seed: int = setting(0, "every random draw follows from it", (0, 2**63 - 1))
@@ -91,7 +91,8 @@ class PretrainConfig:
 
 
 def check_config(config):
-    """Raise InputError for a setting out of its limits, an unknown objective, or probabilities that are none."""
+    """Raise InputError for a setting out of its limits, an unknown objective, a sum of probabilities that is not 1, or
+    too few products to compare."""
     settings.check_limits(config)
     for name in config.objectives:
         if name not in OBJECTIVES:
@@ -139,7 +140,7 @@ def prepare_image_tokenizer(config, device):
 
 
 def build_model(config, sizes, **data_sizes):
-    """FashionViL with the pre-training heads. sizes, data_sizes: {field of ModelConfig: value}; the latter count."""
+    """FashionViL with the pre-training heads. sizes, data_sizes: {field of ModelConfig: value}; data_sizes win."""
     own = {name: getattr(config, name) for name in ("dropout", "pac_scale", "itm_candidates")}
     return FashionViL(ModelConfig(**{**sizes, **own, **data_sizes, "heads": PRETRAINING_HEADS, "n_classes": 0}))
 
@@ -203,7 +204,7 @@ def train(config, processes):
     def validate():
         model.eval()
         embeddings = evaluate.embed_retrieval(model, val_products, tokenizer, config, processes)
-        run.keep_best(evaluate.full_gallery(*embeddings).metrics, "mean_recall")
+        run.end_validation(evaluate.full_gallery(*embeddings).metrics, "mean_recall")
 
     # The earlier run may have ended while it validated.
     if run.validating:

@@ -136,8 +136,8 @@ class Run:
     def steps(self):
         """The numbers of the updates to do. Meanwhile the STOP_SIGNALS only ask for a stop.
 
-        When a loader worker dies, torch raises an error wherever the main process is, perhaps within an update. Without
-        that handler of SIGCHLD the error waits for `next_batches`."""
+        When a loader worker dies, torch's handler of SIGCHLD raises an error wherever the main process is, perhaps
+        within an update. Here the handler is removed, so the error waits for `next_batches`."""
         asking = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
         handlers = {number: signal.signal(number, self._ask_stop) for number in asking}
         handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -228,7 +228,7 @@ class Run:
         self._write_line(row)
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name.endswith("loss")})
 
-    def keep_best(self, metrics, criterion=None):
+    def end_validation(self, metrics, criterion=None):
         """Log a validation. Where metrics[criterion] is the best so far, save best.pt. Then save last.pt again."""
         self._write_line({"step": self.done, **{f"val_{name}": value for name, value in metrics.items()}})
         if criterion:

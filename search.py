@@ -6,7 +6,8 @@
     python search.py --checkpoint O --gallery DIR --outfit a.jpg b.jpg --category shoes                # goes with them
 
 O is of finetune.py --task=polyvore. DIR is any folder of images; a data set's own folders have titles, too. Scores are
-cosines. The images' vectors stay beside DIR, in DIR.index.pt, until checkpoint or files change."""
+cosines; of an outfit they are means over its items. The images' vectors stay beside DIR, in DIR.index.pt, until
+checkpoint or files change."""
 
 import argparse
 import hashlib
@@ -138,7 +139,7 @@ class PolyvoreCategories:
         return self.number[int(item["category_id"])] if item else -1
 
 
-def match(model, batch):
+def match_probability(model, batch):
     """(B,) the ITM head's probability that text and image of a row belong together."""
     pooled = model.encode_pair(batch["input_ids"], batch["attention_mask"], batch["image"])
     return model.heads["itm"](pooled).float().softmax(-1)[:, 1]
@@ -173,7 +174,7 @@ def search(config):
     own = evaluate.as_trained(own, info["config"])
     tokenizer = evaluate.read_tokenizer(config.checkpoint, model, own, info["vocab"]) if config.text else None
     whole = bool(config.outfit) or info["task"] == "fashioniq"  # as in training
-    how = (tokenizer, own, processes, whole)
+    how = {"tokenizer": tokenizer, "config": own, "processes": processes, "whole": whole}
 
     # A query is one vector; an outfit has one for each category that the wanted name stands for.
     query = {key: value for key, value in (("text", config.text), ("image", config.image)) if value}
@@ -191,21 +192,22 @@ def search(config):
                 raise InputError(f"outfit: {path}: {found}")
             items.append((path, numbers))
         outfits = [{"items": items, "blank_item": ("", number), "name": "outfit"} for number in wanted]
-        queries = evaluate.embed_outfits(model, outfits, *how) / model.logit_scale.cpu()
+        queries = evaluate.embed_outfits(model, outfits, **how) / model.logit_scale.cpu()
     else:
-        queries = F.normalize(evaluate.embed_scaled(model, [{**query, "name": "query"}], *how), dim=-1)
+        queries = F.normalize(evaluate.embed_scaled(model, [{**query, "name": "query"}], **how), dim=-1)
 
     # The vectors of the gallery come from its index. They are made anew where it is missing or stale.
     digest = hashlib.sha256(np.memmap(config.checkpoint, mode="r")).hexdigest()
     path, fingerprint = config.index or f"{folder}.index.pt", f"{digest} {whole} {own.image_size}"
-    vectors, names = open_index(
-        path, folder, fingerprint, lambda items: evaluate.embed_scaled(model, items, *how, True), config.missing
-    )
-    scores, paths = vectors @ queries.numpy().T, [f"{folder}/{name}" for name in names]  # (N, W)
+    embed_gallery = partial(evaluate.embed_scaled, model, progress=True, **how)
+    vectors, names = open_index(path, folder, fingerprint, embed_gallery, config.missing)
+    scores = vectors @ queries.numpy().T  # (N, W) for W wanted categories; without an outfit W is 1
+    paths = [f"{folder}/{name}" for name in names]
     if config.outfit:  # an image answers the query for its own category, or all if its category is unknown
         category = np.array([categories.of_image(path) for path in paths])[:, None]  # (N, 1)
         scores = np.where((category == wanted) | (category < 0), scores, -np.inf)
-    scores, own_images = scores.max(1), {os.path.realpath(path) for path in (*config.outfit, config.image) if path}
+    scores = scores.max(1)  # (N,)
+    own_images = {os.path.realpath(path) for path in (*config.outfit, config.image) if path}
     scores[[path in own_images for path in paths]] = -np.inf
 
     # The best come first, equal ones in the order of the gallery; -inf is no result, and stands last.
@@ -213,7 +215,7 @@ def search(config):
     if config.rerank:  # the ITM head orders the best ones again
         first = order[:RERANKED]
         pairs = [{**query, "image": paths[i]} for i in first]
-        found = evaluate.embed(partial(match, model), pairs, *how).tolist()
+        found = evaluate.embed(partial(match_probability, model), pairs, **how).tolist()
         itm = {i: {"itm": value} for i, value in zip(first, found, strict=True)}
         order = sorted(first, key=lambda i: -itm[i]["itm"]) + order[RERANKED:]
 
@@ -243,7 +245,7 @@ def main(argv=None):
     rows = search(config)
     lines, cells = [], []
     for r in rows:
-        itm = f"  match {r['itm']:.2f}" if "itm" in r else ""
+        itm = f"  itm {r['itm']:.2f}" if "itm" in r else ""
         lines.append(f"{r['rank']:3}  {r['score']:6.3f}{itm}  {r['id']:12}  {r['title'][:50]:50}  {r['path']}")
         cells.append(pictures.Cell([r["path"]], r["title"] or r["id"], f"{r['rank']}  {r['score']:.2f}{itm}"))
     print(json.dumps(rows, indent=1) if config.json else "\n".join(lines))

@@ -67,7 +67,7 @@ class VQVAEConfig(ImageTokenizerConfig):
 
     device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES, group="machine")
     dtype: str = setting("float32", "float32, bfloat16 (autocast) or float16 (and GradScaler)", choices=DTYPES)
-    tf32: bool = setting(True, "float32 products on GPUs in TF32, as torch did it in the paper's time")
+    tf32: bool = setting(True, "float32 matrix products on GPUs in TF32, as torch did it in the paper's time")
     compile: bool = setting(False, "torch.compile encoder and decoder")
     workers: int = setting(4, "data loader workers per process; 0: load in the training process", FROM_0)
     seed: int = setting(0, "every random draw follows from it", (0, 2**63 - 1))
@@ -143,7 +143,7 @@ def upsample(c):  # doubles the map
 
 
 class Encoder(nn.Module):
-    """VQGAN's: (B, 3, H, W) -> (B, D, H/32, W/32). `down.0` is the level of the full resolution."""
+    """VQGAN's: (B, 3, H, W) -> (B, D, H/stride, W/stride). `down.0` is the level of the full resolution."""
 
     def __init__(self, config):
         super().__init__()
@@ -166,7 +166,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The encoder's mirror, with a block more in each level: (B, D, H/32, W/32) -> (B, 3, H, W)."""
+    """The encoder's mirror, with a block more in each level: (B, D, H/stride, W/stride) -> (B, 3, H, W)."""
 
     def __init__(self, config):
         super().__init__()
@@ -229,7 +229,9 @@ class ImageTokenizer(nn.Module):
         stride = self.config.stride
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % stride or images.shape[3] % stride:
             raise ValueError(f"images {tuple(images.shape)}: expected (B, 3, H, W), H and W multiples of {stride}")
-        z = self.quant_conv(self.encoder(images.contiguous(memory_format=torch.channels_last)))  # (B, D, H/32, W/32)
+        z = self.quant_conv(
+            self.encoder(images.contiguous(memory_format=torch.channels_last))
+        )  # (B, D, H/stride, W/stride)
         return z.flatten(2).transpose(1, 2)
 
     @torch.no_grad()
@@ -261,7 +263,9 @@ class VQVAE(ImageTokenizer):
         e = self.codebook.weight[codes]  # (B, P, D)
         commitment = F.mse_loss(z, e)
         e = z + (e - z).detach()  # straight-through: the value of the code, the gradient of the latent
-        grid = e.transpose(1, 2).unflatten(2, [n // self.config.stride for n in images.shape[2:]])  # (B, D, H/32, W/32)
+        grid = e.transpose(1, 2).unflatten(
+            2, [n // self.config.stride for n in images.shape[2:]]
+        )  # (B, D, H/stride, W/stride)
         return self.decoder(self.post_quant_conv(grid)), commitment, z.detach(), codes
 
     @torch.no_grad()
@@ -410,7 +414,7 @@ def train(config, processes):
 
     def measure():
         metrics = validate(model, held_out, device) if is_main else {}
-        run.keep_best(metrics)
+        run.end_validation(metrics)
         if is_main:
             run.bar.write(f"step {run.done}: " + "  ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
 

@@ -31,13 +31,11 @@ def catalogue(tmp_path_factory):
 @pytest.fixture(scope="session")
 def image_tokenizer_file(tmp_path_factory):
     """A tiny image tokenizer with random weights, for MPFC at 64 px."""
-    import dataclasses
-
     import checkpoint
     import vqvae
 
     sizes = vqvae.ImageTokenizerConfig(ch=8, ch_mult=(1, 1, 1, 1), n_blocks=1, latent_dim=8, n_codes=16, unshuffle=4)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.pt"
     state = {"kind": "tokenizer", "model": vqvae.VQVAE(sizes).state_dict()}
-    checkpoint.save(path, {**state, "tokenizer_config": dataclasses.asdict(sizes)})
+    checkpoint.save(path, state)
     return path

@@ -11,7 +11,6 @@ from torch.nn.functional import one_hot
 
 import evaluate
 import metrics
-from pictures import Ranking
 
 GOLDEN = torch.load(Path(__file__).parent / "golden" / "metrics.pt", weights_only=True)
 WAYS = [f"{way}_r@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
@@ -46,8 +45,8 @@ ONE = torch.ones(1, 1)
 
 
 def retrieval(*tensors):
-    """A class as `evaluate.composed_retrieval` takes it: the tensors of `metrics.best_ranks`, and no items to draw."""
-    return Ranking([], [], *tensors)
+    """A class as `evaluate.composed_retrieval` takes it: the tensors of `metrics.best_ranks`."""
+    return tensors
 
 
 def first_rows(ids):
@@ -147,7 +146,7 @@ def test_ocir_is_the_original_s():
 
 def test_recognition_is_the_original_s():
     logits, labels = arrays("classification", "logits", "targets")
-    result = evaluate.classification(logits, labels)
+    result = evaluate.recognition(logits, labels)
     assert result.metrics["accuracy"] == pytest.approx(GOLDEN["classification"]["accuracy"], abs=1e-6)
     assert result.metrics["macro_f1"] == pytest.approx(GOLDEN["classification"]["macro_f1"], abs=1e-6)
     assert result.counts["classes"] == GOLDEN["classification"]["classes_in_targets"]
@@ -373,10 +372,10 @@ def test_ocir_averages_over_categories_and_ranks_within_them():
 def test_recognition_counts_a_class_absent_from_the_truth_and_not_one_absent_from_both():
     labels = torch.tensor([0, 0, 0, 1])
     predictions = torch.tensor([0, 0, 3, 1])  # class 3 only predicted: F1 0; class 2 in neither
-    result = evaluate.classification(one_hot(predictions, 6).float(), labels)
+    result = evaluate.recognition(one_hot(predictions, 6).float(), labels)
     assert result.metrics == pytest.approx({"accuracy": 3 / 4, "macro_f1": (4 / 5 + 1 + 0) / 3})
     assert result.chance == pytest.approx({"accuracy": 3 / 4, "macro_f1": 1 / 2})
-    never = evaluate.classification(torch.ones(2, 3), torch.tensor([0, 2]))  # a class in the truth, never predicted
+    never = evaluate.recognition(torch.ones(2, 3), torch.tensor([0, 2]))  # a class in the truth, never predicted
     assert never.metrics["macro_f1"] == pytest.approx((2 / 3 + 0) / 2)
 
 
@@ -384,9 +383,9 @@ def test_recognition_refuses_nan_and_other_shapes():
     logits = torch.zeros(2, 3)
     logits[1, 2] = math.nan
     with pytest.raises(ValueError, match="sample 1"):
-        evaluate.classification(logits, torch.tensor([0, 0]))
+        evaluate.recognition(logits, torch.tensor([0, 0]))
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(3,\)"):
-        evaluate.classification(torch.zeros(2, 3), torch.tensor([0, 0, 0]))
+        evaluate.recognition(torch.zeros(2, 3), torch.tensor([0, 0, 0]))
 
 
 # ---- chance ----------------------------------------------------------------------------------------------------------
@@ -421,12 +420,12 @@ def test_chance_is_what_random_embeddings_get():
 
 def test_recognition_chance():
     labels = torch.tensor([0] * 60 + [1] * 30 + [5] * 10)
-    always_0 = evaluate.classification(torch.ones(len(labels), 6), labels)
+    always_0 = evaluate.recognition(torch.ones(len(labels), 6), labels)
     chance = always_0.chance
     assert chance["accuracy"] == always_0.metrics["accuracy"] == 0.6
     labels = labels.repeat(100)
     guess = labels[torch.randint(len(labels), labels.shape, generator=torch.Generator().manual_seed(0))]
-    found = evaluate.classification(one_hot(guess).float(), labels).metrics
+    found = evaluate.recognition(one_hot(guess).float(), labels).metrics
     assert found["macro_f1"] == pytest.approx(chance["macro_f1"], abs=0.02)
 
 
@@ -470,7 +469,7 @@ def test_bootstrap_of_averages_that_are_not_means_over_queries():
     logits, labels = arrays("classification", "logits", "targets")
     kept = labels < 5
     ocir = evaluate.outfit_retrieval(*golden_ocir())
-    f1 = evaluate.classification(logits[kept, :5], labels[kept])
+    f1 = evaluate.recognition(logits[kept, :5], labels[kept])
     for metric, result, key in (
         (partial(metrics.category_recalls, ks=(10,)), ocir, "r@10"),
         (metrics.recognition_scores, f1, "macro_f1"),

@@ -127,7 +127,7 @@ def test_itm_with_mined_negatives(model, batch):
 def test_itm_with_given_negatives(model, batch):
     golden = GOLDEN["itm_given"]
     features = model.patches(batch["image"])
-    close(losses.match(model, features, batch, golden["perm"], golden["targets"])[0], golden["loss"])
+    close(losses.match_pairs(model, features, batch, golden["perm"], golden["targets"])[0], golden["loss"])
     hidden = model.encode_joint(
         batch["input_ids"][golden["perm"]], batch["attention_mask"][golden["perm"]], batch["image"]
     )

@@ -150,7 +150,7 @@ def five_steps(rank, world_size):
 
     def given_pairs(model, batch):
         features = model.patches(batch["image"])
-        return losses.match(model, features, batch, batch["itm_text"], batch["itm_target"])
+        return losses.match_pairs(model, features, batch, batch["itm_text"], batch["itm_target"])
 
     results = {}
     for name, objective in {**OBJECTIVES, "itm": given_pairs}.items():
@@ -215,4 +215,4 @@ def given_pairs_of_mining(model, batch):
     with torch.autocast("cpu", enabled=False), torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
         features = model.patches(batch["image"])
         pairs = losses.mine_negatives(model, features, batch)
-    return losses.match(model, features, batch, *pairs)
+    return losses.match_pairs(model, features, batch, *pairs)

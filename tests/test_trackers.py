@@ -235,7 +235,7 @@ class Unsendable(Dataset):
 
 def test_a_batch_that_cannot_be_sent_is_not_waited_for():
     """pytorch/pytorch#1355 and #5040: a small /dev/shm. The worker dropped the batch, and the run hung for ever."""
-    share = {"num_workers": 1, "worker_init_fn": data.leave_group, "collate_fn": list}
+    share = {"num_workers": 1, "worker_init_fn": data.init_worker, "collate_fn": list}
     with pytest.raises(RuntimeError) as error:
         next(iter(DataLoader(Unsendable(), batch_size=2, **share)))
     assert ending.is_dead_worker(error.value)

@@ -1,5 +1,6 @@
 """Time and memory of a training step on this machine. Prints each row, and writes all as one JSON.
 
+    python -m tools.bench --size=demo --data_root=data/demo --only=itc,mlm    the demo's model, in seconds
     python -m tools.bench                         seconds of a step of each objective and task, beside the bare parts
     python -m tools.bench --measure=memory        the memory of a step on a GPU, calculated on a CPU
     python -m tools.bench --measure=data          the input pipeline of ITC, images per second of a worker
@@ -210,7 +211,7 @@ def measure_data(config, name, n_images=64):
             Image.open(dataset.items[row]["image"][0]).convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
 
     row = compare(ours, bare, 5 * config.pairs)  # a run is short
-    return {"images/s": n_images / row["seconds"], "bare": n_images / row["bare"], "ratio": 1 / row["ratio"]}
+    return {"images/s": n_images / row["seconds"], "bare_images/s": n_images / row["bare"], "ratio": 1 / row["ratio"]}
 
 
 def main():
