@@ -145,7 +145,7 @@ def load_products(root, source, part, faults=None):
 
 def load_pretraining(root, sets=tuple(SETS)):
     """The training products of the sets in one list; training picks uniformly from it (docs/recipe.md "Data sets")."""
-    unknown = [repr(name) for name in sets if name not in SETS]
+    unknown = [repr(name) for name in sets if name not in list(SETS)]  # a list may hold whatever a user wrote
     if unknown or not sets or len(set(sets)) < len(sets):
         found = unknown[0] if unknown else sets
         raise InputError(f"sets: found {found}, expected some of {', '.join(SETS)}, each once")
@@ -170,12 +170,16 @@ def load_titles(folder):
 def label_names(root, task):
     """{what: [name of number 0, of number 1, ...]} of the numbers that a task's model learns; {} where no file says it.
 
-    ROOT/labels.json names pseudo-attributes, categories and sub-categories. Polyvore's categories have public ids."""
+    ROOT/labels.json names pseudo-attributes, categories and sub-categories. Polyvore's categories have public ids.
+    Raises InputError where names are no list of texts."""
     if task == "polyvore":
         return {"Polyvore categories": [*map(str, load_polyvore_items(Path(root, "PolyvoreOutfits"))[1])]}
     keys = {"pretrain": "attributes", "fashiongen_category": "categories", "fashiongen_subcategory": "subcategories"}
     path, what = Path(root, "labels.json"), keys.get(task)
     names = read_json(path, dict).get(what) if what and path.exists() else None
+    if names and (type(names) is not list or not all(type(name) is str for name in names)):
+        expected = "a list of names in the order of their numbers, as prepare/catalogue.py writes it"
+        raise InputError(f"{path}: key {what!r}: found {names!r:.60}, expected {expected}")
     return {what: names} if names else {}
 
 
@@ -202,13 +206,15 @@ def has_subcategories(products):
 
 
 def fashioniq_image(root, garment, name, where):
-    """Path of a FashionIQ image: images/NAME.jpg, or where that is missing a .png, .jpeg or .webp, or one in
-    images/GARMENT/. Where there is none, it is images/NAME.jpg. Raises InputError as `image_path`."""
+    """Path of a FashionIQ image: images/NAME.jpg, or where that is missing or empty one of another ending or without
+    one, or one in images/GARMENT/, train/, val/ or test/. Where there is none, it is images/NAME.jpg. Raises InputError
+    as `image_path`."""
     folder = os.path.join(root, "FashionIQ", "images")
     first = image_path(folder, name, where, ".jpg")
-    places = (os.path.join(folder, *more, name) for more in ((), (garment,)))
-    paths = [place + ending for place in places for ending in (".jpg", ".png", ".jpeg", ".webp")]
-    return next((path for path in paths if os.path.exists(path)), first)
+    places = [os.path.join(folder, more, name) for more in ("", garment, "train", "val", "test")]
+    endings = [".jpg", ".png", ".jpeg", ".webp", ".JPG", ".PNG", ".JPEG", ".WEBP", ""]
+    paths = (place + ending for place in places for ending in endings)
+    return next((path for path in paths if os.path.isfile(path) and os.path.getsize(path)), first)
 
 
 class FashionIQ(NamedTuple):

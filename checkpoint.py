@@ -475,6 +475,8 @@ def read_safetensors(path):
     tensors = {}
     with reading(path, "not a safetensors file, or damaged"):
         data = bytearray(Path(path).read_bytes())
+        if not data:
+            raise ValueError("an empty file")
         start = end = 8 + int.from_bytes(data[:8], "little")
         if start > len(data):
             raise ValueError(f"a header of {start - 8} bytes in a file of {len(data)}")

@@ -115,8 +115,11 @@ class OtherModel:
         self.path = path
         try:
             with np.load(path, allow_pickle=False) as file:
+                if file["vectors"].dtype.kind not in "fiu":
+                    raise ValueError(f"vectors of {file['vectors'].dtype}")
                 self.vectors = torch.from_numpy(file["vectors"]).float()
-                self.rows = {line: row for row, line in enumerate(str(file["list"]).splitlines())}
+                lines = str(file["list"]).removeprefix("\ufeff").splitlines()
+                self.rows = {line: row for row, line in enumerate(lines)}
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             cure = "expected an .npz of vectors and list, as docs/results.md makes it"
             raise InputError(f"{path}: cannot be read ({str(error).partition(chr(10))[0]:.100}); {cure}") from None
@@ -410,6 +413,8 @@ def main():
     path = config.embeddings or config.checkpoint
     if not path and not config.list:
         raise InputError("checkpoint: none given, expected --checkpoint=FILE, --embeddings=FILE.npz or --list=FILE")
+    if config.embeddings and config.checkpoint:
+        raise InputError("embeddings: found --checkpoint, too, expected one of them; --baseline compares two")
     out = config.out or f"{path}.{config.task}.{'png' if config.show else 'json'}"
     if config.show:
         pictures.check_page(out)

@@ -15,13 +15,17 @@ def not_the_file(path):
     """What a file is that a download left in the place of another, as a text for a message; "" for other files."""
     try:
         with open(path, "rb") as file:
-            head = file.read(512).lstrip(b"\xef\xbb\xbf \r\n\t").lower()
+            head = file.read(512).replace(b"\0", b"").lstrip(b"\xff\xfe\xef\xbb\xbf \r\n\t").lower()  # UTF-8 or UTF-16
     except OSError:
         return ""
     if head.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the file itself; run `git lfs pull` where it came from"
-    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
+    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<title", b"<meta", b"<script", b"<!--")):
         return "a web page, not the file itself; download it again, perhaps by hand in a browser"
+    if head.startswith((b"<?xml", b"<error", b"entry not found", b"404: not found")):
+        return "what a server answered, not the file itself; see what stands in it, and download it again"
+    if head.startswith(b"\x1f\x8b"):
+        return "packed by gzip; unpack it first (gunzip)"
     return ""
 
 

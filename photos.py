@@ -10,8 +10,9 @@ import warnings
 from dataclasses import replace
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
+from files import not_the_file
 from settings import InputError
 
 RESIZED, CROPPED = 256, 224  # sides in pixels before and after a crop; other image sizes keep this ratio
@@ -19,6 +20,7 @@ MISSING = "an image file that is missing or broken: stop (end with its name) or 
 MAX_PIXELS = 64_000_000  # of an image file; a larger one is no product photo and needs a gigabyte of memory
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is lower than Pillow's limit
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_PIXELS  # bytes; long texts harm no pixel
 
 
 def open_image(path):
@@ -30,6 +32,15 @@ def open_image(path):
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,}")
+            if image.format == "PNG" and "transparency" in image.info and image.tile:
+                # Pillow scales the values of 2 and 4 bits to 8 bits, but not the one that is transparent.
+                image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)
+            if image.format == "TIFF" and image.mode.startswith("I"):
+                bits, is_negative = image.tag_v2.get(258, (16,))[0], image.tag_v2.get(262, 1) == 0
+                if bits not in (16, 32) or is_negative:
+                    raise ValueError(
+                        f"a grey TIFF of {bits} bits{', white is 0' * is_negative}; save it as PNG or JPEG"
+                    )
             turn_upright(image)
             # The colour below a transparent pixel is no part of the photo.
             if image.mode.startswith(("I", "F")):
@@ -41,6 +52,7 @@ def open_image(path):
             return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # Pillow's readers raise nearly anything on broken files
         cause = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        cause = not_the_file(path) or cause
         cure = "replace the file, or leave it out by --missing=skip"
         raise InputError(f"{path}: image cannot be read: {cause}; {cure}") from None
 
@@ -78,6 +90,9 @@ def leave_out(paths, config, what):
         gone = [path for path in paths if not os.path.exists(path) or not os.path.getsize(path)]
         if gone:
             cure = "fetch them, or set --missing=skip to leave them out"
+            folder = os.path.dirname(gone[0])
+            names = sorted(os.listdir(folder)) if len(gone) == len(paths) and os.path.isdir(folder) else []
+            cure += f" ({folder} holds {len(names)} others, as {names[0]})" if names else ""
             raise InputError(f"{gone[0]}: image is missing; {len(gone)} of {len(paths)} images of {what} are; {cure}")
         return set()
     with concurrent.futures.ThreadPoolExecutor(max(1, config.workers)) as pool:  # Pillow decodes without Python's lock

@@ -12,6 +12,7 @@ checkpoint or files change."""
 import argparse
 import hashlib
 import json
+import mimetypes
 import os
 import sys
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import annotations
 import checkpoint
@@ -33,8 +35,9 @@ import settings
 from files import replacing
 from settings import COUNT, DEVICES, FROM_0, InputError, setting
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".avif")
-OTHER_SUFFIXES = (".heic", ".heif", ".hif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw")
+# endings of the files that Pillow can open, and some that browsers give
+IMAGE_SUFFIXES = {ending for ending, form in Image.registered_extensions().items() if form in Image.OPEN}
+IMAGE_SUFFIXES |= {".mpo", ".pjpeg", ".jpg_large"}
 RERANKED = 50  # best results that --rerank scores again
 
 
@@ -69,14 +72,14 @@ def list_images(folder):
             continue
         seen.add(os.path.realpath(base))
         for path in (Path(base, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in OTHER_SUFFIXES:  # such as the HEIC of phones
-                others.append(str(path))
             if path.suffix.lower() in IMAGE_SUFFIXES and path.exists():
                 files[str(path.relative_to(folder))] = [path.stat().st_size, path.stat().st_mtime_ns]
+            elif (mimetypes.guess_type(path)[0] or "image").startswith("image"):  # such as the HEIC of phones
+                others.append(str(path))
     if others:
-        print(f"gallery: {len(others)} images are left out for their endings, as {min(others)}", file=sys.stderr)
+        print(f"gallery: {len(others)} files are left out for their endings, as {min(others)}", file=sys.stderr)
     if not files:
-        raise InputError(f"gallery: no images in {str(folder)!r}, expected a folder of {' '.join(IMAGE_SUFFIXES)}")
+        raise InputError(f"gallery: no images in {str(folder)!r}, expected .jpg, .png, .webp or others")
     return dict(sorted(files.items()))
 
 
@@ -169,6 +172,9 @@ def search(config):
     # The query says what the checkpoint must have.
     needs = ("csa_net",) if config.outfit else ("contrastive", "itm") if config.rerank else ("contrastive",)
     model, info = checkpoint.load_model(config.checkpoint, processes.device, needs)
+    for path in (config.image, *config.outfit):
+        if path and not os.path.isfile(path):
+            raise InputError(f"{path}: no such image; expected the name of a file in --image or --outfit")
     data_root = config.data_root or info["config"].get("data_root", "data/datasets")
     own = evaluate.EvalConfig(data_root=data_root, vocab=config.vocab, workers=config.workers)
     own = evaluate.as_trained(own, info["config"])
@@ -248,6 +254,8 @@ def main(argv=None):
         itm = f"  itm {r['itm']:.2f}" if "itm" in r else ""
         lines.append(f"{r['rank']:3}  {r['score']:6.3f}{itm}  {r['id']:12}  {r['title'][:50]:50}  {r['path']}")
         cells.append(pictures.Cell([r["path"]], r["title"] or r["id"], f"{r['rank']}  {r['score']:.2f}{itm}"))
+    # The name of a file can hold whatever moves the cursor of a terminal.
+    lines = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines]
     print(json.dumps(rows, indent=1) if config.json else "\n".join(lines))
     if config.out:
         text = f"wanted: {config.category}" if config.outfit else config.text

@@ -26,6 +26,7 @@ import checkpoint
 import data
 import evaluate
 import finetune
+import photos
 import pretrain
 import settings
 import vqvae
@@ -402,6 +403,11 @@ def test_data_check_finds_all_faults_in_one_pass(root, monkeypatch, capsys):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer.*git lfs pull"),
         (b"\n <!DOCTYPE html><html>Google Drive can't scan this file</html>", "a web page.*download it again"),
         (b"\xef\xbb\xbf<HTML>", "a web page"),
+        (b"<!-- moved --><html>", "a web page"),
+        ("<html>".encode("utf-16"), "a web page"),
+        (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "what a server answered"),
+        (b"Entry not found", "what a server answered"),
+        (b"\x1f\x8b\x08\0\0", "packed by gzip; unpack it first"),
     ],
 )
 def test_pointers_and_web_pages(content, problem, tmp_path):
@@ -410,10 +416,26 @@ def test_pointers_and_web_pages(content, problem, tmp_path):
         ("weights.bin", checkpoint.read_weights),
         ("model.safetensors", checkpoint.read_weights),
         ("rows.json", lambda path: annotations.read_json(path, list)),
+        ("photo.jpg", photos.open_image),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=f"{name}: {problem}"):
+        with pytest.raises(InputError, match=f"{name}: (image cannot be read: )?{problem}"):
             read(tmp_path / name)
+
+
+@pytest.mark.parametrize("names", [{"0": "a"}, [1, 2], "ab"])
+def test_names_of_labels_are_a_list_of_texts(names, tmp_path):
+    (tmp_path / "labels.json").write_text(json.dumps({"categories": names}))
+    with pytest.raises(
+        InputError, match="labels.json: key 'categories': found .* expected a list of names in the order"
+    ):
+        annotations.label_names(tmp_path, "fashiongen_category")
+
+
+def test_a_list_of_sets_in_the_form_of_python_ends_in_one_line():
+    config = settings.load_config(pretrain.PretrainConfig, ["--sets=['FashionGen']"])
+    with pytest.raises(InputError, match="sets: found .*FashionGen.*, expected some of FashionGen, BigFACAD"):
+        annotations.load_pretraining("none", config.sets)
 
 
 def test_byte_order_marks_are_no_content(tmp_path):

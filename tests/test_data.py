@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -584,6 +585,39 @@ def test_transparent_parts_are_white(tmp_path):
         127,
         127,
     ]  # 200 a + 255 (1 - a)
+
+
+def write_png(path, bits, rows, *chunks):
+    """A grey PNG of `bits` a pixel: rows of packed bytes, and further chunks (name, bytes) before them."""
+    size = struct.pack(">IIBBBBB", len(rows[0]) * 8 // bits, len(rows), bits, 0, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    parts = [(b"IHDR", size), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
+    whole = [struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x)) for name, x in parts]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(whole))
+
+
+@pytest.mark.parametrize("bits, packed, expected", [(2, b"\x18", [0, 255, 170, 0]), (4, b"\x1a", [255, 170])])
+def test_the_transparent_grey_of_few_bits_is_white(tmp_path, bits, packed, expected):
+    """Value 1 is the transparent one. Pillow scales the pixels to 8 bits, but not that value."""
+    write_png(tmp_path / "a.png", bits, [packed], (b"tRNS", b"\0\1"))
+    assert np.asarray(photos.open_image(tmp_path / "a.png"))[0, :, 0].tolist() == expected
+
+
+def test_long_texts_in_a_png_harm_no_pixel(tmp_path):
+    write_png(tmp_path / "a.png", 8, [b"\x07"], (b"zTXt", b"note\0\0" + zlib.compress(b"a" * 2_000_000)))
+    assert np.asarray(photos.open_image(tmp_path / "a.png")).tolist() == [[[7, 7, 7]]]
+
+
+def test_grey_tiffs_whose_values_mean_something_else_are_refused(tmp_path):
+    for name, tags, says in (("a", {262: 0}, "16 bits, white is 0"), ("b", {258: 12}, "12 bits")):
+        Image.fromarray(np.full((4, 4), 200, np.uint16)).save(tmp_path / f"{name}.tif", tiffinfo=tags)
+        data = (tmp_path / f"{name}.tif").read_bytes()
+        for tag, value in tags.items():  # Pillow writes its own values of these two
+            at = data.index(struct.pack("<HHI", tag, 3, 1)) + 8
+            data = data[:at] + struct.pack("<H", value) + data[at + 2 :]
+        (tmp_path / f"{name}.tif").write_bytes(data)
+        with pytest.raises(InputError, match=f"a grey TIFF of {says}"):
+            photos.open_image(tmp_path / f"{name}.tif")
 
 
 @pytest.mark.parametrize("denominator", [0, -1])

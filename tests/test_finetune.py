@@ -115,15 +115,21 @@ def test_fashioniq_without_some_images_says_on_what_it_stands(catalogue, tmp_pat
 def test_fashioniq_images_of_other_endings_and_in_folders_are_found(tmp_path):
     images = tmp_path / "FashionIQ" / "images"
     (images / "dress").mkdir(parents=True)
-    for name in ("a.jpg", "a.png", "b.png", "dress/c.jpg", "dress/d.png"):
-        (images / name).touch()
-    found = [annotations.fashioniq_image(tmp_path, "dress", name, "row") for name in "abcde"]
+    (images / "val").mkdir()
+    for name in ("a.jpg", "a.png", "b.png", "dress/c.jpg", "dress/d.png", "val/f.jpg", "g.JPG", "h", "i.png"):
+        (images / name).write_bytes(b"photo")
+    (images / "i.jpg").touch()  # an empty file is no photo
+    found = [annotations.fashioniq_image(tmp_path, "dress", name, "row") for name in "abcdefghi"]
     assert [str(Path(path).relative_to(images)) for path in found] == [
         "a.jpg",
         "b.png",
         "dress/c.jpg",
         "dress/d.png",
         "e.jpg",
+        "val/f.jpg",
+        "g.JPG",
+        "h",
+        "i.png",
     ]
     with pytest.raises(InputError, match="leaves the folder"):
         annotations.fashioniq_image(tmp_path, "dress", "../a", "row")

@@ -82,6 +82,7 @@ def test_wrong_vectors_end_in_one_line(catalogue, tmp_path, monkeypatch):
         ),
         ("nan", {"vectors": bad, "list": text}, r"vector 3 is not finite \(1 such\)"),
         ("other", {"vectors": np.zeros((1, 4)), "list": "{}"}, r"items are not in its list, as \{\"image\": "),
+        ("complex", {"vectors": np.zeros((n, 4), complex), "list": text}, r"cannot be read \(vectors of complex128\)"),
         ("keys", {"vectors": np.zeros((n, 4))}, r"cannot be read \(.*list.*\); expected an .npz"),
     ):
         np.savez(tmp_path / f"{name}.npz", **arrays)

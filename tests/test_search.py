@@ -295,7 +295,7 @@ WRONG = {
     "unknown": (["C", "G", "--text=a", "--colour=red"], "colour"),
     "sheet of another kind": (["C", "G", "--text=a", "--out=a.gif"], "ends in|name of a .png"),
     "sheet nowhere": (["C", "G", "--text=a", "--out=/nowhere/a.png"], "folder that exists"),
-    "missing image": (["C", "G", "--image=/nowhere.jpg"], "/nowhere.jpg: image cannot be read"),
+    "missing image": (["C", "G", "--image=/nowhere.jpg"], "/nowhere.jpg: no such image; expected the name"),
     "missing gallery": (["C", "/nowhere", "--text=a"], "gallery: no images in '/nowhere'"),
     "empty gallery": (["C", "E", "--text=a"], "no images in '"),
     "missing checkpoint": (["/nowhere.pt", "G", "--text=a"], "/nowhere.pt"),
@@ -321,12 +321,14 @@ def test_error_on_the_command_line(files, gallery):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-def test_all_kinds_of_images_and_linked_folders_are_listed(tmp_path):
+def test_all_kinds_of_images_and_linked_folders_are_listed(tmp_path, capsys):
     (tmp_path / "gallery" / "deep").mkdir(parents=True)
     (tmp_path / "other").mkdir()
-    for name in ("gallery/a.jfif", "gallery/b.jpe", "gallery/deep/c.JPG", "other/d.avif", "gallery/notes.txt"):
+    names = "gallery/a.jfif gallery/b.jpe gallery/deep/c.JPG other/d.avif gallery/e.mpo gallery/f.jpg_large".split()
+    for name in (*names, "gallery/notes.txt", "gallery/g.heic", "gallery/h"):
         (tmp_path / name).write_bytes(b"1")
     (tmp_path / "gallery" / "link").symlink_to(tmp_path / "other")
     (tmp_path / "other" / "back").symlink_to(tmp_path / "gallery")  # a circle
     names = search.list_images(tmp_path / "gallery")
-    assert list(names) == ["a.jfif", "b.jpe", "deep/c.JPG", "link/d.avif"]
+    assert list(names) == ["a.jfif", "b.jpe", "deep/c.JPG", "e.mpo", "f.jpg_large", "link/d.avif"]
+    assert "gallery: 2 files are left out for their endings" in capsys.readouterr().err

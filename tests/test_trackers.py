@@ -424,4 +424,4 @@ def test_images_of_other_kinds_are_counted(tmp_path, capsys):
         (tmp_path / name).write_text("")
     Image.new("RGB", (8, 8)).save(tmp_path / "d.jpg")
     assert list(search.list_images(tmp_path)) == ["d.jpg"]
-    assert capsys.readouterr().err == f"gallery: 2 images are left out for their endings, as {tmp_path}/a.heif\n"
+    assert capsys.readouterr().err == f"gallery: 2 files are left out for their endings, as {tmp_path}/a.heif\n"
