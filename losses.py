@@ -177,7 +177,7 @@ def pac(model, batch):
 
     batch as `itc`, attributes (B, A) float: a product's attributes share weight 1; all 0 = none known, left out.
     Returns image term + text term, and {"pac_recall"}: the share of the label weight among the head's five best. With
-    pac_scale 1 each term is at least 5.7 over 2232 attributes: cosines stay in [-1, 1]. Source: docs/recipe.md "PAC"."""
+    pac_scale 1 a term is at least 5.7 over 2232 attributes; cosines stay in [-1, 1]. Source: docs/recipe.md "PAC"."""
     labels = batch["attributes"]
     known = (labels.sum(1) > 0).float()
     text = model.encode_text(batch["input_ids"], batch["attention_mask"])
