@@ -45,6 +45,8 @@ def run(main):
     except KeyboardInterrupt:
         tqdm.write("interrupted", file=sys.stderr)
         code = 130  # as a shell says it of Ctrl-C
+        if _stores:
+            os._exit(code)  # to close the process group would wait for the others
     except (InputError, RuntimeError, OSError, EOFError) as error:
         if getattr(error, "errno", 0) == errno.ENOSPC:
             error = InputError("what is printed cannot be written: the disk is full")

@@ -138,7 +138,8 @@ class Run:
 
         When a loader worker dies, torch's handler of SIGCHLD raises an error wherever the main process is, perhaps
         within an update. Here the handler is removed, so the error waits for `next_batches`."""
-        asking = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
+        is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # the user has said that the run goes on
+        asking = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not is_nohup]
         handlers = {number: signal.signal(number, self._ask_stop) for number in asking}
         handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
