@@ -176,7 +176,8 @@ def evaluate_retrieval(model, tokenizer, config, processes):
     result = full_gallery(*embeddings)
     result.counts |= left_out
     result.rankings.append(Ranking(images, texts, image, text, image_id, text_id))
-    result.rankings.append(Ranking(texts, images, text, image, text_id, image_id))
+    captioned = [{"image": path, "name": product.text} for product in products for path in product.images]
+    result.rankings.append(Ranking(texts, captioned, text, image, text_id, image_id))
     yield "full gallery", result
     if annotations.has_subcategories(products):
         group = torch.tensor([product.subcategory for product in products])
