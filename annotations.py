@@ -177,7 +177,7 @@ def label_names(root, task):
     keys = {"pretrain": "attributes", "fashiongen_category": "categories", "fashiongen_subcategory": "subcategories"}
     path, what = Path(root, "labels.json"), keys.get(task)
     names = read_json(path, dict).get(what) if what and path.exists() else None
-    if names and (type(names) is not list or not all(type(name) is str for name in names)):
+    if names is not None and (type(names) is not list or not all(type(name) is str for name in names)):
         expected = "a list of names in the order of their numbers, as prepare/catalogue.py writes it"
         raise InputError(f"{path}: key {what!r}: found {names!r:.60}, expected {expected}")
     return {what: names} if names else {}

@@ -11,7 +11,6 @@ model also has "task", "model_config", "vocab" (text of vocab.txt) and "labels" 
 "optimizer", "scaler", "parts" (each process's sums for the next log line), "lasting", "skipped_updates" and
 "validation_due"."""
 
-import hashlib
 import json
 import math
 import os
@@ -233,6 +232,8 @@ def initialise(model, start):
     A checkpoint gives image encoder, Transformer, and heads of equal shapes. logit_scale always starts at 4 again. The
     image side's tables of positions and types start as copies of BERT's. Raises InputError where a file does not fit.
     """
+    if not start.files:
+        return ["init: random weights"]
     ours, report = _by_part(model.state_dict()), []
     for path, state, info in start.files:
         state.pop("logit_scale", None)
@@ -252,7 +253,8 @@ def initialise(model, start):
                 loaded.append(part)
                 del ours[part], theirs[part]
         left = ", ".join([*theirs, *info["set_aside"]]) or "nothing"
-        report.append(f"{path}: loaded {', '.join(loaded)}; left over {left}")
+        sizes = "; its sizes count, not --size, --resnet and --width" if info["kind"] in MODELS else ""
+        report.append(f"{path}: loaded {', '.join(loaded)}; left over {left}{sizes}")
     start.files.clear()  # their tensors can take as much memory as the model
     return [*report, f"new weights: {', '.join(ours) or 'none'}"]
 
@@ -292,14 +294,6 @@ def _leave_out_padding(path, state, info, words):
 
 
 # ---- what numbers mean -----------------------------------------------------------------------------------------------
-
-
-def checksum(model):
-    """A short text that stands for a model's weights."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def check_labels(path, theirs, ours):

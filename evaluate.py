@@ -31,7 +31,7 @@ import metrics
 import photos
 import pictures
 import settings
-from files import replacing, write_json
+from files import not_the_file, replacing, write_json
 from metrics import composed_retrieval, full_gallery, outfit_retrieval, recognition, sample_100
 from model import CSANet
 from pictures import Ranking
@@ -120,9 +120,10 @@ class OtherModel:
                 self.vectors = torch.from_numpy(file["vectors"]).float()
                 lines = str(file["list"]).removeprefix("\ufeff").splitlines()
                 self.rows = {line: row for row, line in enumerate(lines)}
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            found = not_the_file(path) or f"cannot be read ({str(error).partition(chr(10))[0]:.100})"
             cure = "expected an .npz of vectors and list, as docs/results.md makes it"
-            raise InputError(f"{path}: cannot be read ({str(error).partition(chr(10))[0]:.100}); {cure}") from None
+            raise InputError(f"{path}: {found}; {cure}") from None
         shape = tuple(self.vectors.shape)
         if len(shape) != 2 or shape[0] != len(self.rows) or not shape[1]:
             expected = f"({len(self.rows)}, D), a row for each line of list"

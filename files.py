@@ -20,7 +20,9 @@ def not_the_file(path):
         return ""
     if head.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the file itself; run `git lfs pull` where it came from"
-    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<title", b"<meta", b"<script", b"<!--")):
+    if head.startswith(
+        (b"<!doctype html", b"<html", b"<head", b"<body", b"<title", b"<meta", b"<script", b"<table", b"<!--")
+    ):
         return "a web page, not the file itself; download it again, perhaps by hand in a browser"
     if head.startswith((b"<?xml", b"<error", b"entry not found", b"404: not found")):
         return "what a server answered, not the file itself; see what stands in it, and download it again"
@@ -105,3 +107,11 @@ def content_keys(paths):
             with open(path, "rb") as file:
                 keys[path] = hashlib.file_digest(file, "sha256").hexdigest()
     return keys
+
+
+def checksum(model):
+    """A short text that stands for a model's weights."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -92,6 +92,7 @@ def leave_out(paths, config, what):
             cure = "fetch them, or set --missing=skip to leave them out"
             folder = os.path.dirname(gone[0])
             names = sorted(os.listdir(folder)) if len(gone) == len(paths) and os.path.isdir(folder) else []
+            names = [name for name in names if not name.startswith(".")]
             cure += f" ({folder} holds {len(names)} others, as {names[0]})" if names else ""
             raise InputError(f"{gone[0]}: image is missing; {len(gone)} of {len(paths)} images of {what} are; {cure}")
         return set()

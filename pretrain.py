@@ -27,6 +27,7 @@ import photos
 import runs
 import settings
 import vqvae
+from files import checksum
 from losses import OBJECTIVES
 from model import PRETRAINING_HEADS, RESNETS, SIZES, FashionViL, ModelConfig, compile_parts
 from settings import COUNT, DEVICES, DTYPES, FROM_0, SHARE, InputError, setting
@@ -162,7 +163,7 @@ def train(config, processes):
     image_tokenizer = prepare_image_tokenizer(config, device)
     n_codes = image_tokenizer.config.n_codes if image_tokenizer else ModelConfig.n_codes
     if image_tokenizer:
-        labels["image tokenizer"] = [checkpoint.checksum(image_tokenizer)]
+        labels["image tokenizer"] = [checksum(image_tokenizer)]
 
     # What the model starts from, the words of the texts, then the model and its first weights.
     start = checkpoint.read_start(config)

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import annotations
 import checkpoint
@@ -35,9 +34,9 @@ import settings
 from files import replacing
 from settings import COUNT, DEVICES, FROM_0, InputError, setting
 
-# endings of the files that Pillow can open, and some that browsers give
-IMAGE_SUFFIXES = {ending for ending, form in Image.registered_extensions().items() if form in Image.OPEN}
-IMAGE_SUFFIXES |= {".mpo", ".pjpeg", ".jpg_large"}
+# Pillow opens more, such as .eps and .h5, but those are no photos.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".avif", ".mpo")
+IMAGE_SUFFIXES += (".tga", ".jp2", ".psd", ".ico", ".ppm", ".pjpeg", ".jpg_large")
 RERANKED = 50  # best results that --rerank scores again
 
 

@@ -118,9 +118,9 @@ def check(root, workers=1, open_images=True):
             twins = {keys.get(path, path): path for path in images[source, True]}
             both = [path for path in val if keys.get(path, path) in twins]
             if both:
-                twin = twins[keys.get(both[0], both[0])]
+                pair = dict.fromkeys([both[0], twins[keys.get(both[0], both[0])]])  # often one and the same file
                 where = "train, too" if source == name else f"{source}/train_info.json, which pre-training reads"
-                report.append(f"{name}: {len(both)} images of val stand in {where}, such as {both[0]} = {twin}")
+                report.append(f"{name}: {len(both)} images of val stand in {where}, such as {' = '.join(pair)}")
     return report, list(dict.fromkeys(faults))
 
 

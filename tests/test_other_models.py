@@ -89,5 +89,9 @@ def test_wrong_vectors_end_in_one_line(catalogue, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=rf"{name}\.npz: .*{says}") as error:
             run_main(monkeypatch, *words, f"--embeddings={tmp_path}/{name}.npz")
         assert "\n" not in str(error.value)
+    for content, says in ((b"", r"cannot be read \("), (b"<html>", "a web page")):
+        (tmp_path / "other.npz").write_bytes(content)
+        with pytest.raises(InputError, match=rf"other\.npz: {says}"):
+            run_main(monkeypatch, *words, f"--embeddings={tmp_path}/other.npz")
     with pytest.raises(InputError, match="task: found 'polyvore', expected fashiongen_retrieval or fashioniq"):
         run_main(monkeypatch, "--task=polyvore", f"--data_root={catalogue}", f"--list={tmp_path}/o.jsonl")
