@@ -18,9 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-import annotations
-from photos import CROPPED, RESIZED, leave_out, leave_out_of_products, open_image
-from settings import NO_LABEL, STRIDE, InputError
+from plumbing import annotations
+from plumbing.photos import CROPPED, RESIZED, leave_out, leave_out_of_products, open_image
+from plumbing.settings import NO_LABEL, STRIDE, InputError
 
 MAX_TOKENS, FASHIONIQ_MAX_TOKENS = 75, 50  # [CLS] and [SEP] included
 MEAN = (0.46777044, 0.44531429, 0.40661017)  # of fashion photos (not ImageNet's), for model and image tokenizer

@@ -16,7 +16,7 @@ if [ -z "${OMP_WAIT_POLICY:-}${GOMP_SPINCOUNT:-}" ]; then
 fi
 export PATH="$PWD/.venv/bin:$PATH"
 
-python prepare/demo.py data/demo
+python -m prepare.demo data/demo
 python vqvae.py configs/vqvae_demo.py "$@"
 python pretrain.py configs/demo.py "$@"
 python -m tools.summary runs/demo

@@ -21,21 +21,14 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import annotations
-import bert
-import checkpoint
-import common
 import data
-import ending
 import metrics
-import photos
-import pictures
-import settings
-from files import not_the_file, replacing, write_json
 from metrics import composed_retrieval, full_gallery, outfit_retrieval, recognition, sample_100
 from model import CSANet
-from pictures import Ranking
-from settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
+from plumbing import annotations, bert, checkpoint, common, ending, photos, pictures, settings
+from plumbing.files import not_the_file, replacing, write_json
+from plumbing.pictures import Ranking
+from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
 
 GALLERIES, SPLITS = ("original", "val"), ("disjoint", "nondisjoint")  # of FashionIQ and of Polyvore Outfits
 

@@ -16,20 +16,13 @@ from pathlib import Path
 
 import torch
 
-import annotations
-import bert
-import checkpoint
-import common
 import data
-import ending
 import evaluate
 import losses
-import photos
-import runs
-import settings
 from data import crop_then_resize, resize_then_crop
 from model import RESNETS, SIZES, CSANet, FashionViL, ModelConfig, compile_parts
-from settings import COUNT, DEVICES, DTYPES, FROM_0, SHARE, setting
+from plumbing import annotations, bert, checkpoint, common, ending, photos, runs, settings
+from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, SHARE, setting
 
 CONFIGS = Path(__file__).parent / "configs"
 

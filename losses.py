@@ -7,8 +7,8 @@ every process returns a loss whose mean over the processes is the loss of the gl
 import torch
 import torch.nn.functional as F
 
-import common
-from settings import NO_LABEL
+from plumbing import common
+from plumbing.settings import NO_LABEL
 
 
 def info_nce(queries, candidates, rank=0):

@@ -16,21 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import annotations
-import bert
-import checkpoint
-import common
 import data
-import ending
 import evaluate
-import photos
-import runs
-import settings
 import vqvae
-from files import checksum
 from losses import OBJECTIVES
 from model import PRETRAINING_HEADS, RESNETS, SIZES, FashionViL, ModelConfig, compile_parts
-from settings import COUNT, DEVICES, DTYPES, FROM_0, SHARE, InputError, setting
+from plumbing import annotations, bert, checkpoint, common, ending, photos, runs, settings
+from plumbing.files import checksum
+from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, SHARE, InputError, setting
 
 PAPER_MIX = {"itm": 0.15, "pac": 0.15, "itc": 0.20, "mvc": 0.20, "mlm": 0.15, "mpfc": 0.15}
 

@@ -23,16 +23,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import annotations
-import checkpoint
-import common
-import ending
 import evaluate
-import photos
-import pictures
-import settings
-from files import replacing
-from settings import COUNT, DEVICES, FROM_0, InputError, setting
+from plumbing import annotations, checkpoint, common, ending, photos, pictures, settings
+from plumbing.files import replacing
+from plumbing.settings import COUNT, DEVICES, FROM_0, InputError, setting
 
 # Pillow opens more, such as .eps and .h5, but those are no photos.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".avif", ".mpo")

@@ -15,16 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import annotations
-import checkpoint
-import common
 import data
-import ending
-import photos
-import runs
-import settings
-from files import reading
-from settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
+from plumbing import annotations, checkpoint, common, ending, photos, runs, settings
+from plumbing.files import reading
+from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """Your own products: CSV, JSON lines or parquet -> the FashionGen layout, with pseudo-attributes mined from the texts.
 
-    python prepare/catalogue.py --products=products.csv --out=data/mine --title=name --images=photos
-    python prepare/catalogue.py --products=data/raw --out=data/kagl --id=item_ID --title=text --images=image  # parquet
-    python prepare/catalogue.py --root=data/datasets --out=data/relabelled   # existing sets, one new vocabulary
-    python prepare/catalogue.py --root=data/datasets                         # ... in place
+    python -m prepare.catalogue --products=products.csv --out=data/mine --title=name --images=photos
+    python -m prepare.catalogue --products=data/raw --out=data/kagl --id=item_ID --title=text --images=image  # parquet
+    python -m prepare.catalogue --root=data/datasets --out=data/relabelled   # existing sets, one new vocabulary
+    python -m prepare.catalogue --root=data/datasets                         # ... in place
 
 A row is a product; rows that share an id are one product (a row per photo is fine), and a product stands wholly in
 train or wholly in val. Settings may stand in a file of plain assignments, as those of training do.
@@ -13,7 +13,6 @@ tagger: `phrases` and `mine` are all there is to it, and head and tail of the vo
 
 import os
 import re
-import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -23,17 +22,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the modules of the stages stand one folder up
-
-from layout import number_labels, place, read_labels, write_together, written_aside  # noqa: E402
-from rows import COLUMNS, FIELD, clear_cells, image_file, image_names, read_row, read_tables  # noqa: E402
-
-import annotations  # noqa: E402
-import ending  # noqa: E402
-import settings  # noqa: E402
-from files import content_keys  # noqa: E402
-from photos import CROPPED, RESIZED, open_image  # noqa: E402
-from settings import FROM_0, InputError, setting  # noqa: E402
+from plumbing import annotations, ending, settings
+from plumbing.files import content_keys
+from plumbing.photos import CROPPED, RESIZED, open_image
+from plumbing.settings import FROM_0, InputError, setting
+from prepare.layout import number_labels, place, read_labels, write_together, written_aside
+from prepare.rows import COLUMNS, FIELD, clear_cells, image_file, image_names, read_row, read_tables
 
 # Words that tell nothing of how a garment looks; no phrase crosses them. --stop_words adds those of a shop.
 STOP_WORDS = frozenset(
@@ -53,7 +47,7 @@ separately shade size statistics team tumble wash water wears wipe wring
 
 @dataclass
 class CatalogueConfig:
-    """Settings of `python prepare/catalogue.py`."""
+    """Settings of `python -m prepare.catalogue`."""
 
     products: str = setting(
         "",
@@ -339,7 +333,7 @@ def main():
                     if not target.exists():
                         place(Path(folder, name), target, config.link)
     root = config.out or config.root
-    print(f"next: python prepare/check_data.py --data_root={root}, and train with --n_attributes=0")
+    print(f"next: python -m prepare.check_data --data_root={root}, and train with --n_attributes=0")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,18 @@
-"""Check a data root and print every fault in one pass: python prepare/check_data.py --data_root=DIR"""
+"""Check a data root and print every fault in one pass: python -m prepare.check_data --data_root=DIR"""
 
 import collections
 import concurrent.futures
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # annotations.py and photos.py stand one folder up
-
-import annotations  # noqa: E402
-from ending import run  # noqa: E402
-from files import content_keys  # noqa: E402
-from photos import open_image  # noqa: E402
-from settings import InputError, load_config, setting  # noqa: E402
+from plumbing import annotations
+from plumbing.ending import run
+from plumbing.files import content_keys
+from plumbing.photos import open_image
+from plumbing.settings import InputError, load_config, setting
 
 NEEDS = """
 pre-training             FashionGen, BigFACAD, Fashion200k, PolyvoreOutfits: train; FashionGen: val for validation
@@ -30,7 +27,7 @@ MANY = 10  # names of one and the same image file, from which on the report says
 
 @dataclass
 class DataConfig:
-    """Settings of `python prepare/check_data.py`."""
+    """Settings of `python -m prepare.check_data`."""
 
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, Fashion200k/, ...")
     workers: int = setting(4, "threads that open images")

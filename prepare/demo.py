@@ -1,7 +1,7 @@
 """Draw the demo catalogue: made-up fashion products in the five-folder layout of the real data sets.
 
-    python prepare/demo.py data/demo                                    # half a minute on one core
-    python prepare/demo.py OUT --seed=0 --products=2000 --size=128      # the defaults, written out
+    python -m prepare.demo data/demo                                    # half a minute on one core
+    python -m prepare.demo OUT --seed=0 --products=2000 --size=128      # the defaults, written out
 
 So that a stranger without any data sees every stage work. Needs only Pillow and NumPy. A product is a *design*, a
 dict of the attributes below; its picture and its texts are both made from that, so what the texts say can be seen.

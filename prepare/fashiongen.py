@@ -1,13 +1,12 @@
 """FashionGen's HDF5 release -> the FashionGen layout (needs h5py: pip install h5py).
 
-    python prepare/fashiongen.py --train=fashiongen_256_256_train.h5 --val=fashiongen_256_256_validation.h5 \\
+    python -m prepare.fashiongen --train=fashiongen_256_256_train.h5 --val=fashiongen_256_256_validation.h5 \\
         --out=data/datasets
-    python prepare/catalogue.py --root=data/datasets      # then: pseudo-attributes, of all sets that are there
+    python -m prepare.catalogue --root=data/datasets      # then: pseudo-attributes, of all sets that are there
 
 A row of the release is one photo ("pose"); rows that share input_productID are one product, and its texts are those of
 its first row. The release has no pseudo-attributes: attributes_id is empty until they are mined."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +14,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py and data.py stand one folder up
-
-from layout import number_labels, read_labels, write_together, written_aside  # noqa: E402
-from rows import plain_text  # noqa: E402
-
-from ending import run  # noqa: E402
-from settings import InputError, load_config, setting  # noqa: E402
+from plumbing.ending import run
+from plumbing.settings import InputError, load_config, setting
+from prepare.layout import number_labels, read_labels, write_together, written_aside
+from prepare.rows import plain_text
 
 TEXTS = {  # our key: the release's
     "title": "input_name",
@@ -35,7 +31,7 @@ BLOCK = 512  # photos read at a time: 100 MB
 
 @dataclass
 class FashionGenConfig:
-    """Settings of `python prepare/fashiongen.py`."""
+    """Settings of `python -m prepare.fashiongen`."""
 
     train: str = setting("fashiongen_256_256_train.h5", "HDF5 file of the training products")
     val: str = setting("fashiongen_256_256_validation.h5", "HDF5 file of the validation products")
@@ -113,7 +109,7 @@ def main():
             write_together({Path(config.out, "labels.json"): {**read_labels(config.out), **names}})
     # the paper's data: 60,147 products to train on, 48 categories, 121 sub-categories
     print(*(f"{len(rows)} {name}" for name, rows in names.items()), sep=", ")
-    print(f"next: python prepare/catalogue.py --root={config.out}  (pseudo-attributes)")
+    print(f"next: python -m prepare.catalogue --root={config.out}  (pseudo-attributes)")
 
 
 if __name__ == "__main__":

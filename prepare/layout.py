@@ -4,13 +4,10 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # annotations.py and settings.py stand one folder up
-
-import annotations  # noqa: E402
-from settings import InputError  # noqa: E402
+from plumbing import annotations
+from plumbing.settings import InputError
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The public Polyvore Outfits release -> PolyvoreOutfits/: OCIR files of both splits, products for pre-training.
 
-    python prepare/polyvore.py --release=polyvore_outfits --out=data/datasets --link
-    python prepare/catalogue.py --root=data/datasets      # then: pseudo-attributes, of all sets that are there
+    python -m prepare.polyvore --release=polyvore_outfits --out=data/datasets --link
+    python -m prepare.catalogue --root=data/datasets      # then: pseudo-attributes, of all sets that are there
 
 | file | rows |
 | --- | --- |
@@ -15,27 +15,23 @@ The authors' own OCIR files are not public: what is measured on these has this g
 --missing=skip leaves out every outfit, question and other item whose images are not all there, and counts them. Numbers
 that are measured then are not those of the whole release."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # common.py and data.py stand one folder up
-
-from layout import place, write_together, written_aside  # noqa: E402
-from rows import plain_text  # noqa: E402
-
-from annotations import need, read_json  # noqa: E402
-from ending import run  # noqa: E402
-from settings import InputError, check_limits, load_config, setting  # noqa: E402
+from plumbing.annotations import need, read_json
+from plumbing.ending import run
+from plumbing.settings import InputError, check_limits, load_config, setting
+from prepare.layout import place, write_together, written_aside
+from prepare.rows import plain_text
 
 SPLITS = ("disjoint", "nondisjoint")
 
 
 @dataclass
 class PolyvoreConfig:
-    """Settings of `python prepare/polyvore.py`."""
+    """Settings of `python -m prepare.polyvore`."""
 
     release: str = setting("polyvore_outfits", "folder of the release: disjoint/, nondisjoint/, images/, ...")
     out: str = setting("data/datasets", "data root; PolyvoreOutfits/ is made in it")
@@ -159,7 +155,7 @@ def main():
     check_limits(config)
     with written_aside(Path(config.out, "PolyvoreOutfits")) as folder:
         convert(Path(config.release), folder, config.link, config.missing)
-    print(f"next: python prepare/catalogue.py --root={config.out}  (pseudo-attributes)")
+    print(f"next: python -m prepare.catalogue --root={config.out}  (pseudo-attributes)")
 
 
 if __name__ == "__main__":

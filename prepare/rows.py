@@ -11,17 +11,14 @@ import io
 import json
 import os
 import re
-import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # annotations.py and settings.py stand one folder up
-
-from annotations import check_printable  # noqa: E402
-from files import not_the_file  # noqa: E402
-from settings import InputError  # noqa: E402
+from plumbing.annotations import check_printable
+from plumbing.files import not_the_file
+from plumbing.settings import InputError
 
 COLUMNS = ("id", "images", "title", "description", "category", "subcategory")  # settings that name a column
 FIELD = r"\{([^{}]+)\}"  # a column in a template of --images

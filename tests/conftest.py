@@ -1,11 +1,9 @@
 import os
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "prepare")]
 # child processes of a test import the same files
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])
 
@@ -21,7 +19,7 @@ def free_port():
 @pytest.fixture(scope="session")
 def catalogue(tmp_path_factory):
     """A small made-up catalogue in the five-folder layout, drawn once per test session."""
-    from demo import make_catalogue
+    from prepare.demo import make_catalogue
 
     out = tmp_path_factory.mktemp("data") / "demo"
     make_catalogue(out, products=150, size=64)
@@ -31,8 +29,8 @@ def catalogue(tmp_path_factory):
 @pytest.fixture(scope="session")
 def image_tokenizer_file(tmp_path_factory):
     """A tiny image tokenizer with random weights, for MPFC at 64 px."""
-    import checkpoint
     import vqvae
+    from plumbing import checkpoint
 
     sizes = vqvae.ImageTokenizerConfig(ch=8, ch_mult=(1, 1, 1, 1), n_blocks=1, latent_dim=8, n_codes=16, unshuffle=4)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.pt"

@@ -1,22 +1,18 @@
 """What the golden tests share: the reference file, models with its made-up weights, and its inputs as our batches."""
 
 import os
-import sys
 from pathlib import Path
 
+import inputs
 import torch
+from fill import fill
+
+import data
+import vqvae
+from model import PRETRAINING_HEADS, CSANet, FashionViL, ModelConfig
+from plumbing import checkpoint
 
 HERE = Path(__file__).parent / "golden"
-sys.path.insert(0, str(HERE))
-
-import inputs  # noqa: E402
-from fill import fill  # noqa: E402
-
-import checkpoint  # noqa: E402
-import data  # noqa: E402
-import vqvae  # noqa: E402
-from model import PRETRAINING_HEADS, CSANet, FashionViL, ModelConfig  # noqa: E402
-
 GOLDEN = torch.load(os.environ.get("GOLDEN", HERE / "tiny.pt"), weights_only=True)
 META = GOLDEN["meta"]
 B, SEED, VOCAB = META["B"], META["seed"], META["vocab"]

@@ -49,10 +49,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def make_data(folder):
     """A small catalogue and an image tokenizer in `folder`."""
     sys.path[:0] = [str(ROOT), str(ROOT / "prepare")]
-    from demo import make_catalogue
-
-    import checkpoint
     import vqvae
+    from plumbing import checkpoint
+    from prepare.demo import make_catalogue
 
     make_catalogue(folder / "data", products=150, size=64)
     sizes = vqvae.ImageTokenizerConfig(ch=8, ch_mult=(1, 1, 1, 1), n_blocks=1, latent_dim=8, n_codes=16, unshuffle=4)
@@ -231,12 +230,10 @@ def damage(content, rng):
 def mutate(folder, seconds, rng):
     """Readers over damaged files until the time is over; returns figures. Anything but an InputError or a good end of
     under 60 s and 1 GB is an error, with the damaged file kept in `folder`."""
-    import check_data
-
-    import checkpoint
     import evaluate  # noqa: F401  # imports must not count as time or memory of the first reading
-    import photos
-    from settings import InputError
+    from plumbing import checkpoint, photos
+    from plumbing.settings import InputError
+    from prepare import check_data
 
     root = folder / "data"
     annotations = [path for path in root.rglob("*.json") if path.parent != root]

@@ -12,7 +12,6 @@ import sys
 import zlib
 from pathlib import Path
 
-import check_data
 import numpy as np
 import pytest
 import torch
@@ -20,19 +19,16 @@ from PIL import Image
 from test_finetune import small as small_finetune
 from test_pretrain import small as small_pretrain
 
-import annotations
-import bert
-import checkpoint
 import data
 import evaluate
 import finetune
-import photos
 import pretrain
-import settings
 import vqvae
-from common import Processes
-from files import content_keys
-from settings import InputError
+from plumbing import annotations, bert, checkpoint, photos, settings
+from plumbing.common import Processes
+from plumbing.files import content_keys
+from plumbing.settings import InputError
+from prepare import check_data
 
 ONE = Processes(0, 1, torch.device("cpu"))
 TRAIN, VAL = "FashionGen/train_info.json", "FashionGen/val_info.json"
@@ -176,7 +172,7 @@ def test_settings_of_fine_tuning(changes, message, catalogue, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # annotation files
 
-ONE_SUCH = "; 1 such in the file, python prepare/check_data.py --data_root={root} lists them"
+ONE_SUCH = "; 1 such in the file, python -m prepare.check_data --data_root={root} lists them"
 ENTRIES = [  # changes of entry 1 of the training file, what the message says of it
     (dict(title=None), "key 'title': found None, expected str"),
     (dict(title=5), "key 'title': found 5, expected str"),
@@ -474,7 +470,7 @@ def test_a_run_folder_that_was_named_keeps_its_name():
 
 
 def test_names_that_the_terminal_cannot_show():
-    code = r"import ending; ending.run(lambda: print('caf\udce9'))"
+    code = r"from plumbing import ending; ending.run(lambda: print('caf\udce9'))"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, capture_output=True
     )

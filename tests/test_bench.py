@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from settings import InputError
+from plumbing.settings import InputError
 from tools import bare, bench
 
 

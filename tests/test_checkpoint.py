@@ -21,13 +21,11 @@ import torch
 from golden_model import GOLDEN, HERE, META, build, build_csa, difference, fill, golden_batch, to_original
 from torch import nn
 
-import bert
-import checkpoint
-import runs
 import vqvae
-from checkpoint import WORDS
 from model import SIZES, CSANet, FashionViL, ModelConfig
-from settings import InputError
+from plumbing import bert, checkpoint, runs
+from plumbing.checkpoint import WORDS
+from plumbing.settings import InputError
 from tools import weights
 
 FULL_HEADS = {

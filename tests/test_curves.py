@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import runs
-from settings import InputError
+from plumbing import runs
+from plumbing.settings import InputError
 from tools import curves
 
 ROOT = Path(__file__).parent.parent

@@ -10,17 +10,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from zlib import crc32
 
-import check_data
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import annotations
 import data
-import photos
-from common import Processes
-from settings import InputError
+from plumbing import annotations, photos
+from plumbing.common import Processes
+from plumbing.settings import InputError
+from prepare import check_data
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 VOCAB = SHARED / "bert-base-uncased" / "vocab.txt"

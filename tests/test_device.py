@@ -9,14 +9,13 @@ import test_vqvae
 import torch
 from torch.utils._pytree import tree_map
 
-import checkpoint
-import common
 import evaluate
 import finetune
 import pretrain
 import search
 import vqvae
 from model import FashionViL
+from plumbing import checkpoint, common
 
 pretend_gpu = pytest.importorskip("pretend_gpu", reason="older torch cannot pretend", exc_type=ImportError)
 CPU, GPU = (common.Processes(0, 1, device) for device in (torch.device("cpu"), pretend_gpu.DEVICE))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("prepare/*.py"), *ROOT.glob("configs/*.py")]
+SOURCES = [path for place in ("", "plumbing/", "tools/", "prepare/", "configs/") for path in ROOT.glob(f"{place}*.py")]
 PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
 
 
@@ -46,7 +46,7 @@ def test_readme_is_short_and_its_tree_names_every_file():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 250
     tree = re.search(r"^## Files\n.*?```text\n(.*?)```", text, re.M | re.S)[1]
-    for folder, indent in ((ROOT, ""), (ROOT / "tools", "  "), (ROOT / "prepare", "  ")):
+    for folder, indent in ((ROOT, ""), (ROOT / "plumbing", "  "), (ROOT / "tools", "  "), (ROOT / "prepare", "  ")):
         named = set(re.findall(rf"^{indent}(\w+\.py) +\S", tree, re.M))
         there = {path.name for path in folder.glob("*.py")}
         assert there <= named, there - named

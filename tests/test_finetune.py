@@ -15,15 +15,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from golden_model import to_original
 
-import annotations
-import checkpoint
 import data
 import evaluate
 import finetune
-import settings
-from common import Processes
 from finetune import FinetuneConfig
-from settings import InputError
+from plumbing import annotations, checkpoint, settings
+from plumbing.common import Processes
+from plumbing.settings import InputError
 
 ONE = Processes(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).parent.parent

@@ -24,8 +24,8 @@ from golden_model import (
 )
 from inputs import LABELS, csa
 
-import common
 import losses
+from plumbing import common
 from pretrain import PretrainConfig
 
 TOLERANCE = 1e-5  # relative to the largest element, for values

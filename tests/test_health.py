@@ -20,15 +20,11 @@ import torch.multiprocessing as mp
 from soak import ROOT, read_log, same_runs
 from test_pretrain import small
 
-import checkpoint
-import common
-import ending
 import finetune
-import health
 import pretrain
-import runs
-from common import Processes
-from settings import InputError
+from plumbing import checkpoint, common, ending, health, runs
+from plumbing.common import Processes
+from plumbing.settings import InputError
 
 ONE = Processes(0, 1, torch.device("cpu"))
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from test_finetune import ONE, small
 
-import checkpoint
 import data
 import evaluate
 import finetune
-from settings import InputError
+from plumbing import checkpoint
+from plumbing.settings import InputError
 
 
 @pytest.fixture(scope="module")

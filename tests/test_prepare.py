@@ -13,18 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from settings import InputError
-
-PREPARE = Path(__file__).parents[1] / "prepare"
-sys.path.insert(0, str(PREPARE))
-
-import catalogue as products  # noqa: E402  (`catalogue` is a fixture)
-import check_data  # noqa: E402
-import fashiongen  # noqa: E402
-import polyvore  # noqa: E402
-from rows import plain_text  # noqa: E402
-
-import annotations  # noqa: E402
+from plumbing import annotations
+from plumbing.settings import InputError
+from prepare import catalogue as products  # `catalogue` is a fixture
+from prepare import check_data, fashiongen, polyvore
+from prepare.rows import plain_text
 
 
 def write_json(path, value):
@@ -78,7 +71,7 @@ def shop(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shop")
     flags = [f"--{key}={value}" for key, value in COLUMNS.items()]
     out = folder / "root"
-    command = [sys.executable, PREPARE / "catalogue.py", f"--products={make_shop(folder)}", f"--out={out}", *flags]
+    command = [sys.executable, "-m", "prepare.catalogue", f"--products={make_shop(folder)}", f"--out={out}", *flags]
     done = subprocess.run([*command, "--min_count=3"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
@@ -593,7 +586,7 @@ def test_memory_does_not_grow_with_a_parquet_file(tmp_path):
 
 def test_a_catalogue_is_prepared_without_torch():
     """To import torch takes some 700 MB, which is more than the rest of the program needs for 50,000 products."""
-    program = "import sys; sys.path.insert(0, 'prepare'); import catalogue; sys.exit('torch' in sys.modules)"
+    program = "import sys; from prepare import catalogue; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1]).returncode == 0
 
 
@@ -833,7 +826,7 @@ def test_what_cannot_be_read(tmp_path, name, text, settings, message):
 
 
 def test_command_line_errors(tmp_path, monkeypatch):
-    done = subprocess.run([sys.executable, PREPARE / "catalogue.py"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "prepare.catalogue"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     cases = [
         (["--products=a.csv"], "expected --products=FILE --out=FOLDER"),
@@ -886,7 +879,8 @@ def test_relabel_a_root(catalogue, tmp_path):
     out = tmp_path / "out"
     command = [
         sys.executable,
-        PREPARE / "catalogue.py",
+        "-m",
+        "prepare.catalogue",
         f"--root={catalogue}",
         f"--out={out}",
         "--link",
@@ -1117,7 +1111,7 @@ def release(tmp_path):
 
 def test_polyvore(release, tmp_path):
     root = tmp_path / "root"
-    command = [sys.executable, PREPARE / "polyvore.py", f"--release={release}", f"--out={root}", "--link"]
+    command = [sys.executable, "-m", "prepare.polyvore", f"--release={release}", f"--out={root}", "--link"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for split in ("disjoint", "nondisjoint"):

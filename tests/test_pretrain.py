@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import pretrain
-import settings
-from common import Processes
+from plumbing import settings
+from plumbing.common import Processes
+from plumbing.settings import InputError
 from pretrain import PretrainConfig
-from settings import InputError
 from tools import summary
 
 ROOT = Path(__file__).parent.parent

@@ -38,7 +38,7 @@ def test_the_marked_ones_need_what_ci_lacks():
         if any(command.startswith(start) for start in IN_CI):
             assert IN_CI[next(s for s in IN_CI if command.startswith(s))] in (ROOT / ".ci" / "run").read_text()
         elif "needs" not in comment:
-            assert re.match(r"python (-m tools\.\w+|\S+\.py) ", command)
+            assert re.match(r"python (-m (tools|prepare)\.\w+|\S+\.py) ", command)
             word = command.removeprefix("python -m ").removeprefix("python ").split()[0]
             assert (ROOT / word).exists() or (ROOT / f"{word.replace('.', '/')}.py").exists()
             assert "torchrun" not in command and "fashionall" not in command
@@ -47,7 +47,7 @@ def test_the_marked_ones_need_what_ci_lacks():
 @pytest.mark.slow
 def test_the_others_run(tmp_path):
     """One after another: later ones need what earlier ones wrote. The stages come first, for they repeat the demo."""
-    for name in ("prepare", "configs", "tools", "assets"):
+    for name in ("plumbing", "prepare", "configs", "tools", "assets"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)

@@ -12,9 +12,7 @@ import pytest
 import soak
 import torch
 
-import ending
-import runs
-import settings
+from plumbing import ending, runs, settings
 
 
 @pytest.fixture(scope="module")

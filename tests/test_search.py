@@ -12,13 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-import annotations
-import checkpoint
 import data
-import photos
 import search
 from model import SIZES, CSANet, FashionViL, ModelConfig
-from settings import InputError
+from plumbing import annotations, checkpoint, photos
+from plumbing.settings import InputError
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,14 +7,13 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-import annotations
 import data
 import evaluate
 import metrics
-import pictures
-from common import Processes
-from pictures import Cell, Ranking, Row
-from settings import InputError
+from plumbing import annotations, pictures
+from plumbing.common import Processes
+from plumbing.pictures import Cell, Ranking, Row
+from plumbing.settings import InputError
 
 
 def numbered(n, kind):

@@ -6,7 +6,6 @@ import json
 import pickle
 import shutil
 
-import check_data
 import numpy as np
 import pytest
 import torch
@@ -15,22 +14,16 @@ from PIL import Image, features
 from test_pretrain import small
 from torch.utils.data import DataLoader, Dataset
 
-import annotations
-import bert
-import checkpoint
-import common
 import data
-import ending
 import evaluate
 import finetune
-import photos
 import pretrain
-import runs
 import search
-import settings
-from common import Processes
 from model import CSANet, FashionViL, ModelConfig
-from settings import InputError
+from plumbing import annotations, bert, checkpoint, common, ending, photos, runs, settings
+from plumbing.common import Processes
+from plumbing.settings import InputError
+from prepare import check_data
 
 ONE = Processes(0, 1, torch.device("cpu"))
 

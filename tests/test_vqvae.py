@@ -2,32 +2,24 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
+import inputs
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fill import fill
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
-import common
 import data
-import photos
 import pretrain
-import runs
-import settings
 import vqvae
 from model import ResNet
+from plumbing import checkpoint, common, photos, runs, settings
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "golden"))
-
-import inputs  # noqa: E402
-from fill import fill  # noqa: E402
-
 TINY = vqvae.ImageTokenizerConfig(ch=8, ch_mult=(1, 2, 4), n_blocks=1, latent_dim=16, n_codes=12, unshuffle=8)
 
 

@@ -24,21 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-import annotations
-import bert
-import checkpoint
-import common
 import data
-import ending
 import evaluate
 import finetune
-import photos
 import pretrain
-import runs
-import settings
-from files import write_json
 from losses import OBJECTIVES
-from settings import COUNT, InputError, setting
+from plumbing import annotations, bert, checkpoint, common, ending, photos, runs, settings
+from plumbing.files import write_json
+from plumbing.settings import COUNT, InputError, setting
 from tools.bare import Bare
 
 # size: the config files of pre-training and of a task, whose name stands for {}

@@ -6,9 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
-import ending
-from files import replacing
-from settings import InputError
+from plumbing import ending
+from plumbing.files import replacing
+from plumbing.settings import InputError
 
 LEFT_OUT = ("lr", "samples_per_s", "memory_gb", "skipped_images", "updates")  # they show nothing of learning
 

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-import annotations
-import checkpoint
 import data
-import ending
 import vqvae
 from losses import OBJECTIVES
+from plumbing import annotations, checkpoint, ending
 from tools.curves import read_curves
 
 SAMPLE = 5_000  # at most about so many texts, and a tenth as many photos, count for the frequencies

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import vqvae
-from checkpoint import is_zip, read_weights
-from ending import run
-from files import reading, replacing, shown
-from settings import InputError
+from plumbing import checkpoint
+from plumbing.checkpoint import is_zip, read_weights
+from plumbing.ending import run
+from plumbing.files import reading, replacing, shown
+from plumbing.settings import InputError
 
 
 class Inert(dict):

@@ -12,8 +12,8 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
-from files import not_the_file
-from settings import InputError
+from plumbing.files import not_the_file
+from plumbing.settings import InputError
 
 RESIZED, CROPPED = 256, 224  # sides in pixels before and after a crop; other image sizes keep this ratio
 MISSING = "an image file that is missing or broken: stop (end with its name) or skip (leave it out and count it)"

@@ -8,7 +8,7 @@ import os
 import reprlib
 from pathlib import Path
 
-from settings import InputError
+from plumbing.settings import InputError
 
 
 def not_the_file(path):

@@ -7,8 +7,8 @@ import json
 import re
 from pathlib import Path
 
-from files import cause_of, not_the_file, reading, shown
-from settings import InputError
+from plumbing.files import cause_of, not_the_file, reading, shown
+from plumbing.settings import InputError
 
 WEIGHTS = [f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
 # Our tokenizer is lower-case BERT WordPiece. Where BERT's own files speak of theirs, they may say this.

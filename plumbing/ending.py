@@ -12,7 +12,7 @@ import time
 
 from tqdm import tqdm
 
-from settings import InputError
+from plumbing.settings import InputError
 
 EXIT_STOPPED = 75  # exit code of a run that was stopped and has saved: "try again" in sysexits.h
 WORKER_DIED = "a data loader worker was lost, perhaps for lack of memory, /dev/shm or `ulimit -n`; set fewer --workers"
@@ -55,7 +55,7 @@ def run(main):
                 os._exit(2)
             raise
         # An error of a loader worker arrives inside that worker's traceback. Its last line is ours.
-        line = str(error).strip().splitlines()[-1].removeprefix("settings.InputError: ")
+        line = str(error).strip().splitlines()[-1].removeprefix("plumbing.settings.InputError: ")
         line = f"error: {line if isinstance(error, InputError) else WORKER_DIED}"
         if _stores:
             end_group(line)

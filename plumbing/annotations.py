@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from files import not_the_file
-from settings import InputError
+from plumbing.files import not_the_file
+from plumbing.settings import InputError
 
 MAX_LABEL = 1_000_000  # every label id is below it; a head has one row for every id up to the largest
 RECOGNITION_LABELS = {"fashiongen_category": "category", "fashiongen_subcategory": "subcategory"}  # task: label
 FASHIONIQ_CLASSES = ("dress", "shirt", "toptee")
 POLYVORE_ITEMS = "polyvore_item_metadata.json"
 # the fine category ids of Polyvore Outfits in the order in which the released OCIR checkpoint numbers them
-POLYVORE_CATEGORIES = json.loads((Path(__file__).parent / "assets/polyvore_categories.json").read_text())
+POLYVORE_CATEGORIES = json.loads((Path(__file__).parents[1] / "assets/polyvore_categories.json").read_text())
 
 
 class DataSet(NamedTuple):
@@ -54,7 +54,7 @@ def read_json(path, kind):
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        cure = "README, section Data, says where to get it; `python prepare/demo.py data/demo` makes a small one to try"
+        cure = "README, section Data, says where to get it; `python -m prepare.demo data/demo` makes a small one to try"
         raise InputError(f"{path}: this file of the data set is missing; {cure} with --data_root=data/demo") from None
     except (OSError, ValueError, RecursionError) as error:
         problem = not_the_file(path) or f"cannot be read as JSON ({error}); fetch the file again"
@@ -138,7 +138,7 @@ def load_products(root, source, part, faults=None):
             names.add(product.name)
             products.append(product)
     if found and faults is None:
-        lister = f"python prepare/check_data.py --data_root={root}"
+        lister = f"python -m prepare.check_data --data_root={root}"
         raise InputError(f"{found[0]}; {len(found)} such in the file, {lister} lists them")
     return products
 

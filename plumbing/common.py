@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import ending
-from settings import InputError
+from plumbing import ending
+from plumbing.settings import InputError
 
 # ---- processes and collectives ---------------------------------------------------------------------------------------
 

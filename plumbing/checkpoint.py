@@ -23,10 +23,10 @@ from typing import NamedTuple
 
 import torch
 
-import bert
-from files import cause_of, reading, replacing, shown
 from model import HEADS, RESNETS, SIZES, CSANet, FashionViL, ModelConfig
-from settings import InputError
+from plumbing import bert
+from plumbing.files import cause_of, reading, replacing, shown
+from plumbing.settings import InputError
 
 FORMAT = 1
 MODELS = ("fashionvil", "csa_net")

@@ -21,13 +21,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import common
-import ending
-import health
-from common import gather_objects
-from files import reading, replacing, shown, write_json, writing
-from settings import InputError
+from plumbing import checkpoint, common, ending, health
+from plumbing.common import gather_objects
+from plumbing.files import reading, replacing, shown, write_json, writing
+from plumbing.settings import InputError
 
 ASK_EVERY = 10  # updates
 VALIDATION = {"data_root", "missing", "image_size", "max_tokens", "split", "gallery"}  # settings that change its values

@@ -4,8 +4,8 @@ import math
 
 import torch
 
-import common
-from settings import InputError
+from plumbing import common
+from plumbing.settings import InputError
 
 
 class Health:

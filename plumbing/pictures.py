@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-import photos
-from files import replacing
-from settings import InputError
+from plumbing import photos
+from plumbing.files import replacing
+from plumbing.settings import InputError
 
 CELL, GAP, LINE = 200, 18, 19  # pixels: side of a picture, space between cells, height of a text line
 TEXT_LINES, SHOWN = 4, 5  # lines of text below a picture; results beside each other
