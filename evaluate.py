@@ -25,9 +25,10 @@ import data
 import metrics
 from metrics import composed_retrieval, full_gallery, outfit_retrieval, recognition, sample_100
 from model import CSANet
-from plumbing import annotations, bert, checkpoint, common, ending, photos, pictures, settings
+from plumbing import annotations, bert, checkpoint, ending, photos, pictures, settings
 from plumbing.files import not_the_file, replacing, write_json
 from plumbing.pictures import Ranking
+from plumbing.processes import autocast, device_name, gather_objects, in_group, start_processes
 from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
 
 GALLERIES, SPLITS = ("original", "val"), ("disjoint", "nondisjoint")  # of FashionIQ and of Polyvore Outfits
@@ -53,18 +54,18 @@ def embed(encode, items, tokenizer, config, processes, whole=False, progress=Fal
     workers = config.workers if "image" in items[0] and len(own) > config.eval_batch_size else 0
     on_gpu = processes.device.type == "cuda"
     reading = {"num_workers": workers, "worker_init_fn": data.init_worker, "pin_memory": on_gpu}
-    if workers and (common.in_group() or on_gpu):
+    if workers and (in_group() or on_gpu):
         # The main process has threads (gloo, NCCL, pinned memory). A fork beside them can hang (pytorch#130610).
         reading["multiprocessing_context"] = "forkserver"
     loader = DataLoader(dataset, config.eval_batch_size, collate_fn=data.collate, **reading)
     rows = []
     for batch in tqdm(loader, unit=" batches", disable=not progress):
-        with common.autocast(processes.device, config.dtype):
+        with autocast(processes.device, config.dtype):
             rows.append(encode(data.to_device(batch, processes.device)).float())
     # Every process receives all rows, and puts them into the order of the items.
     rows = torch.cat(rows).cpu()
     out = rows.new_empty(len(items), *rows.shape[1:])
-    for place, part in zip(places, common.gather_objects(rows), strict=True):
+    for place, part in zip(places, gather_objects(rows), strict=True):
         out[place] = part
     return finite(out, items)
 
@@ -377,7 +378,7 @@ def report(results, config, device, path, out, seconds, baseline=None, intervals
 
     baseline: {protocol: Result} of another checkpoint on the same queries; adds the difference and its interval."""
     rows = {"task": config.task, "checkpoint": str(path), "seed": config.seed, "seconds": round(seconds, 1)}
-    rows |= {"dtype": config.dtype, "device": common.device_name(device)}
+    rows |= {"dtype": config.dtype, "device": device_name(device)}
     lines = []
     for protocol, result in results.items():
         interval_of = partial(metrics.bootstrap, result.metrics_of, result.outcomes, seed=config.seed)
@@ -413,7 +414,7 @@ def main():
     out = config.out or f"{path}.{config.task}.{'png' if config.show else 'json'}"
     if config.show:
         pictures.check_page(out)
-    processes = common.start_processes(config.device)
+    processes = start_processes(config.device)
     if config.list:
         _, result = next(run_other(None, config, processes))
         items = [item for ranking in result.rankings for item in (*ranking.query_items, *ranking.gallery_items)]

@@ -21,7 +21,8 @@ import evaluate
 import losses
 from data import crop_then_resize, resize_then_crop
 from model import RESNETS, SIZES, CSANet, FashionViL, ModelConfig, compile_parts
-from plumbing import annotations, bert, checkpoint, common, ending, photos, runs, settings
+from plumbing import annotations, bert, checkpoint, ending, optim, photos, runs, settings
+from plumbing.processes import allow_tf32, autocast, averaging, copy_from_main, distribute, start_processes
 from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, SHARE, setting
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -134,7 +135,7 @@ def train(config, processes):
         data.check_lengths(config, model.config.max_position_embeddings, task.max_tokens)
     report = checkpoint.initialise(model, start)
     model.to(device)
-    optimizer = common.make_optimizer(model, config.lr, config.weight_decay, config.lr_factor)
+    optimizer = optim.make_optimizer(model, config.lr, config.weight_decay, config.lr_factor)
 
     # The bookkeeping, which resumes an earlier run where config.resume says so.
     contents = {"kind": "fashionvil" if task.heads else "csa_net", "task": config.task, "vocab": vocab}
@@ -147,7 +148,7 @@ def train(config, processes):
     loader = iter(data.train_loader(dataset, order, config, device))
     if config.compile:
         compile_parts(model)
-    ddp = common.distribute(model, processes)
+    ddp = distribute(model, processes)
     run.open(order, lambda row: items[row]["name"], [f"{config.task}: {len(items)} training items", *report])
 
     def validate():
@@ -164,8 +165,8 @@ def train(config, processes):
         batches = run.next_batches(loader)
 
         # The learning rate and dropout follow from the update's number alone.
-        common.set_lr(optimizer, step, config.warmup, config.milestones)
-        common.seed_step(config.seed, step, processes.rank)
+        optim.set_lr(optimizer, step, config.warmup, config.milestones)
+        optim.seed_step(config.seed, step, processes.rank)
         model.train()
         optimizer.zero_grad()  # to None; in pre-training zeros matter for heads that an update does not use
 
@@ -173,8 +174,8 @@ def train(config, processes):
             # The loss of one micro-batch, then its gradients, averaged over processes in the last micro-batch.
             run.skipped_images += int(batch["skipped"].sum())
             batch = data.to_device(batch, device)
-            with common.averaging(ddp, micro == config.grad_accum - 1):
-                with common.autocast(device, config.dtype):
+            with averaging(ddp, micro == config.grad_accum - 1):
+                with autocast(device, config.dtype):
                     loss, measured = ddp(batch, task.objective)
                 run.scaler.scale(loss / config.grad_accum).backward()
             run.add("", loss, measured)
@@ -196,11 +197,11 @@ def train(config, processes):
     # The others take the weights from that process.
     if config.eval_interval < 0:
         return {}
-    common.allow_tf32(False)
+    allow_tf32(False)
     config = dataclasses.replace(config, dtype="float32")
     if processes.is_main:
         model.load_state_dict(checkpoint.read_weights(run.folder / "best.pt")[0])
-    common.copy_from_main(model.state_dict().values())
+    copy_from_main(model.state_dict().values())
     model.eval()
     return dict(evaluation.run(model, tokenizer, config, processes))
 
@@ -211,7 +212,7 @@ def main():
         description=__doc__,
         files=lambda given: CONFIGS / f"{given['task']}.py" if given.get("task") in TASKS else None,
     )
-    processes = common.start_processes(config.device, config.deterministic, config.tf32)
+    processes = start_processes(config.device, config.deterministic, config.tf32)
     started = time.perf_counter()
     results = train(config, processes)
     if processes.is_main and results:

@@ -7,7 +7,7 @@ every process returns a loss whose mean over the processes is the loss of the gl
 import torch
 import torch.nn.functional as F
 
-from plumbing import common
+from plumbing import processes
 from plumbing.settings import NO_LABEL
 
 
@@ -29,7 +29,7 @@ def info_nce(queries, candidates, rank=0):
 
 def one_way(queries, candidates):
     """InfoNCE of queries (B, D) against the candidates of all processes, with gradient -> (loss, accuracy)."""
-    return info_nce(queries, common.gather_with_gradient(candidates), common.rank())
+    return info_nce(queries, processes.gather_with_gradient(candidates), processes.rank())
 
 
 def symmetric(a, b):
@@ -47,7 +47,7 @@ def global_mean(values, weights=None):
     number of processes changes neither loss nor gradient. A count of 0 over all processes is taken as 1."""
     weights = torch.ones_like(values) if weights is None else weights
     count = weights.sum()
-    return (values * weights).sum() / common.all_mean(count).clamp(min=1 / common.world_size())
+    return (values * weights).sum() / processes.all_mean(count).clamp(min=1 / processes.world_size())
 
 
 def soft_cross_entropy(logits, labels):

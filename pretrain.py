@@ -21,8 +21,9 @@ import evaluate
 import vqvae
 from losses import OBJECTIVES
 from model import PRETRAINING_HEADS, RESNETS, SIZES, FashionViL, ModelConfig, compile_parts
-from plumbing import annotations, bert, checkpoint, common, ending, photos, runs, settings
+from plumbing import annotations, bert, checkpoint, ending, optim, photos, runs, settings
 from plumbing.files import checksum
+from plumbing.processes import autocast, averaging, distribute, start_processes, world_size
 from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, SHARE, InputError, setting
 
 PAPER_MIX = {"itm": 0.15, "pac": 0.15, "itc": 0.20, "mvc": 0.20, "mlm": 0.15, "mpfc": 0.15}
@@ -98,7 +99,7 @@ def check_config(config):
     used = {name for name, share in config.objectives.items() if share}
     if used & {"itc", "mvc", "itm"}:
         # ITC and MVC compare the products of all processes, ITM those of its own.
-        data.check_candidates(config, common.world_size() if "itm" in used else 1)
+        data.check_candidates(config, world_size() if "itm" in used else 1)
     if "itm" in used and config.itm_candidates == 1:
         raise InputError("itm_candidates: found 1, expected 0 or at least 2, for the only candidate is the text itself")
     if not 0 < config.mask_share < 1:
@@ -166,7 +167,7 @@ def train(config, processes):
     model = build_model(config, start.sizes, vocab_size=n_words, n_attributes=n_attributes, n_codes=n_codes)
     report = checkpoint.initialise(model, start)
     model.to(device)
-    optimizer = common.make_optimizer(model, config.lr, config.weight_decay, config.lr_factor)
+    optimizer = optim.make_optimizer(model, config.lr, config.weight_decay, config.lr_factor)
 
     # The bookkeeping, which resumes an earlier run where config.resume says so.
     contents = {"kind": "fashionvil", "task": "pretrain", "model_config": dataclasses.asdict(model.config)}
@@ -193,7 +194,7 @@ def train(config, processes):
     # The model that is compiled where that is set, and that averages gradients over processes.
     if config.compile:
         compile_parts(model)
-    ddp = common.distribute(model, processes)
+    ddp = distribute(model, processes)
 
     def validate():
         model.eval()
@@ -210,8 +211,8 @@ def train(config, processes):
 
         # The objective, the learning rate and dropout follow from the update's number alone.
         objective = objective_of(step)
-        common.set_lr(optimizer, step, config.warmup, config.milestones)
-        common.seed_step(config.seed, step, processes.rank)
+        optim.set_lr(optimizer, step, config.warmup, config.milestones)
+        optim.seed_step(config.seed, step, processes.rank)
         model.train()
 
         # Gradients become zeros, not None: a head that an earlier update used and this one does not still moves by its
@@ -226,8 +227,8 @@ def train(config, processes):
                 batch = {**batch, "image_codes": image_tokenizer.encode(batch["image"])}
 
             # The loss of the whole objective, then its gradients, averaged over processes in the last micro-batch.
-            with common.averaging(ddp, micro == config.grad_accum - 1):
-                with common.autocast(device, config.dtype):
+            with averaging(ddp, micro == config.grad_accum - 1):
+                with autocast(device, config.dtype):
                     loss, measured = ddp(batch, OBJECTIVES[objective])
                 run.scaler.scale(loss / config.grad_accum).backward()
             run.add(objective, loss, measured)
@@ -249,7 +250,7 @@ def train(config, processes):
 
 def main():
     config = settings.load_config(PretrainConfig, description=__doc__)
-    processes = common.start_processes(config.device, config.deterministic, config.tf32)
+    processes = start_processes(config.device, config.deterministic, config.tf32)
     metrics = train(config, processes)
     if processes.is_main and metrics:
         print("FashionGen val, full gallery:", "  ".join(f"{k} {100 * v:.1f}" for k, v in metrics.items()))

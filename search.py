@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from plumbing import annotations, checkpoint, common, ending, photos, pictures, settings
+from plumbing import annotations, checkpoint, ending, photos, pictures, settings
 from plumbing.files import replacing
+from plumbing.processes import start_processes
 from plumbing.settings import COUNT, DEVICES, FROM_0, InputError, setting
 
 # Pillow opens more, such as .eps and .h5, but those are no photos.
@@ -161,7 +162,7 @@ def search(config):
 
     [{"rank", "score", "itm" if config.rerank, "id", "title", "path"}]. Raises InputError for whatever is wrong."""
     check_query(config)
-    folder, processes = Path(config.gallery).resolve(), common.start_processes(config.device)
+    folder, processes = Path(config.gallery).resolve(), start_processes(config.device)
     # The query says what the checkpoint must have.
     needs = ("csa_net",) if config.outfit else ("contrastive", "itm") if config.rerank else ("contrastive",)
     model, info = checkpoint.load_model(config.checkpoint, processes.device, needs)

@@ -16,8 +16,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from plumbing import annotations, checkpoint, common, ending, photos, runs, settings
+from plumbing import annotations, checkpoint, ending, optim, photos, runs, settings
 from plumbing.files import reading
+from plumbing.processes import (
+    all_mean,
+    autocast,
+    averaging,
+    distribute,
+    gather_with_gradient,
+    start_processes,
+    world_size,
+)
 from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
 
 
@@ -272,7 +281,7 @@ class VQVAE(ImageTokenizer):
         book = self.codebook
         K, D = book.weight.shape
         rows = torch.cat([z.float(), z.new_ones(len(z), 1)], 1)  # (N, D + 1): the last column counts
-        sums = common.all_mean(z.new_zeros(K, D + 1).index_add_(0, codes, rows)) * common.world_size()
+        sums = all_mean(z.new_zeros(K, D + 1).index_add_(0, codes, rows)) * world_size()
         counts = sums[:, D].round()
         book.embed_avg.lerp_(sums[:, :D], 1 - self.DECAY)
         book.cluster_size.lerp_(counts, 1 - self.DECAY)
@@ -283,7 +292,7 @@ class VQVAE(ImageTokenizer):
 
         dead = (self.idle >= reseed_after).nonzero().squeeze(1)
         if len(dead):
-            z = common.gather_with_gradient(z.float())
+            z = gather_with_gradient(z.float())
             far = (z - book.weight[book.nearest(z)]).square().sum(1).cpu() + 1e-12
             picks = torch.multinomial(far, min(len(dead), len(z))).to(z.device)
             dead = dead[: len(picks)]
@@ -382,7 +391,7 @@ def train(config, processes):
 
     # The model. Its optimizer has encoder and decoder; the codebook has no gradient.
     model = VQVAE(config).to(device)
-    optimizer = common.make_optimizer(model, config.lr, config.weight_decay)
+    optimizer = optim.make_optimizer(model, config.lr, config.weight_decay)
 
     # The bookkeeping, which resumes an earlier run where config.resume says so.
     counts = torch.zeros(config.n_codes, device=device)  # how often each code was chosen since the last log line
@@ -404,7 +413,7 @@ def train(config, processes):
     if config.compile:
         model.encoder.compile()
         model.decoder.compile()
-    ddp = common.distribute(model, processes)
+    ddp = distribute(model, processes)
 
     def measure():
         metrics = validate(model, held_out, device) if is_main else {}
@@ -422,8 +431,8 @@ def train(config, processes):
 
         # The learning rate follows from the update's number alone. So does what is picked at random, as rank 0 picks
         # it, for all processes must seed the same codes anew.
-        common.set_lr(optimizer, step, config.warmup, config.milestones)
-        common.seed_step(config.seed, step, 0)
+        optim.set_lr(optimizer, step, config.warmup, config.milestones)
+        optim.seed_step(config.seed, step, 0)
         model.train()
         optimizer.zero_grad()
 
@@ -434,8 +443,8 @@ def train(config, processes):
             images = data.to_device(batch, device)["image"]  # (B, 3, S, S)
 
             # The loss of one micro-batch, then its gradients, averaged over processes in the last micro-batch.
-            with common.averaging(ddp, micro == config.grad_accum - 1):
-                with common.autocast(device, config.dtype):
+            with averaging(ddp, micro == config.grad_accum - 1):
+                with autocast(device, config.dtype):
                     reconstruction, commitment, z, codes = ddp(images)
                 l1 = F.l1_loss(reconstruction.float(), images)
                 loss = l1 + config.commitment * commitment
@@ -463,7 +472,7 @@ def train(config, processes):
 
 def main():
     config = settings.load_config(VQVAEConfig, description=__doc__)
-    processes = common.start_processes(config.device, config.deterministic, config.tf32)
+    processes = start_processes(config.device, config.deterministic, config.tf32)
     train(config, processes)
     if processes.is_main:
         print(f"written: {config.out_dir}/last.pt, log.jsonl")

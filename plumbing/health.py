@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from plumbing import common
+from plumbing import optim, processes
 from plumbing.settings import InputError
 
 
@@ -34,12 +34,12 @@ class Health:
 
     def check(self, config, batches, name_of):
         """Raise InputError where an update was broken: its number, objective, learning rate and products."""
-        broken = [row for row in common.gather_objects(self.note.tolist()) if row[0] >= 0]
+        broken = [row for row in processes.gather_objects(self.note.tolist()) if row[0] >= 0]
         if not broken:
             return
         step, loss, norm = min(broken, key=lambda row: row[0])
         _, rows, objective = batches.update_at(int(step))
-        lr = self.optimizer.param_groups[0]["base_lr"] * common.lr_multiplier(step, config.warmup, config.milestones)
+        lr = self.optimizer.param_groups[0]["base_lr"] * optim.lr_multiplier(step, config.warmup, config.milestones)
         raise InputError(
             f"update {int(step) + 1}: loss {loss:g}, gradient norm {norm:g} (objective {objective}, learning rate "
             f"{lr:.3g}); the last checkpoint is older and stays; lower --lr, or look at this update's products: "
@@ -49,9 +49,9 @@ class Health:
 
 def check_weights(model, done):
     """Before a validation or save: buffers of rank 0 for all. Raises InputError naming a rank that has drifted."""
-    common.copy_from_main(model.buffers())  # BatchNorm's averages, which each process moves by its own batch
+    processes.copy_from_main(model.buffers())  # BatchNorm's averages, which each process moves by its own batch
     bits = 0  # one number of all bits of the float32 parameters
     for i, parameter in enumerate(model.parameters(), 1):
         bits = bits + i * parameter.detach().view(torch.int32).sum(dtype=torch.int64)
     cure = "the last checkpoint is from before it: --resume=auto, and suspect that rank's machine"
-    common.same_everywhere(f"after update {done} the weights' checksums differ", int(bits), cure)
+    processes.same_everywhere(f"after update {done} the weights' checksums differ", int(bits), cure)

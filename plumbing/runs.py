@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from plumbing import checkpoint, common, ending, health
-from plumbing.common import gather_objects
+from plumbing import checkpoint, ending, health
 from plumbing.files import reading, replacing, shown, write_json, writing
+from plumbing.processes import all_mean, any_process, gather_objects, in_group, on_several_machines, same_everywhere
 from plumbing.settings import InputError
 
 ASK_EVERY = 10  # updates
@@ -57,7 +57,7 @@ class Run:
         self.done = self.saved = self.start
         self.health = health.Health(optimizer, self.scaler, processes.device, (state or {}).get("skipped_updates", 0))
         cure = "the run folder must be the same on every node"
-        common.same_everywhere("resume", f"a start at update {self.start}", cure)
+        same_everywhere("resume", f"a start at update {self.start}", cure)
 
     def _restore(self, state):
         """Go on from what `find_resume` found. Learning rates and weight decay are those of the settings.
@@ -149,9 +149,9 @@ class Run:
         """The loop finishes its update, saves and leaves. A second Ctrl-C ends a run of one process at once.
 
         In a validation, which may take long, everything has just been saved, so a run of one process ends at once."""
-        if self.validating and self.saved == self.done and not common.in_group():
+        if self.validating and self.saved == self.done and not in_group():
             raise ending.Stopped(self._stopped())
-        if self.stop_asked and number == signal.SIGINT and not common.in_group():
+        if self.stop_asked and number == signal.SIGINT and not in_group():
             raise KeyboardInterrupt
         self.stop_asked = True
 
@@ -161,7 +161,7 @@ class Run:
         It ends where a stop was asked for, an image is broken or a loader worker died, on any process. The run then
         saves and raises Stopped or, for an image, InputError. Processes on several machines ask each other at every
         ASK_EVERY-th update, since a question waits for the network. An error in between ends the run unsaved."""
-        batches, error, asks = [], None, self.done % (ASK_EVERY if common.on_several_machines() else 1) == 0
+        batches, error, asks = [], None, self.done % (ASK_EVERY if on_several_machines() else 1) == 0
         try:
             if not (asks and self.stop_asked):
                 batches = [next(loader) for _ in range(self.config.grad_accum)]
@@ -169,7 +169,7 @@ class Run:
             if not asks:
                 raise
             error = caught
-        if not asks or not common.any_process(self.stop_asked or error is not None):
+        if not asks or not any_process(self.stop_asked or error is not None):
             return batches
         if self.saved < self.done:
             self.save()
@@ -212,7 +212,7 @@ class Run:
             prefix = f"{objective}_" if objective else ""
             for name, total in sums.items():
                 total = torch.as_tensor(total, dtype=torch.float64, device=self.processes.device)
-                row[f"{prefix}loss" if name == "loss" else name] = float(common.all_mean(total / n))
+                row[f"{prefix}loss" if name == "loss" else name] = float(all_mean(total / n))
             row[f"{prefix}updates"] = round(n)
         self.sums.clear()
         row |= more

@@ -6,7 +6,7 @@ do differently otherwise (kernels, autocast's casts, streams) does not show.
 
     import pretend_gpu                       # before anything makes a tensor on the device
     with pretend_gpu.on():
-        pretrain.train(config, common.Processes(0, 1, pretend_gpu.DEVICE))   # workers=0
+        pretrain.train(config, processes.Processes(0, 1, pretend_gpu.DEVICE))   # workers=0
     print(pretend_gpu.waits.most_common())
 """
 

@@ -25,8 +25,8 @@ import finetune
 import pretrain
 import vqvae
 from plumbing import annotations, bert, checkpoint, photos, settings
-from plumbing.common import Processes
 from plumbing.files import content_keys
+from plumbing.processes import Processes
 from plumbing.settings import InputError
 from prepare import check_data
 
@@ -121,7 +121,7 @@ SETTINGS = [
     (dict(resume="gone.pt"), "gone.pt: ***: No such file or directory"),
     (
         dict(data_root="/nowhere"),
-        f"/nowhere/{TRAIN}: this file of the data set is missing; README***prepare/demo.py data/demo***",
+        f"/nowhere/{TRAIN}: this file of the data set is missing; README***prepare.demo data/demo***",
     ),
 ]
 

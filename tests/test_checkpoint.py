@@ -655,7 +655,7 @@ def test_a_kill_between_write_and_rename(tmp_path):
     """SIGKILL after the bytes, before the name: the old file is whole, and the next save is not disturbed."""
     path = saved(tmp_path / "last.pt", small())
     whole = path.read_bytes()
-    code = "import os, sys, torch, checkpoint; os.replace = lambda a, b: os.kill(os.getpid(), 9)"
+    code = "import os, sys, torch; from plumbing import checkpoint; os.replace = lambda a, b: os.kill(os.getpid(), 9)"
     code += "; checkpoint.save(sys.argv[1], {'kind': 'fashionvil', 'model': {'a': torch.ones(9)}})"
     assert subprocess.run([sys.executable, "-c", code, path]).returncode == -9
     assert path.read_bytes() == whole and len(os.listdir(tmp_path)) == 2

@@ -17,7 +17,7 @@ from PIL import Image
 
 import data
 from plumbing import annotations, photos
-from plumbing.common import Processes
+from plumbing.processes import Processes
 from plumbing.settings import InputError
 from prepare import check_data
 

@@ -15,10 +15,11 @@ import pretrain
 import search
 import vqvae
 from model import FashionViL
-from plumbing import checkpoint, common
+from plumbing import checkpoint
+from plumbing.processes import Processes
 
 pretend_gpu = pytest.importorskip("pretend_gpu", reason="older torch cannot pretend", exc_type=ImportError)
-CPU, GPU = (common.Processes(0, 1, device) for device in (torch.device("cpu"), pretend_gpu.DEVICE))
+CPU, GPU = (Processes(0, 1, device) for device in (torch.device("cpu"), pretend_gpu.DEVICE))
 
 
 @pytest.fixture
@@ -34,7 +35,8 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(FashionViL, "to", to)
     monkeypatch.setattr(checkpoint, "save", lambda path, state: save(path, tree_map(pretend_gpu.plain, state)))
-    monkeypatch.setattr(common, "start_processes", lambda *args: GPU)
+    for program in (evaluate, search):
+        monkeypatch.setattr(program, "start_processes", lambda *args: GPU)
     with pretend_gpu.on():
         yield
 

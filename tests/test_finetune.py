@@ -20,7 +20,7 @@ import evaluate
 import finetune
 from finetune import FinetuneConfig
 from plumbing import annotations, checkpoint, settings
-from plumbing.common import Processes
+from plumbing.processes import Processes
 from plumbing.settings import InputError
 
 ONE = Processes(0, 1, torch.device("cpu"))

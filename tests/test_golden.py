@@ -25,7 +25,7 @@ from golden_model import (
 from inputs import LABELS, csa
 
 import losses
-from plumbing import common
+from plumbing import optim
 from pretrain import PretrainConfig
 
 TOLERANCE = 1e-5  # relative to the largest element, for values
@@ -336,7 +336,7 @@ def test_every_parameters_rate_and_decay(entry):
     )
     names = {id(p): name for name, p in model.named_parameters()}
     ours = {}
-    for group in common.parameter_groups(model, config.lr, config.weight_decay, config.lr_factor):
+    for group in optim.parameter_groups(model, config.lr, config.weight_decay, config.lr_factor):
         ours |= {names[id(p)]: (p, group["base_lr"], group["weight_decay"]) for p in group["params"]}
     ours = {name: row[1:] for name, row in to_original(ours).items()}
     ours = {name: row for name, row in ours.items() if not name.startswith("model.heads.mlm.decoder")}
@@ -352,7 +352,7 @@ def test_learning_rate_schedule(entry):
     schedule = OPTIM[entry]["scheduler"]
     warmup = schedule["warmup_iterations"] if schedule["use_warmup"] else 0
     for n, expected in OPTIM[entry]["lr_multiplier"]:
-        ours = common.lr_multiplier(n, warmup, schedule["lr_steps"], schedule["warmup_factor"])
+        ours = optim.lr_multiplier(n, warmup, schedule["lr_steps"], schedule["warmup_factor"])
         assert ours == pytest.approx(expected), n
 
 
@@ -393,12 +393,12 @@ def test_training_steps(entry, heads):
         warmup=meta["sched"]["warmup_iterations"],
         milestones=tuple(meta["sched"]["lr_steps"]),
     )
-    optimizer = OriginalAdamW(common.parameter_groups(model, config.lr, config.weight_decay, config.lr_factor))
+    optimizer = OriginalAdamW(optim.parameter_groups(model, config.lr, config.weight_decay, config.lr_factor))
     image_tokenizer = build_image_tokenizer()
     start = {name: float(value.double().norm()) for name, value in to_original(model.state_dict()).items()}
     model.train()
     for n, step in enumerate(golden["steps"]):
-        common.set_lr(optimizer, n, config.warmup, config.milestones)
+        optim.set_lr(optimizer, n, config.warmup, config.milestones)
         assert max(group["lr"] for group in optimizer.param_groups) == pytest.approx(step["lr_group0"])
         batch = golden_batch(step["seed"], meta["B"], meta["vocab"])
         if step["task"] == "mpfc":

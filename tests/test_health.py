@@ -22,8 +22,8 @@ from test_pretrain import small
 
 import finetune
 import pretrain
-from plumbing import checkpoint, common, ending, health, runs
-from plumbing.common import Processes
+from plumbing import checkpoint, ending, health, optim, runs
+from plumbing.processes import Processes, any_process, same_everywhere, start_processes
 from plumbing.settings import InputError
 
 ONE = Processes(0, 1, torch.device("cpu"))
@@ -118,8 +118,8 @@ def test_processes_on_several_machines_ask_for_a_stop_at_every_tenth_update(
     catalogue, tmp_path, at_update, monkeypatch
 ):
     asked = []
-    monkeypatch.setattr(common, "on_several_machines", lambda: True)
-    monkeypatch.setattr(common, "any_process", lambda flag: asked.append(flag) or flag)
+    monkeypatch.setattr(runs, "on_several_machines", lambda: True)
+    monkeypatch.setattr(runs, "any_process", lambda flag: asked.append(flag) or flag)
     at_update(4, lambda loss: os.kill(os.getpid(), signal.SIGTERM) or loss)
     with pytest.raises(ending.Stopped, match="stopped after update 10, "):
         pretrain.train(itc(catalogue, tmp_path, max_steps=12, eval_interval=-1), ONE)
@@ -222,7 +222,7 @@ def test_a_broken_number_stops_the_run_and_names_update_objective_rate_and_produ
     with pytest.raises(InputError) as error:
         pretrain.train(config, ONE)
     message = str(error.value)
-    lr = 1e-3 * common.lr_multiplier(3, 8, ())
+    lr = 1e-3 * optim.lr_multiplier(3, 8, ())
     assert message.startswith(f"update 4: {says}") and "\n" not in message
     assert f"(objective itc, learning rate {lr:.3g}); the last checkpoint is older and stays" in message
     products = pretrain.annotations.load_pretraining(config.data_root)
@@ -276,12 +276,12 @@ def drift_worker(rank, port, out):
     model = torch.nn.Sequential(torch.nn.Linear(9, 9), torch.nn.BatchNorm1d(9))
     model[1].running_mean.add_(rank)
     health.check_weights(model, 5)  # running averages become rank 0's
-    said = [str(model[1].running_mean.max().item()), str(common.any_process(rank == 1))]
+    said = [str(model[1].running_mean.max().item()), str(any_process(rank == 1))]
     with torch.no_grad():
         model[0].weight[3, 4] += 1e-7 * rank
     for call in (
         lambda: health.check_weights(model, 6),
-        lambda: common.same_everywhere("resume", f"a start at update {7 * rank}", "share the folder"),
+        lambda: same_everywhere("resume", f"a start at update {7 * rank}", "share the folder"),
     ):
         try:
             call()
@@ -452,5 +452,5 @@ def test_processes_that_cannot_connect_get_one_line(monkeypatch):
     monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(None, 0, 2)]))
     monkeypatch.setattr(dist, "init_process_group", refuse)
     with pytest.raises(InputError, match=r"cannot connect: .*127\.0\.1\.1.*refused; set GLOO_SOCKET_IFNAME") as error:
-        common.start_processes("cpu")
+        start_processes("cpu")
     assert "\n" not in str(error.value)

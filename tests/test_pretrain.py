@@ -10,7 +10,7 @@ import torch
 
 import pretrain
 from plumbing import settings
-from plumbing.common import Processes
+from plumbing.processes import Processes
 from plumbing.settings import InputError
 from pretrain import PretrainConfig
 from tools import summary

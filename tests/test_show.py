@@ -11,8 +11,8 @@ import data
 import evaluate
 import metrics
 from plumbing import annotations, pictures
-from plumbing.common import Processes
 from plumbing.pictures import Cell, Ranking, Row
+from plumbing.processes import Processes
 from plumbing.settings import InputError
 
 

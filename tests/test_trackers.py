@@ -20,8 +20,8 @@ import finetune
 import pretrain
 import search
 from model import CSANet, FashionViL, ModelConfig
-from plumbing import annotations, bert, checkpoint, common, ending, photos, runs, settings
-from plumbing.common import Processes
+from plumbing import annotations, bert, checkpoint, ending, photos, runs, settings
+from plumbing.processes import Processes, start_processes
 from plumbing.settings import InputError
 from prepare import check_data
 
@@ -267,10 +267,10 @@ def test_fewer_items_than_processes(catalogue, monkeypatch):
         return [rows] * 3
 
     expected = embed(ONE)
-    monkeypatch.setattr(common, "gather_objects", keep)
+    monkeypatch.setattr(evaluate, "gather_objects", keep)
     for rank in range(3):
         embed(Processes(rank, 3, ONE.device))
-    monkeypatch.setattr(common, "gather_objects", lambda rows: parts)
+    monkeypatch.setattr(evaluate, "gather_objects", lambda rows: parts)
     assert not torch.equal(expected[0], expected[1])
     for rank in range(3):
         assert torch.equal(embed(Processes(rank, 3, ONE.device)), expected)
@@ -307,7 +307,7 @@ def test_weights_that_are_nan_find_nothing(trained, catalogue, tmp_path):
 )
 def test_one_candidate_teaches_nothing(monkeypatch, objectives, processes, grad_accum, least):
     """jiawei-ren/BalancedMSE#19, UrbanCLIP#5: the loss is 0 and the accuracy 100 % where there is one candidate."""
-    monkeypatch.setattr(common, "world_size", lambda: processes)
+    monkeypatch.setattr(pretrain, "world_size", lambda: processes)
     config = pretrain.PretrainConfig(objectives=objectives, batch_size=8, grad_accum=grad_accum)
     line = f"^batch_size: found 8 with grad_accum={grad_accum}, expected {least} or more, for one product alone"
     with pytest.raises(InputError, match=line) if least else contextlib.nullcontext():
@@ -333,14 +333,14 @@ def test_world_size_without_torchrun(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     line = "WORLD_SIZE=2: environment variable RANK expected, but not set; start by torchrun, or unset WORLD_SIZE"
     with pytest.raises(InputError, match=f"^{line}$"):
-        common.start_processes("cpu")
+        start_processes("cpu")
 
 
 def test_rank_of_another_launcher(monkeypatch):
     """Its sibling: RANK alone. A single process that is not the main one would save nothing."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("RANK", "3")
-    assert common.start_processes("cpu").is_main
+    assert start_processes("cpu").is_main
 
 
 def test_a_photo_that_stands_twice_is_one():

@@ -17,7 +17,7 @@ import data
 import pretrain
 import vqvae
 from model import ResNet
-from plumbing import checkpoint, common, photos, runs, settings
+from plumbing import checkpoint, optim, photos, processes, runs, settings
 
 HERE = Path(__file__).parent
 TINY = vqvae.ImageTokenizerConfig(ch=8, ch_mult=(1, 2, 4), n_blocks=1, latent_dim=16, n_codes=12, unshuffle=8)
@@ -170,11 +170,11 @@ def test_the_first_batch_seeds_every_unused_code_that_it_can():
 def _update_in_process(rank, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
     torch.set_num_threads(1)
-    common.start_processes("cpu")
+    processes.start_processes("cpu")
     model = make_vqvae()
     for step in range(3):
         z = make_latents(seed=step)[rank * 20 : rank * 20 + 20]
-        common.seed_step(0, step, 0)
+        optim.seed_step(0, step, 0)
         model.update_codebook(z, model.codebook.nearest(z), reseed_after=2)
     torch.save({**model.codebook.state_dict(), "idle": model.idle}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -185,7 +185,7 @@ def test_two_processes_learn_the_codebook_of_one(free_port, tmp_path):
     model = make_vqvae()
     for step in range(3):
         z = make_latents(seed=step)
-        common.seed_step(0, step, 0)
+        optim.seed_step(0, step, 0)
         model.update_codebook(z, model.codebook.nearest(z), reseed_after=2)
     for rank in range(2):
         for name, value in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
@@ -299,7 +299,7 @@ def make_config(data_root, out_dir, **changes):
 
 
 def run_stage(config):
-    return vqvae.train(config, common.Processes(0, 1, torch.device("cpu")))
+    return vqvae.train(config, processes.Processes(0, 1, torch.device("cpu")))
 
 
 def read_log(out_dir):

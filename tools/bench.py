@@ -29,8 +29,9 @@ import evaluate
 import finetune
 import pretrain
 from losses import OBJECTIVES
-from plumbing import annotations, bert, checkpoint, common, ending, photos, runs, settings
+from plumbing import annotations, bert, checkpoint, ending, optim, photos, runs, settings
 from plumbing.files import write_json
+from plumbing.processes import autocast, start_processes
 from plumbing.settings import COUNT, InputError, setting
 from tools.bare import Bare
 
@@ -79,7 +80,7 @@ class Stage:
     full_texts: every text is as long as the model reads texts, so there is no padding."""
 
     def __init__(self, config, name, full_texts=False):
-        processes = common.start_processes()
+        processes = start_processes()
         pre, fine = (str(finetune.CONFIGS / f"{file.format(name)}.py") for file in CONFIGS[config.size])
         argv = [f"--data_root={config.data_root}", "--init=random", "--grad_accum=1"]
         argv += [f"--batch_size={config.batch_size}", f"--max_steps={config.pairs}"]
@@ -116,7 +117,7 @@ class Side:
     """A model that is trained on a stage's batches: ours, or the bare parts."""
 
     def __init__(self, stage, model):
-        self.stage, self.model, self.optimizer = stage, model, common.make_optimizer(model, lr=1e-5, weight_decay=1e-4)
+        self.stage, self.model, self.optimizer = stage, model, optim.make_optimizer(model, lr=1e-5, weight_decay=1e-4)
         # As after some updates of pre-training, when every head was used. DistributedDataParallel keeps them, too.
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -128,7 +129,7 @@ class Side:
         self.optimizer.zero_grad(set_to_none=False)
         if stage.image_tokenizer:
             batch = {**batch, "image_codes": stage.image_tokenizer.encode(batch["image"])}
-        with common.autocast(stage.device, stage.dtype):
+        with autocast(stage.device, stage.dtype):
             loss, _ = self.model(batch, stage.objective)
         loss.backward()
         self.optimizer.step()
