@@ -364,8 +364,8 @@ class Update(NamedTuple):  # the samples of one update, over all processes and m
     objective: str  # its name; in fine-tuning the task's
 
 
-class Batches:
-    """Batch sampler: lists of `Key`, one list for each of this process's micro-batches from update `start` on.
+class BatchSampler:
+    """Lists of `Key`, one list for each of this process's micro-batches from update `start` on.
 
     The order of an epoch follows from (seed, epoch), so a resumed run opens no image of earlier updates. The rows of an
     update go to micro-batches, then to processes, in order. The rest of an epoch that fills no batch is left out."""
@@ -378,7 +378,7 @@ class Batches:
             raise InputError(f"batch_size: found {config.batch_size}, but the data has only {n} products")
         self.n, self.config, self.processes = n, config, processes
         self.start, self.objective_at = start, objective_at
-        self.epoch, self.order = None, None  # of the epoch that was used last
+        self.epoch, self.permutation = None, None  # of the epoch that was used last
 
     def __len__(self):
         return (self.config.max_steps - self.start) * self.config.grad_accum
@@ -388,9 +388,9 @@ class Batches:
         size = self.config.batch_size
         epoch, i = divmod(step, self.n // size)
         if epoch != self.epoch:
-            self.order = np.random.default_rng([self.config.seed, epoch]).permutation(self.n)
+            self.permutation = np.random.default_rng([self.config.seed, epoch]).permutation(self.n)
             self.epoch = epoch
-        return Update(epoch, self.order[i * size : (i + 1) * size], self.objective_at(step))
+        return Update(epoch, self.permutation[i * size : (i + 1) * size], self.objective_at(step))
 
     def __iter__(self):
         for step in range(self.start, self.config.max_steps):
@@ -414,12 +414,12 @@ def init_worker(worker=0):
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
-def train_loader(dataset, batches, config, device):
-    """A DataLoader of the `batches`; its workers read ahead, and its memory is pinned for a GPU."""
+def train_loader(dataset, sampler, config, device):
+    """A DataLoader of the `sampler`'s batches; its workers read ahead, and its memory is pinned for a GPU."""
     workers = {"num_workers": config.workers, "worker_init_fn": init_worker, "pin_memory": device.type == "cuda"}
     if config.workers:
         workers |= {"prefetch_factor": 4, "persistent_workers": True}
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **workers)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **workers)
 
 
 def pick_image(item, rng):

@@ -144,12 +144,12 @@ def train(config, processes):
 
     # The batches of the updates that are left, and the model that averages gradients over processes.
     dataset = data.Samples(items, tokenizer, task.fit, config, config.max_tokens or task.max_tokens, task.pick)
-    order = data.Batches(len(items), config, processes, run.start, lambda step: config.task)
-    loader = iter(data.train_loader(dataset, order, config, device))
+    sampler = data.BatchSampler(len(items), config, processes, run.start, lambda step: config.task)
+    loader = iter(data.train_loader(dataset, sampler, config, device))
     if config.compile:
         compile_parts(model)
     ddp = distribute(model, processes)
-    run.open(order, lambda row: items[row]["name"], [f"{config.task}: {len(items)} training items", *report])
+    run.open(sampler, lambda row: items[row]["name"], [f"{config.task}: {len(items)} training items", *report])
 
     def validate():
         model.eval()

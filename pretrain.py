@@ -177,9 +177,9 @@ def train(config, processes):
     # The order of the samples, and their batches for the updates that are left.
     data.check_lengths(config, model.config.max_position_embeddings)
     objective_of = functools.partial(objective_at, objectives=config.objectives, seed=config.seed)
-    order = data.Batches(len(products), config, processes, run.start, objective_of)
+    sampler = data.BatchSampler(len(products), config, processes, run.start, objective_of)
     dataset = data.Pretraining(products, tokenizer, n_attributes, config)
-    loader = iter(data.train_loader(dataset, order, config, device))
+    loader = iter(data.train_loader(dataset, sampler, config, device))
 
     # What the user sees at the start.
     report.append(f"{len(products)} products, {len(val_products)} for validation, {n_words} word pieces")
@@ -189,7 +189,7 @@ def train(config, processes):
         report.append(f"{rates}: {n:,} parameters")
     candidates = config.batch_size // config.grad_accum
     report.append(f"batch {config.batch_size}, contrastive candidates {candidates}, updates from {run.start}")
-    run.open(order, lambda row: products[row].name, report)
+    run.open(sampler, lambda row: products[row].name, report)
 
     # The model that is compiled where that is set, and that averages gradients over processes.
     if config.compile:

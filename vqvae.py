@@ -398,15 +398,15 @@ def train(config, processes):
     run = runs.Run(config, processes, model, optimizer, {"kind": "image_tokenizer"}, {"counts": counts})
 
     # The order of the samples, and their batches for the updates that are left.
-    order = data.Batches(len(products), config, processes, run.start, lambda step: "reconstruction")
+    sampler = data.BatchSampler(len(products), config, processes, run.start, lambda step: "reconstruction")
     items = [{"image": product.images, "name": product.name} for product in products]
     dataset = data.Samples(items, None, data.resize_then_crop, config, 0, data.pick_image)
-    loader = iter(data.train_loader(dataset, order, config, device))
+    loader = iter(data.train_loader(dataset, sampler, config, device))
 
     # What the user sees at the start.
     n = sum(p.numel() for p in model.parameters())
     report = f"{len(products)} products, {len(held_out)} images held out, {n:,} parameters"
-    run.open(order, lambda row: products[row].name, [report])
+    run.open(sampler, lambda row: products[row].name, [report])
 
     # The model that is compiled where that is set, and that averages gradients over processes. DDP also copies the
     # codebook of the main process to all before every forward, so it does not drift by rounding.

@@ -32,13 +32,13 @@ class Health:
         row = torch.stack([value.to(self.note) for value in (number, loss.detach(), norm)])
         self.note = torch.where((self.note[0] < 0) & ~row.isfinite().all(), row, self.note)
 
-    def check(self, config, batches, name_of):
+    def check(self, config, sampler, name_of):
         """Raise InputError where an update was broken: its number, objective, learning rate and products."""
         broken = [row for row in processes.gather_objects(self.note.tolist()) if row[0] >= 0]
         if not broken:
             return
         step, loss, norm = min(broken, key=lambda row: row[0])
-        _, rows, objective = batches.update_at(int(step))
+        _, rows, objective = sampler.update_at(int(step))
         lr = self.optimizer.param_groups[0]["base_lr"] * optim.lr_multiplier(step, config.warmup, config.milestones)
         raise InputError(
             f"update {int(step) + 1}: loss {loss:g}, gradient norm {norm:g} (objective {objective}, learning rate "

@@ -105,15 +105,15 @@ class Run:
         for parameter in self.optimizer.state:
             parameter.grad = torch.zeros_like(parameter)
 
-    def open(self, batches, name_of, lines=()):
+    def open(self, sampler, name_of, lines=()):
         """Make the run folder ready and print how the run starts. Nothing is written before this.
 
-        batches: data.Batches, and name_of(row): how messages call a row of the data set, both for `health.Health`."""
-        self.batches, self.name_of, self.wandb = batches, name_of, None
-        before, self.contents["n_items"] = self.contents.get("n_items", batches.n), batches.n
-        if before != batches.n:
+        sampler: data.BatchSampler. name_of(row): how messages call a row of the data set. `health.Health` uses both."""
+        self.sampler, self.name_of, self.wandb = sampler, name_of, None
+        before, self.contents["n_items"] = self.contents.get("n_items", sampler.n), sampler.n
+        if before != sampler.n:
             self.report.append(
-                f"resume: the data had {before} items, has {batches.n}; their order is another from here on"
+                f"resume: the data had {before} items, has {sampler.n}; their order is another from here on"
             )
         if self.processes.is_main:
             # The best model of another checkpoint's run comes along. It is read before open_folder may rename it.
@@ -201,7 +201,7 @@ class Run:
         self.validating = self.config.eval_interval >= 0 and every(self.config.eval_interval)
         self.saving = self.validating or every(self.config.save_interval)
         if self.logging:
-            self.health.check(self.config, self.batches, self.name_of)
+            self.health.check(self.config, self.sampler, self.name_of)
         self.ended = time.perf_counter()
 
     def log(self, **more):
@@ -242,7 +242,7 @@ class Run:
         """Write last.pt with all that a resume needs. A validation comes after it, for a validation may fail.
 
         Raises InputError, and writes nothing, where an update was broken or the processes' weights differ."""
-        self.health.check(self.config, self.batches, self.name_of)
+        self.health.check(self.config, self.sampler, self.name_of)
         health.check_weights(self.model, self.done)
         sums = {objective: {name: float(v) for name, v in row.items()} for objective, row in self.sums.items()}
         self._write_checkpoint(

@@ -283,11 +283,11 @@ def test_images(stage, content, cause, root, tmp_path):
     elif stage == "pretrain":
         config = small_pretrain(root, tmp_path / "run", objectives={"itc": 1.0}, sets=("Fashion200k",), batch_size=4)
         products = annotations.load_products(root, "Fashion200k", "train")
-        product = products[data.Batches(len(products), config, ONE).update_at(0)[1][2]]
+        product = products[data.BatchSampler(len(products), config, ONE).update_at(0)[1][2]]
     else:
         config = small_finetune("fashiongen_category", root, tmp_path / "run")
         products = annotations.load_products(root, "FashionGen", "train")
-        product = products[data.Batches(len(products), config, ONE).update_at(0)[1][2]]
+        product = products[data.BatchSampler(len(products), config, ONE).update_at(0)[1][2]]
     for path in map(Path, product.images):
         whole = path.read_bytes()
         path.unlink()

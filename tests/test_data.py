@@ -268,7 +268,7 @@ def test_union_and_texts(root):
 
 
 def test_every_epoch_visits_every_product_once_in_a_new_order(root):
-    batches = list(data.Batches(32, Settings(), Processes(0, 1, torch.device("cpu")), objective_at=str))
+    batches = list(data.BatchSampler(32, Settings(), Processes(0, 1, torch.device("cpu")), objective_at=str))
     epochs = [[k for batch in batches[e * 4 : e * 4 + 4] for k in batch] for e in range(3)]
     for e, keys in enumerate(epochs):
         assert sorted(index for _, index, _ in keys) == list(range(32))
@@ -280,8 +280,8 @@ def test_every_epoch_visits_every_product_once_in_a_new_order(root):
 @pytest.mark.parametrize("world_size, grad_accum", [(2, 1), (2, 2), (1, 4)])
 def test_processes_and_micro_batches_share_one_order(world_size, grad_accum):
     config = Settings(grad_accum=grad_accum)
-    one = list(data.Batches(32, Settings(), Processes(0, 1, None)))
-    parts = [list(data.Batches(32, config, Processes(rank, world_size, None))) for rank in range(world_size)]
+    one = list(data.BatchSampler(32, Settings(), Processes(0, 1, None)))
+    parts = [list(data.BatchSampler(32, config, Processes(rank, world_size, None))) for rank in range(world_size)]
     for step, whole in enumerate(one):
         rows = []
         for micro in range(grad_accum):
@@ -290,8 +290,8 @@ def test_processes_and_micro_batches_share_one_order(world_size, grad_accum):
 
 
 def test_a_restart_goes_on_where_it_stopped():
-    whole = list(data.Batches(32, Settings(), Processes(0, 1, None)))
-    assert list(data.Batches(32, Settings(), Processes(0, 1, None), start=7)) == whole[7:]
+    whole = list(data.BatchSampler(32, Settings(), Processes(0, 1, None)))
+    assert list(data.BatchSampler(32, Settings(), Processes(0, 1, None), start=7)) == whole[7:]
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_a_restart_goes_on_where_it_stopped():
 )
 def test_batches_that_cannot_be(n, config, world_size, message):
     with pytest.raises(InputError, match=message):
-        data.Batches(n, config, Processes(0, world_size, None))
+        data.BatchSampler(n, config, Processes(0, world_size, None))
 
 
 def test_a_sample_is_a_function_of_its_key_alone(root):

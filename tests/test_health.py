@@ -226,7 +226,7 @@ def test_a_broken_number_stops_the_run_and_names_update_objective_rate_and_produ
     assert message.startswith(f"update 4: {says}") and "\n" not in message
     assert f"(objective itc, learning rate {lr:.3g}); the last checkpoint is older and stays" in message
     products = pretrain.annotations.load_pretraining(config.data_root)
-    _, rows, _ = pretrain.data.Batches(len(products), config, ONE).update_at(3)
+    _, rows, _ = pretrain.data.BatchSampler(len(products), config, ONE).update_at(3)
     assert message.endswith("products: " + ", ".join(products[i].name for i in rows))
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert state["step"] == 3 and all(value.isfinite().all() for value in state["model"].values())

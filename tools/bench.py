@@ -107,8 +107,8 @@ class Stage:
             self.model = finetune.build_model(own, sizes, task.heads, words.get_vocab_size(), **label_counts)
             self.dataset = data.Samples(items, words, task.fit, own, own.max_tokens or task.max_tokens, task.pick)
         self.model.to(processes.device).train()
-        order = data.Batches(len(items), own, processes, objective_at=lambda step: name)
-        samples = ([self.dataset[key] for key in keys] for keys in order)
+        sampler = data.BatchSampler(len(items), own, processes, objective_at=lambda step: name)
+        samples = ([self.dataset[key] for key in keys] for keys in sampler)
         self.batches = [data.to_device(data.collate(batch), processes.device) for batch in samples]
         self.device, self.dtype = processes.device, config.dtype
 
