@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
+import losses
 import metrics
 from metrics import composed_retrieval, full_gallery, outfit_retrieval, recognition, sample_100
 from model import CSANet
@@ -287,20 +288,45 @@ def evaluate_polyvore(model, tokenizer, config, processes):
 
 
 @dataclass
-class Evaluation:
-    """How one task is evaluated."""
+class Task:
+    """A task: how it is trained and how it is evaluated."""
 
-    run: Callable  # (model, tokenizer, config, processes) -> the function's (protocol, Result) pairs
-    needs: tuple  # what the model must have: heads, or "csa_net"
+    heads: tuple  # of the FashionViL that it trains; none: it trains a CSA-Net
+    objective: Callable  # its loss, one of losses.py
+    load_items: Callable  # (config) -> (training items, label counts), one of data.py
+    pick: Callable | None  # what a visit in training takes of an item; None: all of it
+    run: Callable  # (model, tokenizer, config, processes) -> (protocol, Result) pairs, one of the functions above
     criterion: str = "mean_recall"  # the metric that selects the best checkpoint
+    fit: Callable = data.resize_then_crop  # how an image gets the size of the model
+    max_tokens: int = data.MAX_TOKENS  # the longest text, where the settings have 0
+
+    @property
+    def needs(self):
+        """What `checkpoint.load_model` must find in a checkpoint of this task."""
+        return self.heads or ("csa_net",)
 
 
-EVALUATIONS = {
-    "fashiongen_retrieval": Evaluation(evaluate_retrieval, ("contrastive",)),
-    "fashioniq": Evaluation(evaluate_fashioniq, ("contrastive",)),
-    "fashiongen_category": Evaluation(evaluate_recognition, ("recognition",), "accuracy"),
-    "fashiongen_subcategory": Evaluation(evaluate_recognition, ("recognition",), "accuracy"),
-    "polyvore": Evaluation(evaluate_polyvore, ("csa_net",)),
+RECOGNITION = Task(
+    ("recognition",), losses.recognition, data.recognition_items, data.pick_image, evaluate_recognition, "accuracy"
+)
+TASKS = {
+    "fashiongen_retrieval": Task(
+        ("contrastive",), losses.itc, data.retrieval_items, data.pick_image, evaluate_retrieval
+    ),
+    "fashioniq": Task(
+        ("contrastive",),
+        losses.tgir,
+        data.fashioniq_items,
+        None,
+        evaluate_fashioniq,
+        fit=data.crop_then_resize,
+        max_tokens=data.FASHIONIQ_MAX_TOKENS,
+    ),
+    "fashiongen_category": RECOGNITION,
+    "fashiongen_subcategory": RECOGNITION,
+    "polyvore": Task(
+        (), losses.ocir, data.polyvore_items, data.pick_pair, evaluate_polyvore, fit=data.crop_then_resize
+    ),
 }
 
 
@@ -308,7 +334,7 @@ EVALUATIONS = {
 class EvalConfig:
     """Settings of `python evaluate.py`."""
 
-    task: str = setting("", ", ".join(EVALUATIONS), choices=tuple(EVALUATIONS), group="task")
+    task: str = setting("", ", ".join(TASKS), choices=tuple(TASKS), group="task")
     checkpoint: str = setting("", "ours or a released one")
     baseline: str = setting("", "another checkpoint or .npz: adds the difference to it on the same queries")
     list: str = setting("", "file to write, a JSON line for each item that a model must embed; needs no checkpoint")
@@ -353,24 +379,24 @@ def run_other(model, config, processes):
     if config.task not in ("fashiongen_retrieval", "fashioniq"):
         expected = "fashiongen_retrieval or fashioniq for any model's vectors"
         raise InputError(f"task: found {config.task!r}, expected {expected}")
-    return EVALUATIONS[config.task].run(model, None, config, processes)
+    return TASKS[config.task].run(model, None, config, processes)
 
 
 def evaluate_checkpoint(path, config, processes):
     """{protocol: Result} of one checkpoint on `config.task`. Raises InputError where it is of another task."""
-    evaluation = EVALUATIONS[config.task]
+    task = TASKS[config.task]
     if str(path).endswith(".npz"):
         return dict(run_other(OtherModel(path), config, processes))
-    model, info = checkpoint.load_model(path, processes.device, evaluation.needs)
-    if "recognition" in evaluation.needs and info["task"] not in (None, config.task):
+    model, info = checkpoint.load_model(path, processes.device, task.needs)
+    if "recognition" in task.needs and info["task"] not in (None, config.task):
         raise InputError(f"{path}: was trained for {info['task']}; set --task={info['task']}, not {config.task}")
     checkpoint.check_labels(path, info["labels"], annotations.label_names(config.data_root, config.task))
     config = as_trained(config, info["config"])
     tokenizer = None
-    if config.task != "polyvore":  # a CSA-Net reads no text
+    if task.heads:  # a CSA-Net reads no text
         tokenizer = read_tokenizer(path, model, config, info["vocab"])
         data.check_lengths(config, model.config.max_position_embeddings)
-    return dict(evaluation.run(model, tokenizer, config, processes))
+    return dict(task.run(model, tokenizer, config, processes))
 
 
 def report(results, config, device, path, out, seconds, baseline=None, intervals=False):

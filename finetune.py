@@ -10,7 +10,6 @@ Writes run.json, log.jsonl, last.pt, best.pt and results.json (the best checkpoi
 import dataclasses
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,6 @@ import torch
 import data
 import evaluate
 import losses
-from data import crop_then_resize, resize_then_crop
 from model import RESNETS, SIZES, CSANet, FashionViL, ModelConfig, compile_parts
 from plumbing import annotations, bert, checkpoint, ending, optim, photos, runs, settings
 from plumbing.processes import allow_tf32, autocast, averaging, copy_from_main, distribute, start_processes
@@ -29,34 +27,10 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 @dataclass
-class Task:
-    """What is special to a task. No heads means a CSA-Net."""
-
-    objective: Callable
-    heads: tuple
-    load_items: Callable  # (config) -> (items, label counts), in data.py
-    pick: Callable | None  # what a visit takes of an item; None: all of it
-    fit: Callable = resize_then_crop  # how an image gets the size of the model
-    max_tokens: int = data.MAX_TOKENS
-
-
-RECOGNITION = Task(losses.recognition, ("recognition",), data.recognition_items, data.pick_image)
-TASKS = {
-    "fashiongen_retrieval": Task(losses.itc, ("contrastive",), data.retrieval_items, data.pick_image),
-    "fashioniq": Task(
-        losses.tgir, ("contrastive",), data.fashioniq_items, None, crop_then_resize, data.FASHIONIQ_MAX_TOKENS
-    ),
-    "fashiongen_category": RECOGNITION,
-    "fashiongen_subcategory": RECOGNITION,
-    "polyvore": Task(losses.ocir, (), data.polyvore_items, data.pick_pair, crop_then_resize),
-}
-
-
-@dataclass
 class FinetuneConfig:
     """Settings of fine-tuning. Without a config file, configs/<task>.py is read."""
 
-    task: str = setting("", ", ".join(TASKS), choices=tuple(TASKS), group="task")
+    task: str = setting("", ", ".join(evaluate.TASKS), choices=tuple(evaluate.TASKS), group="task")
     split: str = setting("disjoint", "polyvore: disjoint or nondisjoint", choices=evaluate.SPLITS)
     gallery: str = setting(
         "original", "fashioniq: original (split file) or val (references, targets)", None, evaluate.GALLERIES
@@ -116,7 +90,7 @@ def build_model(config, sizes, heads, vocab_size, n_classes=0, n_categories=0):
 def train(config, processes):
     """The whole stage on this process. Returns {protocol: Result} of the best checkpoint."""
     settings.check_limits(config)
-    task, evaluation, device = TASKS[config.task], evaluate.EVALUATIONS[config.task], processes.device
+    task, device = evaluate.TASKS[config.task], processes.device
     if task.objective is not losses.recognition:
         data.check_candidates(config)
     torch.manual_seed(config.seed)  # every process starts from the same weights
@@ -153,8 +127,8 @@ def train(config, processes):
 
     def validate():
         model.eval()
-        _, result = next(evaluation.run(model, tokenizer, config, processes))  # its first protocol selects
-        run.end_validation(result.metrics, evaluation.criterion)
+        _, result = next(task.run(model, tokenizer, config, processes))  # its first protocol selects
+        run.end_validation(result.metrics, task.criterion)
 
     # The earlier run may have ended while it validated.
     if run.validating:
@@ -203,14 +177,14 @@ def train(config, processes):
         model.load_state_dict(checkpoint.read_weights(run.folder / "best.pt")[0])
     copy_from_main(model.state_dict().values())
     model.eval()
-    return dict(evaluation.run(model, tokenizer, config, processes))
+    return dict(task.run(model, tokenizer, config, processes))
 
 
 def main():
     config = settings.load_config(
         FinetuneConfig,
         description=__doc__,
-        files=lambda given: CONFIGS / f"{given['task']}.py" if given.get("task") in TASKS else None,
+        files=lambda given: CONFIGS / f"{given['task']}.py" if given.get("task") in evaluate.TASKS else None,
     )
     processes = start_processes(config.device, config.deterministic, config.tf32)
     started = time.perf_counter()

@@ -71,7 +71,7 @@ def test_pretraining_waits_for_the_gpu_at_most_once_an_update(
     assert sum(waits.values()) == most, waits
 
 
-@pytest.mark.parametrize("task", finetune.TASKS)
+@pytest.mark.parametrize("task", evaluate.TASKS)
 def test_fine_tuning_waits_for_the_gpu_at_most_once_an_update(task, gpu, catalogue, tmp_path):
     def train(steps):
         run = {"max_steps": steps, "eval_interval": -1, "log_interval": 100}
@@ -90,7 +90,7 @@ def test_pretraining_trains_validates_and_saves_as_on_the_cpu(request, catalogue
     same_weights(tmp_path / "cpu", tmp_path / "gpu")
 
 
-@pytest.mark.parametrize("task", finetune.TASKS)
+@pytest.mark.parametrize("task", evaluate.TASKS)
 def test_fine_tuning_and_evaluation_are_as_on_the_cpu(task, request, catalogue, tmp_path):
     ours = finetune.train(test_finetune.small(task, catalogue, tmp_path / "cpu"), CPU)
     path = str(tmp_path / "cpu" / "best.pt")

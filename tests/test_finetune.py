@@ -50,12 +50,12 @@ def small(task, catalogue, out, **changes):
     return FinetuneConfig(**{**settings, **changes})
 
 
-@pytest.mark.parametrize("task", finetune.TASKS)
+@pytest.mark.parametrize("task", evaluate.TASKS)
 def test_each_task_trains_selects_and_evaluates(task, catalogue, tmp_path):
     config = small(task, catalogue, tmp_path)
     results = finetune.train(config, ONE)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    criterion = evaluate.EVALUATIONS[task].criterion
+    criterion = evaluate.TASKS[task].criterion
     validated = [row[f"val_{criterion}"] for row in rows if f"val_{criterion}" in row]
     first = next(iter(results.values()))
     assert len(validated) == 2 and first.metrics[criterion] == max(validated)

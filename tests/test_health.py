@@ -20,6 +20,7 @@ import torch.multiprocessing as mp
 from soak import ROOT, read_log, same_runs
 from test_pretrain import small
 
+import evaluate
 import finetune
 import pretrain
 from plumbing import checkpoint, ending, health, optim, runs
@@ -389,7 +390,7 @@ def test_fine_tuning_stops_for_signals_and_broken_numbers_too(catalogue, tmp_pat
     from test_finetune import small
 
     config = small("fashioniq", catalogue, tmp_path, eval_interval=-1, resume="auto")
-    task = finetune.TASKS["fashioniq"]
+    task = evaluate.TASKS["fashioniq"]
     objective = task.objective
     for effect, error, says in (
         (lambda loss: os.kill(os.getpid(), signal.SIGTERM) or loss, ending.Stopped, "stopped after update 1"),
@@ -400,7 +401,7 @@ def test_fine_tuning_stops_for_signals_and_broken_numbers_too(catalogue, tmp_pat
             loss, metrics = objective(model, batch)
             return effect(loss), metrics
 
-        monkeypatch.setitem(finetune.TASKS, "fashioniq", dataclasses.replace(task, objective=broken))
+        monkeypatch.setitem(evaluate.TASKS, "fashioniq", dataclasses.replace(task, objective=broken))
         with pytest.raises(error, match=says):
             finetune.train(config, ONE)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1

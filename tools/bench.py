@@ -37,7 +37,7 @@ from tools.bare import Bare
 
 # size: the config files of pre-training and of a task, whose name stands for {}
 CONFIGS = {"full": ("fashionall", "{}"), "mini": ("mini", "mini_finetune"), "demo": ("demo", "demo_finetune")}
-NAMES = (*OBJECTIVES, *finetune.TASKS)
+NAMES = (*OBJECTIVES, *evaluate.TASKS)
 RESERVED = 0.15  # share of a card
 CARDS = (24, 80)  # GB
 
@@ -98,7 +98,7 @@ class Stage:
             self.dataset = data.Pretraining(items, words, sizes["n_attributes"], own)
         else:
             own = settings.load_config(finetune.FinetuneConfig, [fine, *argv, f"--task={name}"])
-            own, task = evaluate.as_trained(own, {}), finetune.TASKS[name]
+            own, task = evaluate.as_trained(own, {}), evaluate.TASKS[name]
             words = data.wordpiece(bert.vocabulary(own))
             items, label_counts = task.load_items(own)
             items = [{**item, **long_text} if "text" in item else item for item in items]
