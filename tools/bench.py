@@ -1,211 +1,149 @@
-"""Time and memory of a training step on this machine. Prints each row, and writes all as one JSON.
+"""Speed and memory of training on this machine. Prints a row for each objective and task, and writes all as one JSON.
 
-    python -m tools.bench --size=demo --data_root=data/demo --only=itc,mlm    the demo's model, in seconds
-    python -m tools.bench                         seconds of a step of each objective and task, beside the bare parts
-    python -m tools.bench --measure=memory        the memory of a step on a GPU, calculated on a CPU
-    python -m tools.bench --measure=data          the input pipeline of ITC, images per second of a worker
+    python -m tools.bench --size=demo --data_root=data/demo --only=itc,mlm    the demo's model, in a minute
+    python -m tools.bench                                                     every row, at full size
+    python -m tools.bench --dtype=bfloat16 --batch_size=64 --workers=12       a GPU
 
-step: ours and the bare parts (bare.py) run in turns. seconds and bare are medians, ratio is the median of the pairs'
-ratios, padding is a share of the text tokens. MPFC takes the image tokenizer of its config on both sides, or a random
-one of full size where there is no file.
+A row trains for some updates with the stage's own program, from random weights, and reads its log:
+seconds, samples/s     of an update, the median of all but the first
+GFLOP                  10^9 multiplications and additions in matrix products and convolutions of an update; torch
+                       counts them in another run of the stage, with the same batches
+GFLOP/s                GFLOP divided by seconds
+of_matmul, of_conv     GFLOP/s as a share of what a plain matrix product and a plain convolution reach on this machine.
+                       Both run just before the row, in the same dtype
+memory_gb              the peak of the process, as the system says; on a GPU that of its tensors, as CUDA says
+MPFC takes the image tokenizer of its config, or a random one of full size where there is no file. At full size a row
+writes 4 GB into the folder for temporary files and removes them.
+The row "input" says how many images one loader worker makes in a second, beside plain decoding and resizing."""
 
-memory: the bytes of all tensors that live at the same time, in steps of 2 and of 4 products with texts of full length.
-The difference of their peaks is the memory of a product (gb_per_product). What is left is fixed_gb: weights, gradients,
-AdamW's moments and, for MPFC, the image tokenizer. fits_24 and fits_80 are products of a process on cards of 24 and 80
-GB. A GPU also holds its kernels, and its allocator leaves gaps, so RESERVED of the card is left free."""
-
+import contextlib
+import io
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import evaluate
 import finetune
 import pretrain
 from losses import OBJECTIVES
-from plumbing import annotations, bert, checkpoint, ending, optim, photos, runs, settings
+from plumbing import annotations, ending, photos, runs, settings
 from plumbing.files import write_json
-from plumbing.processes import autocast, start_processes
-from plumbing.settings import COUNT, InputError, setting
-from tools.bare import Bare
+from plumbing.processes import start_processes
+from plumbing.settings import COUNT, FROM_0, InputError, setting
+from tools.curves import read_curves
 
+ROOT = Path(__file__).parent.parent
 # size: the config files of pre-training and of a task, whose name stands for {}
 CONFIGS = {"full": ("fashionall", "{}"), "mini": ("mini", "mini_finetune"), "demo": ("demo", "demo_finetune")}
-NAMES = (*OBJECTIVES, *evaluate.TASKS)
-RESERVED = 0.15  # share of a card
-CARDS = (24, 80)  # GB
+NAMES = (*OBJECTIVES, *evaluate.TASKS, "input")
 
 
 @dataclass
 class BenchConfig:
     """Settings of `python -m tools.bench`."""
 
-    measure: str = setting("step", "step, memory or data", choices=("step", "memory", "data"))
     size: str = setting("full", "full, mini or demo: model and images of those configs", choices=tuple(CONFIGS))
-    only: tuple = setting(NAMES, "objectives and tasks, as itc,mlm,fashioniq")
-    batch_size: int = setting(8, "products per step; memory has its own", COUNT)
-    pairs: int = setting(5, "runs of either side", COUNT)
+    only: tuple = setting(NAMES, "rows, as itc,mlm,fashioniq")
+    batch_size: int = setting(8, "products per update", COUNT)
+    updates: int = setting(5, "updates that count", COUNT)
     data_root: str = setting("data/fashion-mini", "texts and photos of the batches")
     dtype: str = setting("float32", "float32 or bfloat16 (autocast)", choices=("float32", "bfloat16"))
+    workers: int = setting(0, "data loader workers", FROM_0)
     out: str = setting("bench.json", "all figures")
 
 
-def timed(function, *args):
-    """Seconds of function(*args), the GPU's work included."""
-    start = time.perf_counter()
-    function(*args)
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def timed(function):
+    """Seconds of function(), the GPU's work included: the best of five calls after one that warms up."""
+
+    def once():
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    once()
+    return min(once() for _ in range(5))
 
 
-def compare(ours, bare, n):
-    """Run ours(i) and bare(i) for i below n in turns -> medians of their seconds and of the pairs' ratios."""
-    for side in (ours, bare):
-        side(0)  # reads files or makes the optimizer's moments, so it does not count
-    pairs = np.array([(timed(ours, i), timed(bare, i)) for i in range(n)])
-    seconds, bare_seconds = np.median(pairs, axis=0).tolist()
-    return {"seconds": seconds, "bare": bare_seconds, "ratio": np.median(pairs[:, 0] / pairs[:, 1]).item()}
+def count_flop(function):
+    """Floating-point operations of the matrix products and convolutions of function(), backward ones included."""
+    # Attention runs in its plain form here, since torch does not count every fused one.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        function()
+    return counter.get_total_flops()
 
 
-class Stage:
-    """What the stage of an objective or a task has before its loop, and config.pairs batches on the device.
-
-    full_texts: every text is as long as the model reads texts, so there is no padding."""
-
-    def __init__(self, config, name, full_texts=False):
-        processes = start_processes()
-        pre, fine = (str(finetune.CONFIGS / f"{file.format(name)}.py") for file in CONFIGS[config.size])
-        argv = [f"--data_root={config.data_root}", "--init=random", "--grad_accum=1"]
-        argv += [f"--batch_size={config.batch_size}", f"--max_steps={config.pairs}"]
-        long_text = {"text": "a " * data.MAX_TOKENS} if full_texts else {}
-        if name in OBJECTIVES:
-            own = settings.load_config(pretrain.PretrainConfig, [pre, *argv, f"--objectives={name}"])
-            words = data.wordpiece(bert.vocabulary(own))
-            items = [replace(product, **long_text) for product in annotations.load_pretraining(own.data_root)]
-            sizes = dict(checkpoint.read_start(own).sizes, vocab_size=words.get_vocab_size())
-            sizes["n_attributes"] = annotations.count_labels(items, "attributes", own.n_attributes)
-            self.image_tokenizer = pretrain.prepare_image_tokenizer(own, processes.device)
-            if self.image_tokenizer:
-                sizes["n_codes"] = self.image_tokenizer.config.n_codes
-            self.objective, self.model = OBJECTIVES[name], pretrain.build_model(own, sizes)
-            self.dataset = data.Pretraining(items, words, sizes["n_attributes"], own)
-        else:
-            own = settings.load_config(finetune.FinetuneConfig, [fine, *argv, f"--task={name}"])
-            own, task = evaluate.as_trained(own, {}), evaluate.TASKS[name]
-            words = data.wordpiece(bert.vocabulary(own))
-            items, label_counts = task.load_items(own)
-            items = [{**item, **long_text} if "text" in item else item for item in items]
-            self.image_tokenizer, self.objective = None, task.objective
-            sizes = checkpoint.read_start(own).sizes
-            self.model = finetune.build_model(own, sizes, task.heads, words.get_vocab_size(), **label_counts)
-            self.dataset = data.Samples(items, words, task.fit, own, own.max_tokens or task.max_tokens, task.pick)
-        self.model.to(processes.device).train()
-        sampler = data.BatchSampler(len(items), own, processes, objective_at=lambda step: name)
-        samples = ([self.dataset[key] for key in keys] for keys in sampler)
-        self.batches = [data.to_device(data.collate(batch), processes.device) for batch in samples]
-        self.device, self.dtype = processes.device, config.dtype
+def plain_rates(device, dtype):
+    """FLOP/s that this machine reaches on a plain matrix product and on a plain 3 x 3 convolution."""
+    n, n_images = (8192, 256) if device.type == "cuda" else (2048, 8)  # a GPU is busy with large ones only
+    options = {"device": device, "dtype": getattr(torch, dtype)}
+    a, kernel = torch.randn(n, n, **options), torch.randn(256, 256, 3, 3, **options)
+    images = torch.randn(n_images, 256, 56, 56, **options).contiguous(memory_format=torch.channels_last)
+    return [count_flop(f) / timed(f) for f in (lambda: a @ a, lambda: F.conv2d(images, kernel, padding=1))]
 
 
-class Side:
-    """A model that is trained on a stage's batches: ours, or the bare parts."""
-
-    def __init__(self, stage, model):
-        self.stage, self.model, self.optimizer = stage, model, optim.make_optimizer(model, lr=1e-5, weight_decay=1e-4)
-        # As after some updates of pre-training, when every head was used. DistributedDataParallel keeps them, too.
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-
-    def step(self, i):
-        """One update on batch i, as pre-training's loop makes it."""
-        stage, batch = self.stage, self.stage.batches[i]
-        self.optimizer.zero_grad(set_to_none=False)
-        if stage.image_tokenizer:
-            batch = {**batch, "image_codes": stage.image_tokenizer.encode(batch["image"])}
-        with autocast(stage.device, stage.dtype):
-            loss, _ = self.model(batch, stage.objective)
-        loss.backward()
-        self.optimizer.step()
+def stage_of(config, name):
+    """The stage that trains an objective or a task -> (its module, its class of settings, its command line)."""
+    pre, fine = (str(ROOT / "configs" / f"{file.format(name)}.py") for file in CONFIGS[config.size])
+    argv = [f"--{key}={getattr(config, key)}" for key in ("data_root", "batch_size", "dtype", "workers")]
+    argv += ["--init=random", "--grad_accum=1", f"--max_steps={config.updates + 1}", "--warmup=0"]
+    argv += ["--milestones=", "--eval_interval=-1", "--log_interval=1"]
+    if name in evaluate.TASKS:
+        return finetune, finetune.FinetuneConfig, [fine, *argv, f"--task={name}"]
+    return pretrain, pretrain.PretrainConfig, [pre, *argv, f"--objectives={name}:1"]
 
 
-def measure_step(config, name):
-    """A row: a training step, ours and bare in turns."""
-    stage = Stage(config, name)
-    ours, bare = Side(stage, stage.model), Side(stage, Bare(name, stage.model))
-    row = compare(ours.step, bare.step, config.pairs)
-    masks = [batch["attention_mask"].flatten() for batch in stage.batches if "attention_mask" in batch]
-    row["padding"] = 1 - torch.cat(masks).float().mean().item() if masks else 0.0
-    return row | {"batch": config.batch_size, "samples/s": config.batch_size / row["seconds"]}
+def measure_training(config, name):
+    """A row: the updates of an objective or a task."""
+    stage, settings_class, argv = stage_of(config, name)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        own = settings.load_config(settings_class, [*argv, f"--out_dir={folder}/counted"])
+        processes = start_processes(own.device, own.deterministic, own.tf32)
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            flop = count_flop(lambda: stage.train(own, processes)) / own.max_steps
+        matmul, conv = plain_rates(processes.device, config.dtype)
+        command = [sys.executable, stage.__file__, *argv, f"--out_dir={folder}/timed"]
+        # A shell stands between, for a program on Linux begins with the peak of memory of the one that starts it.
+        ended = subprocess.run(["sh", "-c", '"$@"; exit $?', "sh", *command], capture_output=True, text=True)
+        if ended.returncode:
+            raise InputError(f"{name}: {ended.stderr.strip().splitlines()[-1]}")
+        log = {key: values for key, (_, values) in read_curves(f"{folder}/timed").items()}
+    speed = statistics.median(log["samples_per_s"][1:])
+    seconds = config.batch_size / speed
+    rate = flop / seconds
+    row = {"seconds": seconds, "samples/s": speed, "GFLOP": flop / 1e9, "GFLOP/s": rate / 1e9}
+    return row | {"of_matmul": rate / matmul, "of_conv": rate / conv, "memory_gb": log["memory_gb"][-1]}
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, and of those given to `count`, while they live.
+def measure_input(config, name, n_images=64):
+    """A row: images as a loader worker makes and collates them, beside plain decoding and resizing of their files."""
+    _, settings_class, argv = stage_of(config, "itc")
+    own = settings.load_config(settings_class, argv)
+    products = annotations.load_pretraining(own.data_root, own.sets)
+    paths = [product.images[0] for product in products[:: max(1, len(products) // n_images)]][:n_images]
+    dataset = data.Samples([{"image": (path,)} for path in paths], None, data.resize_then_crop, own, 0, data.pick_image)
+    side = round(own.image_size * photos.RESIZED / photos.CROPPED)  # pixels before the crop
 
-    `peak` is the largest sum so far. Tensors that share memory count once."""
+    def ours():
+        data.collate([dataset[data.Key(0, row, name)] for row in range(len(paths))])
 
-    def __init__(self):
-        super().__init__()
-        self.storages, self.peak = WeakIdKeyDictionary(), 0  # {memory of a tensor: its bytes}
+    def plain():
+        for path in paths:
+            Image.open(path).convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
 
-    def now(self):
-        return sum(self.storages.values())
-
-    def count(self, values):
-        """Count the tensors among `values` from now on."""
-        storages = [value.untyped_storage() for value in values if isinstance(value, torch.Tensor)]
-        self.storages.update({storage: storage.nbytes() for storage in storages})
-        self.peak = max(self.peak, self.now())
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.count(tree_leaves(out))
-        return out
-
-
-def peak_gb(config, name, n_products):
-    """The largest sum of bytes that live during a step on n_products products, in GB."""
-    stage = Stage(replace(config, batch_size=n_products, pairs=1), name, full_texts=True)
-    side, live = Side(stage, stage.model), LiveBytes()
-    side.step(0)  # makes the optimizer's moments
-    for module in filter(None, (stage.model, stage.image_tokenizer)):
-        live.count([*module.parameters(), *module.buffers(), *(p.grad for p in module.parameters())])
-    live.count(tree_leaves([side.optimizer.state, stage.batches]))
-    with live:
-        side.step(0)
-    return live.peak / 1e9
-
-
-def measure_memory(config, name):
-    """A row: what a step takes, how much of it for each product, and how many products fit on a card."""
-    small, large = peak_gb(config, name, 2), peak_gb(config, name, 4)
-    row = {"fixed_gb": 2 * small - large, "gb_per_product": (large - small) / 2}
-    fits = {f"fits_{card}": (card * (1 - RESERVED) - row["fixed_gb"]) / row["gb_per_product"] for card in CARDS}
-    return row | {card: int(n) for card, n in fits.items()}
-
-
-def measure_data(config, name, n_images=64):
-    """A row: samples with one image as a worker makes and collates them, beside decoding and resizing their files."""
-    dataset = Stage(config, name).dataset
-    dataset.items = [{**item, "image": item["image"][:1]} for item in dataset.items]
-    rows = np.random.default_rng(0).integers(len(dataset), size=n_images).tolist()
-    side = round(dataset.side * settings.STRIDE * photos.RESIZED / photos.CROPPED)  # pixels before the crop
-
-    def ours(i):
-        data.collate([dataset[data.Key(0, row, name)] for row in rows])
-
-    def bare(i):
-        for row in rows:
-            Image.open(dataset.items[row]["image"][0]).convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
-
-    row = compare(ours, bare, 5 * config.pairs)  # a run is short
-    return {"images/s": n_images / row["seconds"], "bare_images/s": n_images / row["bare"], "ratio": 1 / row["ratio"]}
+    return {"images/s": len(paths) / timed(ours), "plain_images/s": len(paths) / timed(plain)}
 
 
 def main():
@@ -213,13 +151,12 @@ def main():
     for name in config.only:
         if name not in NAMES:
             raise InputError(f"only: found {name!r}, expected some of {', '.join(NAMES)}")
-    measure = {"step": measure_step, "memory": measure_memory, "data": measure_data}[config.measure]
     rows = []
-    for name in ["itc"] if config.measure == "data" else config.only:
-        row = measure(config, name)
+    for name in config.only:
+        row = measure_input(config, name) if name == "input" else measure_training(config, name)
         rows.append({"name": name, **row})
         print(name, *(f"{key} {value:.4g}" for key, value in row.items()), sep="  ", flush=True)
-    write_json(config.out, {**runs.describe_run(config), "threads": torch.get_num_threads(), config.measure: rows})
+    write_json(config.out, {**runs.describe_run(config), "threads": torch.get_num_threads(), "rows": rows})
 
 
 if __name__ == "__main__":
