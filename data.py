@@ -5,8 +5,8 @@ epoch, index), and every batch from (seed, step). So neither the number of proce
 
 import functools
 import math
-import multiprocessing.queues
 import os
+import shutil
 import signal
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from plumbing import annotations
 from plumbing.photos import CROPPED, RESIZED, leave_out, leave_out_of_products, open_image
 from plumbing.settings import NO_LABEL, STRIDE, InputError
 
+SETS = tuple(annotations.SETS)  # names of the data sets that pre-training can use
 MAX_TOKENS, FASHIONIQ_MAX_TOKENS = 75, 50  # [CLS] and [SEP] included
 MEAN = (0.46777044, 0.44531429, 0.40661017)  # of fashion photos (not ImageNet's), for model and image tokenizer
 STD = (0.12221994, 0.12145835, 0.14380469)
@@ -101,7 +102,8 @@ def check_candidates(config, processes=1):
 
 def pad(rows, value=0):
     """Lists of unequal length -> tensor (B, longest), int64 or bool as they are; `value` fills the ends."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+    rows = [torch.from_numpy(np.asarray(row)) for row in rows]
+    return pad_sequence(rows, batch_first=True, padding_value=value)
 
 
 def pad_texts(rows):
@@ -168,9 +170,14 @@ def normalize(images):
     return (images.float() - mean) / std
 
 
+def load_pixels(paths, size):
+    """Image files -> uint8 (B, 3, size, size), fitted as in the validation of pre-training."""
+    return stack_images([to_pixels(open_image(path), resize_then_crop, size) for path in paths])
+
+
 def load_images(paths, size):
-    """Image files -> normalised float32 (B, 3, size, size), fitted as in the validation of pre-training."""
-    return normalize(stack_images([to_pixels(open_image(path), resize_then_crop, size) for path in paths]))
+    """Image files -> float32 (B, 3, size, size), as `load_pixels` and normalised."""
+    return normalize(load_pixels(paths, size))
 
 
 # ---- masks: True is what the model does not see (in "attention_mask" alone 1 is what it sees) ------------------------
@@ -244,37 +251,23 @@ class Key(NamedTuple):  # of one sample
 
 
 class Samples(Dataset):
-    """Samples of `items`: in training by `Key`, in evaluation by index.
+    """The samples of `items` by index, as an evaluation reads them.
 
     An item is a dict of "image", "image2" (paths), "text", "name" (for messages) and numbers, as far as it has them;
-    all have a text or none has. `pick(item, rng)` gives what a visit takes of an item; pick=None takes it as it is.
-    A broken image raises InputError. In training with config.missing "skip" the next item takes its place, which
-    "skipped" counts."""
+    all have a text or none has. A broken image raises InputError."""
 
-    def __init__(self, items, tokenizer, fit, config, max_tokens, pick=None):
-        self.items, self.fit, self.config, self.pick = items, fit, config, pick
+    def __init__(self, items, tokenizer, fit, config, max_tokens):
+        self.items, self.fit, self.config = items, fit, config
         self.texts = Texts(tokenizer, [item["text"] for item in items if "text" in item], max_tokens)
 
     def __len__(self):
         return len(self.items)
 
-    def __getitem__(self, key):
-        if not isinstance(key, tuple):
-            return self.sample(key, None, None)
-        epoch, first, objective = key
-        for skipped in range(len(self)):
-            index = (first + skipped) % len(self)
-            rng = np.random.default_rng([self.config.seed, epoch, index])
-            try:
-                return {**self.sample(index, rng, objective), "skipped": skipped}
-            except InputError:
-                if self.config.missing == "stop":
-                    raise
-        raise InputError("no image of the data set can be read")
+    def __getitem__(self, index):
+        return self.read(index, self.items[index])
 
-    def sample(self, index, rng, objective):
-        """The sample of one item. rng: None in evaluation. objective: for subclasses that need to know it."""
-        item = self.pick(self.items[index], rng) if self.pick else self.items[index]
+    def read(self, index, item, rng=None):
+        """The sample of `item`, which has number `index`: pixels in place of paths, ids in place of the text."""
         sample = {key: value for key, value in item.items() if key not in ("text", "name")}
         for key in ("image", "image2"):
             if key in item:
@@ -291,7 +284,35 @@ class Samples(Dataset):
             raise InputError(f"{self.items[index].get('name', f'item {index}')}: {error}") from None
 
 
-class Pretraining(Samples):
+class TrainingSamples(Samples):
+    """The samples of `items` by `Key`, as training reads them.
+
+    `pick(item, rng)` gives what one visit takes of an item; None takes all of it. With config.missing "skip" the next
+    item takes the place of one with a broken image, and "skipped" says how many were passed over."""
+
+    def __init__(self, items, tokenizer, fit, config, max_tokens, pick=None):
+        super().__init__(items, tokenizer, fit, config, max_tokens)
+        self.pick = pick
+
+    def __getitem__(self, key):
+        epoch, first, objective = key
+        for skipped in range(len(self)):
+            index = (first + skipped) % len(self)
+            rng = np.random.default_rng([self.config.seed, epoch, index])
+            try:
+                return {**self.sample(index, rng, objective), "skipped": skipped}
+            except InputError:
+                if self.config.missing == "stop":
+                    raise
+        raise InputError("no image of the data set can be read")
+
+    def sample(self, index, rng, objective):
+        """The sample of item `index` for an objective; `rng` makes every random choice."""
+        item = self.items[index]
+        return self.read(index, self.pick(item, rng) if self.pick else item, rng)
+
+
+class Pretraining(TrainingSamples):
     """Samples of products for pre-training; each holds only what its objective needs."""
 
     def __init__(self, products, tokenizer, n_attributes, config):
@@ -405,57 +426,83 @@ def init_worker(worker=0):
 
     Ctrl-C and torchrun send their signals to the whole process group, so the worker leaves it. SLURM and systemd send
     SIGTERM to every process, so the first one does nothing. The second one ends the worker, as it ends any program.
-    SLURM may send SIGUSR1 before the end of its time, which the main process alone answers.
-
-    A worker whose batch does not fit into /dev/shm ends. Else it would drop the batch, and all would wait for it."""
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
+    SLURM may send SIGUSR1 before the end of its time, which the main process alone answers."""
     os.setpgrp()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
-def train_loader(dataset, sampler, config, device):
-    """A DataLoader of the `sampler`'s batches; its workers read ahead, and its memory is pinned for a GPU."""
+def check_shared_memory(n_batches, n_images, size):
+    """Raise InputError where /dev/shm cannot hold the batches that are ready at a time: the run would wait for ever.
+
+    Workers send their batches through /dev/shm, which all processes of a machine share. n_batches: of one process.
+    n_images: of one batch, uint8 of size x size pixels each."""
+    if not os.path.isdir("/dev/shm"):
+        return
+    needed = n_batches * n_images * 3 * size**2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
+    free = shutil.disk_usage("/dev/shm").free
+    if needed > free:
+        found = f"batches that are read ahead need up to {needed >> 20} MiB of /dev/shm, where {free >> 20} are free"
+        raise InputError(f"workers: {found}; set fewer --workers, or `docker run --shm-size={1 + (needed >> 30)}g`")
+
+
+def train_loader(dataset, sampler, config, device, ahead=4):
+    """A DataLoader of the `sampler`'s batches; a worker reads `ahead` of them. For a GPU its memory is pinned."""
     workers = {"num_workers": config.workers, "worker_init_fn": init_worker, "pin_memory": device.type == "cuda"}
     if config.workers:
-        workers |= {"prefetch_factor": 4, "persistent_workers": True}
+        workers |= {"prefetch_factor": ahead, "persistent_workers": True}
+        rows = config.batch_size // (config.grad_accum * sampler.processes.world_size)
+        check_shared_memory(config.workers * ahead + config.grad_accum, 2 * rows, config.image_size)
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **workers)
 
 
-def pick_image(item, rng):
-    """The product with one of its images, picked at random."""
-    return {**item, "image": item["image"][rng.integers(len(item["image"]))]}
+# ---- what the stages train on ----------------------------------------------------------------------------------------
 
 
-def pick_pair(outfit, rng):
-    """Two different items of outfit["items"], (path, category) each: the question and the blank.
-
-    Gives their images and categories under the names that `losses.ocir` reads. Source: docs/recipe.md "Fine-tuning"."""
-    a, b = rng.permutation(len(outfit["items"]))[:2]
-    (image, category), (image2, wanted) = outfit["items"][a], outfit["items"][b]
-    return {"image": image, "image2": image2, "category": category, "wanted": wanted, "name": outfit["name"]}
+class PretrainingData(NamedTuple):
+    products: list  # of annotations.Product, to train on
+    val_products: list  # of FashionGen, to validate with
+    n_attributes: int  # pseudo-attributes that PAC tells apart
+    labels: dict  # {what: names in the order of their numbers}, as annotations.label_names
 
 
-# ---- items of fine-tuning --------------------------------------------------------------------------------------------
-# Each function returns (training items for `Samples`, label counts that the model takes from the data). Each also reads
-# the validation data once, so that a fault in it ends the run now and not at the first validation.
+def pretraining_products(config):
+    """The `PretrainingData` of pre-training's settings. Raises InputError on bad files and on labels out of range."""
+    products = annotations.load_pretraining(config.data_root, config.sets)
+    val_products = annotations.load_products(config.data_root, "FashionGen", "val")
+    n_attributes = annotations.count_labels(products, "attributes", config.n_attributes)
+    labels = annotations.label_names(config.data_root, "pretrain")
+    val_products = leave_out_of_products(val_products, config, "FashionGen val")
+    return PretrainingData(products, val_products, n_attributes, labels)
 
 
-def retrieval_items(config):
-    """One item per product of FashionGen."""
-    annotations.has_subcategories(annotations.load_products(config.data_root, "FashionGen", "val"))
-    products = annotations.load_products(config.data_root, "FashionGen", "train")
-    products = leave_out_of_products(products, config, "FashionGen train")
-    return [{"image": p.images, "text": p.text, "name": p.name} for p in products], {}
+def image_tokenizer_products(config):
+    """(products to train on, paths of at most config.eval_images FashionGen-val images to measure on) of stage 0."""
+    products = annotations.load_pretraining(config.data_root, config.sets)
+    val_products = annotations.load_products(config.data_root, "FashionGen", "val")
+    paths = [path for product in val_products for path in product.images][: config.eval_images]
+    broken = leave_out(paths, config, "FashionGen val")
+    return products, [path for path in paths if path not in broken]
 
 
-def recognition_items(config):
-    """One item per product of FashionGen, and as many classes as training and validation labels need."""
-    key = annotations.RECOGNITION_LABELS[config.task]
+# The next three functions return (training items, label counts that the model takes from the data). Each also reads the
+# validation data once, so that a fault in it ends the run now and not at the first validation.
+
+
+def fashiongen_items(config):
+    """One item per product of FashionGen. For recognition also its label and, for the model, the number of classes."""
     train, val = (annotations.load_products(config.data_root, "FashionGen", part) for part in ("train", "val"))
-    counts = {"n_classes": annotations.count_labels([*train, *val], key)}
-    train = leave_out_of_products(train, config, "FashionGen train")
-    return [{"image": p.images, "text": p.text, "label": getattr(p, key), "name": p.name} for p in train], counts
+    key = annotations.RECOGNITION_LABELS.get(config.task)
+    if key:
+        counts = {"n_classes": annotations.count_labels([*train, *val], key)}
+    else:
+        counts = {}
+        annotations.has_subcategories(val)
+    items = []
+    for product in leave_out_of_products(train, config, "FashionGen train"):
+        item = {"image": product.images, "text": product.text, "name": product.name}
+        items.append({**item, "label": getattr(product, key)} if key else item)
+    return items, counts
 
 
 def fashioniq_items(config):
@@ -477,3 +524,17 @@ def polyvore_items(config):
     broken = leave_out([path for items in whole for path, _ in items], config, f"Polyvore {config.split} train")
     whole = {items: name for items, name in whole.items() if not {path for path, _ in items} & broken}
     return [{"items": sorted(items), "name": name} for items, name in whole.items()], {"n_categories": n_categories}
+
+
+def pick_image(item, rng):
+    """The product with one of its images, picked at random."""
+    return {**item, "image": item["image"][rng.integers(len(item["image"]))]}
+
+
+def pick_pair(outfit, rng):
+    """Two different items of outfit["items"], (path, category) each: the question and the blank.
+
+    Gives their images and categories under the names that `losses.ocir` reads. Source: docs/recipe.md "Fine-tuning"."""
+    a, b = rng.permutation(len(outfit["items"]))[:2]
+    (image, category), (image2, wanted) = outfit["items"][a], outfit["items"][b]
+    return {"image": image, "image2": image2, "category": category, "wanted": wanted, "name": outfit["name"]}

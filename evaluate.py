@@ -30,7 +30,7 @@ from plumbing import annotations, bert, checkpoint, ending, photos, pictures, se
 from plumbing.files import not_the_file, replacing, write_json
 from plumbing.pictures import Ranking
 from plumbing.processes import autocast, device_name, gather_objects, in_group, start_processes
-from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
+from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, MISSING, InputError, setting
 
 GALLERIES, SPLITS = ("original", "val"), ("disjoint", "nondisjoint")  # of FashionIQ and of Polyvore Outfits
 
@@ -53,6 +53,8 @@ def embed(encode, items, tokenizer, config, processes, whole=False, progress=Fal
     dataset = data.Samples(own, tokenizer, fit, config, max_tokens)
     # Workers only pay for more images than a batch. Texts are tokenized already.
     workers = config.workers if "image" in items[0] and len(own) > config.eval_batch_size else 0
+    if workers:  # each reads two batches ahead
+        data.check_shared_memory(2 * workers + 1, config.eval_batch_size, config.image_size)
     on_gpu = processes.device.type == "cuda"
     reading = {"num_workers": workers, "worker_init_fn": data.init_worker, "pin_memory": on_gpu}
     if workers and (in_group() or on_gpu):
@@ -307,11 +309,11 @@ class Task:
 
 
 RECOGNITION = Task(
-    ("recognition",), losses.recognition, data.recognition_items, data.pick_image, evaluate_recognition, "accuracy"
+    ("recognition",), losses.recognition, data.fashiongen_items, data.pick_image, evaluate_recognition, "accuracy"
 )
 TASKS = {
     "fashiongen_retrieval": Task(
-        ("contrastive",), losses.itc, data.retrieval_items, data.pick_image, evaluate_retrieval
+        ("contrastive",), losses.itc, data.fashiongen_items, data.pick_image, evaluate_retrieval
     ),
     "fashioniq": Task(
         ("contrastive",),
@@ -342,7 +344,7 @@ class EvalConfig:
     split: str = setting("disjoint", "polyvore: disjoint or nondisjoint", choices=SPLITS)
     gallery: str = setting("original", "fashioniq: original (split file) or val (references, targets)", None, GALLERIES)
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, FashionIQ/, ...", group="data")
-    missing: str = setting("stop", photos.MISSING, choices=("stop", "skip"))
+    missing: str = setting("stop", MISSING, choices=("stop", "skip"))
     vocab: str = setting("", "WordPiece vocab.txt; empty: the checkpoint's own, else as in training")
     bert: str = setting("", "BERT folder or hub name for the vocabulary of a released checkpoint")
     image_size: int = setting(0, "pixels a side; 0: the checkpoint's own, 224 for a released one")

@@ -19,9 +19,9 @@ import data
 import evaluate
 import losses
 from model import RESNETS, SIZES, CSANet, FashionViL, ModelConfig, compile_parts
-from plumbing import annotations, bert, checkpoint, ending, optim, photos, runs, settings
+from plumbing import annotations, bert, checkpoint, ending, optim, runs, settings
 from plumbing.processes import allow_tf32, autocast, averaging, copy_from_main, distribute, start_processes
-from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, SHARE, setting
+from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, MISSING, SHARE, setting
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -41,7 +41,7 @@ class FinetuneConfig:
         "", "WordPiece vocab.txt; empty: the checkpoint's, BERT folder's, DATA_ROOT/vocab.txt or hub's"
     )
     image_size: int = setting(0, "pixels a side, a multiple of 32; 0: the checkpoint's own, else 224")
-    missing: str = setting("stop", photos.MISSING, choices=("stop", "skip"))
+    missing: str = setting("stop", MISSING, choices=("stop", "skip"))
     max_tokens: int = setting(0, "longest text; 0: the checkpoint's own, else the paper's 75, for fashioniq 50", FROM_0)
 
     init: str = setting("pretrained", "a checkpoint with its sizes, pretrained (ResNet, BERT) or random", group="model")
@@ -117,7 +117,7 @@ def train(config, processes):
     run = runs.Run(config, processes, model, optimizer, contents)
 
     # The batches of the updates that are left, and the model that averages gradients over processes.
-    dataset = data.Samples(items, tokenizer, task.fit, config, config.max_tokens or task.max_tokens, task.pick)
+    dataset = data.TrainingSamples(items, tokenizer, task.fit, config, config.max_tokens or task.max_tokens, task.pick)
     sampler = data.BatchSampler(len(items), config, processes, run.start, lambda step: config.task)
     loader = iter(data.train_loader(dataset, sampler, config, device))
     if config.compile:

@@ -21,10 +21,10 @@ import evaluate
 import vqvae
 from losses import OBJECTIVES
 from model import PRETRAINING_HEADS, RESNETS, SIZES, FashionViL, ModelConfig, compile_parts
-from plumbing import annotations, bert, checkpoint, ending, optim, photos, runs, settings
+from plumbing import bert, checkpoint, ending, optim, runs, settings
 from plumbing.files import checksum
 from plumbing.processes import autocast, averaging, distribute, start_processes, world_size
-from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, SHARE, InputError, setting
+from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, MISSING, SHARE, InputError, setting
 
 PAPER_MIX = {"itm": 0.15, "pac": 0.15, "itc": 0.20, "mvc": 0.20, "mlm": 0.15, "mpfc": 0.15}
 
@@ -34,14 +34,14 @@ class PretrainConfig:
     """Settings of pre-training."""
 
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, ...", group="data")
-    sets: tuple = setting(tuple(annotations.SETS), "data sets to train on")
+    sets: tuple = setting(data.SETS, "data sets to train on")
     vocab: str = setting(
         "", "WordPiece vocab.txt; empty: the checkpoint's, BERT folder's, DATA_ROOT/vocab.txt or hub's"
     )
     image_size: int = setting(224, "pixels a side, a multiple of 32")
     max_tokens: int = setting(0, "longest text, [CLS] and [SEP] included; 0: the paper's 75", FROM_0)
     n_attributes: int = setting(2232, "size of the pseudo-attribute vocabulary; 0: largest id of the data + 1", FROM_0)
-    missing: str = setting("stop", photos.MISSING, choices=("stop", "skip"))
+    missing: str = setting("stop", MISSING, choices=("stop", "skip"))
 
     init: str = setting(
         "pretrained", "pretrained (ResNet, BERT), random, or a checkpoint with its sizes", group="model"
@@ -147,11 +147,7 @@ def train(config, processes):
     torch.manual_seed(config.seed)  # every process starts from the same weights
 
     # The data: products to train on and to validate with.
-    products = annotations.load_pretraining(config.data_root, config.sets)
-    val_products = annotations.load_products(config.data_root, "FashionGen", "val")
-    n_attributes = annotations.count_labels(products, "attributes", config.n_attributes)
-    labels = annotations.label_names(config.data_root, "pretrain")
-    val_products = photos.leave_out_of_products(val_products, config, "FashionGen val")
+    products, val_products, n_attributes, labels = data.pretraining_products(config)
 
     # The image tokenizer is frozen, so it is a variable here and no part of what is trained and saved.
     image_tokenizer = prepare_image_tokenizer(config, device)

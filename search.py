@@ -27,7 +27,7 @@ import evaluate
 from plumbing import annotations, checkpoint, ending, photos, pictures, settings
 from plumbing.files import replacing
 from plumbing.processes import start_processes
-from plumbing.settings import COUNT, DEVICES, FROM_0, InputError, setting
+from plumbing.settings import COUNT, DEVICES, FROM_0, MISSING, InputError, setting
 
 # Pillow opens more, such as .eps and .h5, but those are no photos.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".avif", ".mpo")
@@ -50,7 +50,7 @@ class SearchConfig:
     json: bool = setting(False, "print JSON")
     out: str = setting("", "page of pictures to draw, a .png")
     index: str = setting("", "file in which the images' vectors are kept; empty: GALLERY.index.pt", group="data")
-    missing: str = setting("stop", photos.MISSING, choices=("stop", "skip"))
+    missing: str = setting("stop", MISSING, choices=("stop", "skip"))
     vocab: str = setting("", "vocab.txt of a released checkpoint")
     data_root: str = setting("", "folder that holds PolyvoreOutfits/; empty: the checkpoint's own")
     workers: int = setting(2, "processes that read images", FROM_0, group="machine")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from plumbing import annotations, checkpoint, ending, optim, photos, runs, settings
+from plumbing import checkpoint, ending, optim, runs, settings
 from plumbing.files import reading
 from plumbing.processes import (
     all_mean,
@@ -27,7 +27,7 @@ from plumbing.processes import (
     start_processes,
     world_size,
 )
-from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
+from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, MISSING, InputError, setting
 
 
 @dataclass
@@ -55,9 +55,9 @@ class VQVAEConfig(ImageTokenizerConfig):
     reseed_after: int = setting(100, "a code not chosen for so many updates becomes a latent of the batch", COUNT)
 
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, ...", group="data")
-    sets: tuple = setting(tuple(annotations.SETS), "data sets to train on")
+    sets: tuple = setting(data.SETS, "data sets to train on")
     image_size: int = setting(224, "pixels a side, a multiple of 32")
-    missing: str = setting("stop", photos.MISSING, choices=("stop", "skip"))
+    missing: str = setting("stop", MISSING, choices=("stop", "skip"))
     eval_images: int = setting(1_000, "FashionGen-val images held out to measure on, at most", COUNT)
 
     batch_size: int = setting(64, "images per update, all processes together", COUNT, group="optimization")
@@ -347,15 +347,6 @@ def check_config(config):
         raise InputError(f"ch_mult: {levels} make patches of {config.stride} pixels, expected {settings.STRIDE}")
 
 
-def load_held_out(config):
-    """The first `eval_images` FashionGen-val images, uint8 (n, 3, S, S), less those that config.missing leaves out."""
-    products = annotations.load_products(config.data_root, "FashionGen", "val")
-    paths = [str(path) for product in products for path in product.images][: config.eval_images]
-    broken = photos.leave_out(paths, config, "FashionGen val")
-    images = [photos.open_image(path) for path in paths if path not in broken]
-    return data.stack_images([data.to_pixels(x, data.resize_then_crop, config.image_size) for x in images])
-
-
 def usage(counts):
     """How often each code was chosen (K,) -> {"perplexity": exponential of the entropy, 1..K; "codes_used": int}."""
     share = counts.double() / counts.sum().clamp(min=1)
@@ -386,8 +377,8 @@ def train(config, processes):
     torch.manual_seed(config.seed)  # every process starts from the same weights
 
     # The data: products to train on, and images to measure on.
-    products = annotations.load_pretraining(config.data_root, config.sets)
-    held_out = load_held_out(config) if is_main else []
+    products, held_out = data.image_tokenizer_products(config)
+    held_out = data.load_pixels(held_out, config.image_size) if is_main else []  # uint8 (n, 3, S, S)
 
     # The model. Its optimizer has encoder and decoder; the codebook has no gradient.
     model = VQVAE(config).to(device)
@@ -400,7 +391,7 @@ def train(config, processes):
     # The order of the samples, and their batches for the updates that are left.
     sampler = data.BatchSampler(len(products), config, processes, run.start, lambda step: "reconstruction")
     items = [{"image": product.images, "name": product.name} for product in products]
-    dataset = data.Samples(items, None, data.resize_then_crop, config, 0, data.pick_image)
+    dataset = data.TrainingSamples(items, None, data.resize_then_crop, config, 0, data.pick_image)
     loader = iter(data.train_loader(dataset, sampler, config, device))
 
     # What the user sees at the start.

@@ -16,7 +16,6 @@ from plumbing.files import not_the_file
 from plumbing.settings import InputError
 
 RESIZED, CROPPED = 256, 224  # sides in pixels before and after a crop; other image sizes keep this ratio
-MISSING = "an image file that is missing or broken: stop (end with its name) or skip (leave it out and count it)"
 MAX_PIXELS = 64_000_000  # of an image file; a larger one is no product photo and needs a gigabyte of memory
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is lower than Pillow's limit

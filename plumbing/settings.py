@@ -18,6 +18,7 @@ DEVICES = ("auto", "cpu", "cuda")
 COUNT = (1, math.inf)  # limits of a setting: least and most
 SHARE = (0.0, 1.0)
 FROM_0 = (0, math.inf)
+MISSING = "an image file that is missing or broken: stop (end with its name) or skip (leave it out and count it)"
 NEW_NAMES = {"tokenizer": "image_tokenizer", "itm_pool": "itm_candidates"}  # settings that were renamed
 
 

@@ -23,7 +23,7 @@ from test_pretrain import small
 import evaluate
 import finetune
 import pretrain
-from plumbing import checkpoint, ending, health, optim, runs
+from plumbing import annotations, checkpoint, ending, health, optim, runs
 from plumbing.processes import Processes, any_process, same_everywhere, start_processes
 from plumbing.settings import InputError
 
@@ -226,7 +226,7 @@ def test_a_broken_number_stops_the_run_and_names_update_objective_rate_and_produ
     lr = 1e-3 * optim.lr_multiplier(3, 8, ())
     assert message.startswith(f"update 4: {says}") and "\n" not in message
     assert f"(objective itc, learning rate {lr:.3g}); the last checkpoint is older and stays" in message
-    products = pretrain.annotations.load_pretraining(config.data_root)
+    products = annotations.load_pretraining(config.data_root)
     _, rows, _ = pretrain.data.BatchSampler(len(products), config, ONE).update_at(3)
     assert message.endswith("products: " + ", ".join(products[i].name for i in rows))
     state = torch.load(tmp_path / "last.pt", weights_only=True)
@@ -382,7 +382,7 @@ def test_a_resume_with_other_data_says_so(catalogue, tmp_path, capsys):
     pretrain.train(config, ONE)
     assert "resume: the data" not in capsys.readouterr().out
     pretrain.train(dataclasses.replace(config, max_steps=4, sets=("FashionGen", "Fashion200k")), ONE)
-    n = [len(pretrain.annotations.load_products(catalogue, name, "train")) for name in ("FashionGen", "Fashion200k")]
+    n = [len(annotations.load_products(catalogue, name, "train")) for name in ("FashionGen", "Fashion200k")]
     assert f"resume: the data had {n[0]} items, has {sum(n)}; their order is another" in capsys.readouterr().out
 
 

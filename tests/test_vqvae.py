@@ -342,7 +342,8 @@ def test_the_stage_writes_a_tokenizer(data_root, tmp_path):
     assert torch.equal(vqvae.load_image_tokenizer(tmp_path / "run" / "last.pt").encode(images), model.encode(images))
     row = read_log(tmp_path / "run")[0]
     assert row["loss"] == pytest.approx(row["l1"] + 0.25 * row["commitment"])
-    held_out = vqvae.load_held_out(make_config(data_root, ""))
+    _, held_out = vqvae.data.image_tokenizer_products(make_config(data_root, ""))
+    held_out = vqvae.data.load_pixels(held_out, 64)
     assert held_out.shape == (3, 3, 64, 64) and metrics == vqvae.validate(model, held_out, torch.device("cpu"))
 
 
@@ -352,13 +353,13 @@ def test_held_out_images_that_are_broken(data_root, tmp_path):
     with pytest.raises(settings.InputError, match=r"1\.png: image is missing; 1 of 3 images of FashionGen val are"):
         run_stage(make_config(data_root, tmp_path / "run"))
     config = make_config(data_root, tmp_path / "run", missing="skip", max_steps=2)
-    assert len(vqvae.load_held_out(config)) == 2
+    assert len(vqvae.data.image_tokenizer_products(config)[1]) == 2
     run_stage(config)
     for i in range(3):
         (folder / f"{i}.png").write_bytes(b"no image")
     photos.is_readable.cache_clear()
     with pytest.raises(settings.InputError, match="^FashionGen val: none of its 3 images can be read"):
-        vqvae.load_held_out(config)
+        vqvae.data.image_tokenizer_products(config)
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,8 @@ def measure_input(config, name, n_images=64):
     own = settings.load_config(settings_class, argv)
     products = annotations.load_pretraining(own.data_root, own.sets)
     paths = [product.images[0] for product in products[:: max(1, len(products) // n_images)]][:n_images]
-    dataset = data.Samples([{"image": (path,)} for path in paths], None, data.resize_then_crop, own, 0, data.pick_image)
+    items = [{"image": (path,)} for path in paths]
+    dataset = data.TrainingSamples(items, None, data.resize_then_crop, own, 0, data.pick_image)
     side = round(own.image_size * photos.RESIZED / photos.CROPPED)  # pixels before the crop
 
     def ours():
