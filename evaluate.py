@@ -29,7 +29,7 @@ from model import CSANet
 from plumbing import annotations, bert, checkpoint, ending, photos, pictures, settings
 from plumbing.files import not_the_file, replacing, write_json
 from plumbing.pictures import Ranking
-from plumbing.processes import autocast, device_name, gather_objects, in_group, start_processes
+from plumbing.processes import device_name, gather_objects, in_group, start_processes
 from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, MISSING, InputError, setting
 
 GALLERIES, SPLITS = ("original", "val"), ("disjoint", "nondisjoint")  # of FashionIQ and of Polyvore Outfits
@@ -63,7 +63,7 @@ def embed(encode, items, tokenizer, config, processes, whole=False, progress=Fal
     loader = DataLoader(dataset, config.eval_batch_size, collate_fn=data.collate, **reading)
     rows = []
     for batch in tqdm(loader, unit=" batches", disable=not progress):
-        with autocast(processes.device, config.dtype):
+        with processes.autocast(config.dtype):
             rows.append(encode(data.to_device(batch, processes.device)).float())
     # Every process receives all rows, and puts them into the order of the items.
     rows = torch.cat(rows).cpu()

@@ -8,7 +8,6 @@
 Writes run.json, log.jsonl, last.pt, best.pt and results.json (the best checkpoint's full evaluation)."""
 
 import dataclasses
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +18,16 @@ import data
 import evaluate
 import losses
 from model import RESNETS, SIZES, CSANet, FashionViL, ModelConfig, compile_parts
-from plumbing import annotations, bert, checkpoint, ending, optim, runs, settings
-from plumbing.processes import allow_tf32, autocast, averaging, copy_from_main, distribute, start_processes
-from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, MISSING, SHARE, setting
+from plumbing import annotations, bert, checkpoint, runs, settings
+from plumbing.processes import allow_tf32, copy_from_main
+from plumbing.settings import COUNT, FROM_0, MISSING, SHARE, setting
 
 CONFIGS = Path(__file__).parent / "configs"
 
 
 @dataclass
-class FinetuneConfig:
-    """Settings of fine-tuning. Without a config file, configs/<task>.py is read."""
+class FinetuneConfig(runs.RunConfig):
+    """Settings of fine-tuning; those of the machine and of the log are in plumbing/runs.py."""
 
     task: str = setting("", ", ".join(evaluate.TASKS), choices=tuple(evaluate.TASKS), group="task")
     split: str = setting("disjoint", "polyvore: disjoint or nondisjoint", choices=evaluate.SPLITS)
@@ -61,24 +60,6 @@ class FinetuneConfig:
     warmup: int = setting(15_000, "updates until the full learning rate; 0: none", FROM_0)
     milestones: tuple = setting((45_000, 90_000), "updates at which the learning rate falls to a tenth")
 
-    device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES, group="machine")
-    dtype: str = setting("float32", "float32, bfloat16 (autocast) or float16 (and GradScaler)", choices=DTYPES)
-    tf32: bool = setting(
-        True, "float32 matrix products on GPUs in TF32, as torch did it in the paper's time; final table: off"
-    )
-    compile: bool = setting(False, "torch.compile the model")
-    workers: int = setting(4, "data loader workers per process; 0: load in the training process", FROM_0)
-    seed: int = setting(0, "every random draw follows from it", (0, 2**63 - 1))
-    deterministic: bool = setting(False, "only deterministic kernels; on CPU they always are")
-
-    out_dir: str = setting("", "run folder; empty: runs/<name of the config file>", group="log and checkpoints")
-    resume: str = setting("", "auto (newest whole checkpoint of the run folder, else start) or a checkpoint")
-    log_interval: int = setting(50, "updates between log lines", COUNT)
-    eval_interval: int = setting(2_000, "updates between validations; 0: only at the end, -1: never", (-1, math.inf))
-    eval_batch_size: int = setting(64, "images or texts a process embeds at a time in validation", COUNT)
-    save_interval: int = setting(0, "updates between further checkpoints; 0: none but those of validations", FROM_0)
-    wandb: str = setting("", "Weights & Biases project; empty: off")
-
 
 def build_model(config, sizes, heads, vocab_size, n_classes=0, n_categories=0):
     """The task's model. sizes: {field of ModelConfig: value} of what it starts from."""
@@ -89,6 +70,7 @@ def build_model(config, sizes, heads, vocab_size, n_classes=0, n_categories=0):
 
 def train(config, processes):
     """The whole stage on this process. Returns {protocol: Result} of the best checkpoint."""
+    started = time.perf_counter()
     settings.check_limits(config)
     task, device = evaluate.TASKS[config.task], processes.device
     if task.objective is not losses.recognition:
@@ -109,12 +91,11 @@ def train(config, processes):
         data.check_lengths(config, model.config.max_position_embeddings, task.max_tokens)
     report = checkpoint.initialise(model, start)
     model.to(device)
-    optimizer = optim.make_optimizer(model, config.lr, config.weight_decay, config.lr_factor)
 
     # The bookkeeping, which resumes an earlier run where config.resume says so.
     contents = {"kind": "fashionvil" if task.heads else "csa_net", "task": config.task, "vocab": vocab}
     contents |= {"model_config": dataclasses.asdict(model.config), "labels": labels}
-    run = runs.Run(config, processes, model, optimizer, contents)
+    run = runs.Run(config, processes, model, contents)
 
     # The batches of the updates that are left, and the model that averages gradients over processes.
     dataset = data.TrainingSamples(items, tokenizer, task.fit, config, config.max_tokens or task.max_tokens, task.pick)
@@ -122,7 +103,7 @@ def train(config, processes):
     loader = iter(data.train_loader(dataset, sampler, config, device))
     if config.compile:
         compile_parts(model)
-    ddp = distribute(model, processes)
+    ddp = processes.distribute(model)
     run.open(sampler, lambda row: items[row]["name"], [f"{config.task}: {len(items)} training items", *report])
 
     def validate():
@@ -131,7 +112,7 @@ def train(config, processes):
         run.end_validation(result.metrics, task.criterion)
 
     # The earlier run may have ended while it validated.
-    if run.validating:
+    if run.validation_due:
         validate()
 
     for step in run.steps():
@@ -139,32 +120,32 @@ def train(config, processes):
         batches = run.next_batches(loader)
 
         # The learning rate and dropout follow from the update's number alone.
-        optim.set_lr(optimizer, step, config.warmup, config.milestones)
-        optim.seed_step(config.seed, step, processes.rank)
+        run.set_lr(step)
+        processes.seed(config.seed, step)
         model.train()
-        optimizer.zero_grad()  # to None; in pre-training zeros matter for heads that an update does not use
+        run.optimizer.zero_grad()  # to None; in pre-training zeros matter for heads that an update does not use
 
         for micro, batch in enumerate(batches):
             # The loss of one micro-batch, then its gradients, averaged over processes in the last micro-batch.
             run.skipped_images += int(batch["skipped"].sum())
             batch = data.to_device(batch, device)
-            with averaging(ddp, micro == config.grad_accum - 1):
-                with autocast(device, config.dtype):
+            with processes.averaging(ddp, micro == config.grad_accum - 1):
+                with processes.autocast(config.dtype):
                     loss, measured = ddp(batch, task.objective)
                 run.scaler.scale(loss / config.grad_accum).backward()
             run.add("", loss, measured)
 
         # The update itself. The scaler divides the gradients by its scale first; only float16 has one.
-        run.scaler.step(optimizer)
+        run.scaler.step(run.optimizer)
         run.scaler.update()
 
         # What is due after this update: a log line, a checkpoint, a validation.
         run.end_update(step)
-        if run.logging:
+        if run.log_due:
             run.log()
-        if run.saving:
+        if run.save_due:
             run.save()
-        if run.validating:
+        if run.validation_due:
             validate()
 
     # The best checkpoint is evaluated as evaluate.py does it, in exact float32. The main process surely has its file.
@@ -177,24 +158,17 @@ def train(config, processes):
         model.load_state_dict(checkpoint.read_weights(run.folder / "best.pt")[0])
     copy_from_main(model.state_dict().values())
     model.eval()
-    return dict(task.run(model, tokenizer, config, processes))
+    results = dict(task.run(model, tokenizer, config, processes))
+    if processes.is_main:
+        best, file, seconds = run.folder / "best.pt", run.folder / "results.json", time.perf_counter() - started
+        evaluate.report(results, config, device, best, file, seconds)
+    return results
 
 
-def main():
-    config = settings.load_config(
-        FinetuneConfig,
-        description=__doc__,
-        files=lambda given: CONFIGS / f"{given['task']}.py" if given.get("task") in evaluate.TASKS else None,
-    )
-    processes = start_processes(config.device, config.deterministic, config.tf32)
-    started = time.perf_counter()
-    results = train(config, processes)
-    if processes.is_main and results:
-        folder = Path(config.out_dir)
-        seconds = time.perf_counter() - started
-        config = dataclasses.replace(config, dtype="float32")  # in which `train` evaluates
-        evaluate.report(results, config, processes.device, folder / "best.pt", folder / "results.json", seconds)
+def config_file(given):
+    """The file that is read where the command line names none: configs/<task>.py."""
+    return CONFIGS / f"{given['task']}.py" if given.get("task") in evaluate.TASKS else None
 
 
 if __name__ == "__main__":
-    ending.run(main)
+    runs.main(FinetuneConfig, train, __doc__, config_file)

@@ -21,17 +21,17 @@ import evaluate
 import vqvae
 from losses import OBJECTIVES
 from model import PRETRAINING_HEADS, RESNETS, SIZES, FashionViL, ModelConfig, compile_parts
-from plumbing import bert, checkpoint, ending, optim, runs, settings
+from plumbing import bert, checkpoint, runs, settings
 from plumbing.files import checksum
-from plumbing.processes import autocast, averaging, distribute, start_processes, world_size
-from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, MISSING, SHARE, InputError, setting
+from plumbing.processes import world_size
+from plumbing.settings import COUNT, FROM_0, MISSING, SHARE, InputError, setting
 
 PAPER_MIX = {"itm": 0.15, "pac": 0.15, "itc": 0.20, "mvc": 0.20, "mlm": 0.15, "mpfc": 0.15}
 
 
 @dataclass
-class PretrainConfig:
-    """Settings of pre-training."""
+class PretrainConfig(runs.RunConfig):
+    """Settings of pre-training; those of the machine and of the log are in plumbing/runs.py."""
 
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, ...", group="data")
     sets: tuple = setting(data.SETS, "data sets to train on")
@@ -67,22 +67,6 @@ class PretrainConfig:
     weight_decay: float = setting(1e-4, "AdamW weight decay", FROM_0)
     warmup: int = setting(15_000, "updates until the full learning rate; 0: none", FROM_0)
     milestones: tuple = setting((45_000, 90_000), "updates at which the learning rate falls to a tenth")
-
-    device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES, group="machine")
-    dtype: str = setting("float32", "float32, bfloat16 (autocast) or float16 (and GradScaler)", choices=DTYPES)
-    tf32: bool = setting(True, "float32 matrix products on GPUs in TF32, as torch did it in the paper's time")
-    compile: bool = setting(False, "torch.compile the model")
-    workers: int = setting(4, "data loader workers per process; 0: load in the training process", FROM_0)
-    seed: int = setting(0, "every random draw follows from it", (0, 2**63 - 1))
-    deterministic: bool = setting(False, "only deterministic kernels; on CPU they always are")
-
-    out_dir: str = setting("", "run folder; empty: runs/<name of the config file>", group="log and checkpoints")
-    resume: str = setting("", "auto (newest whole checkpoint of the run folder, else start) or a checkpoint")
-    log_interval: int = setting(50, "updates between log lines", COUNT)
-    eval_interval: int = setting(2_000, "updates between validations; 0: only at the end, -1: never", (-1, math.inf))
-    eval_batch_size: int = setting(64, "images or texts a process embeds at a time in validation", COUNT)
-    save_interval: int = setting(0, "updates between further checkpoints; 0: none but those of validations", FROM_0)
-    wandb: str = setting("", "Weights & Biases project; empty: off")
 
 
 def check_config(config):
@@ -163,12 +147,11 @@ def train(config, processes):
     model = build_model(config, start.sizes, vocab_size=n_words, n_attributes=n_attributes, n_codes=n_codes)
     report = checkpoint.initialise(model, start)
     model.to(device)
-    optimizer = optim.make_optimizer(model, config.lr, config.weight_decay, config.lr_factor)
 
     # The bookkeeping, which resumes an earlier run where config.resume says so.
     contents = {"kind": "fashionvil", "task": "pretrain", "model_config": dataclasses.asdict(model.config)}
     contents |= {"vocab": vocab, "labels": labels}
-    run = runs.Run(config, processes, model, optimizer, contents)
+    run = runs.Run(config, processes, model, contents)
 
     # The order of the samples, and their batches for the updates that are left.
     data.check_lengths(config, model.config.max_position_embeddings)
@@ -179,7 +162,7 @@ def train(config, processes):
 
     # What the user sees at the start.
     report.append(f"{len(products)} products, {len(val_products)} for validation, {n_words} word pieces")
-    for group in optimizer.param_groups:
+    for group in run.optimizer.param_groups:
         n = sum(p.numel() for p in group["params"])
         rates = f"learning rate {group['base_lr']:.2e}, weight decay {group['weight_decay']:.0e}"
         report.append(f"{rates}: {n:,} parameters")
@@ -190,7 +173,7 @@ def train(config, processes):
     # The model that is compiled where that is set, and that averages gradients over processes.
     if config.compile:
         compile_parts(model)
-    ddp = distribute(model, processes)
+    ddp = processes.distribute(model)
 
     def validate():
         model.eval()
@@ -198,7 +181,7 @@ def train(config, processes):
         run.end_validation(evaluate.full_gallery(*embeddings).metrics, "mean_recall")
 
     # The earlier run may have ended while it validated.
-    if run.validating:
+    if run.validation_due:
         validate()
 
     for step in run.steps():
@@ -207,13 +190,13 @@ def train(config, processes):
 
         # The objective, the learning rate and dropout follow from the update's number alone.
         objective = objective_of(step)
-        optim.set_lr(optimizer, step, config.warmup, config.milestones)
-        optim.seed_step(config.seed, step, processes.rank)
+        run.set_lr(step)
+        processes.seed(config.seed, step)
         model.train()
 
         # Gradients become zeros, not None: a head that an earlier update used and this one does not still moves by its
         # momentum and decays. A head that was never used has no gradient yet. The original does so, and it matters.
-        optimizer.zero_grad(set_to_none=False)
+        run.optimizer.zero_grad(set_to_none=False)
 
         for micro, batch in enumerate(batches):
             # One micro-batch goes to the device. For MPFC the image tokenizer adds the codes to predict.
@@ -223,34 +206,29 @@ def train(config, processes):
                 batch = {**batch, "image_codes": image_tokenizer.encode(batch["image"])}
 
             # The loss of the whole objective, then its gradients, averaged over processes in the last micro-batch.
-            with averaging(ddp, micro == config.grad_accum - 1):
-                with autocast(device, config.dtype):
+            with processes.averaging(ddp, micro == config.grad_accum - 1):
+                with processes.autocast(config.dtype):
                     loss, measured = ddp(batch, OBJECTIVES[objective])
                 run.scaler.scale(loss / config.grad_accum).backward()
             run.add(objective, loss, measured)
 
         # The update itself. The scaler divides the gradients by its scale first; only float16 has one.
-        run.scaler.step(optimizer)
+        run.scaler.step(run.optimizer)
         run.scaler.update()
 
         # What is due after this update: a log line, a checkpoint, a validation.
         run.end_update(step)
-        if run.logging:
+        if run.log_due:
             run.log()
-        if run.saving:
+        if run.save_due:
             run.save()
-        if run.validating:
+        if run.validation_due:
             validate()
+
+    if processes.is_main and run.metrics:
+        print("FashionGen val, full gallery:", "  ".join(f"{k} {100 * v:.1f}" for k, v in run.metrics.items()))
     return run.metrics
 
 
-def main():
-    config = settings.load_config(PretrainConfig, description=__doc__)
-    processes = start_processes(config.device, config.deterministic, config.tf32)
-    metrics = train(config, processes)
-    if processes.is_main and metrics:
-        print("FashionGen val, full gallery:", "  ".join(f"{k} {100 * v:.1f}" for k, v in metrics.items()))
-
-
 if __name__ == "__main__":
-    ending.run(main)
+    runs.main(PretrainConfig, train, __doc__)

@@ -16,18 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from plumbing import checkpoint, ending, optim, runs, settings
+from plumbing import checkpoint, runs, settings
 from plumbing.files import reading
-from plumbing.processes import (
-    all_mean,
-    autocast,
-    averaging,
-    distribute,
-    gather_with_gradient,
-    start_processes,
-    world_size,
-)
-from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, MISSING, InputError, setting
+from plumbing.processes import all_mean, gather_with_gradient, world_size
+from plumbing.settings import COUNT, FROM_0, MISSING, InputError, setting
 
 
 @dataclass
@@ -48,10 +40,10 @@ class ImageTokenizerConfig:
 
 
 @dataclass
-class VQVAEConfig(ImageTokenizerConfig):
-    """Settings of the image tokenizer's training: the sizes above, and these."""
+class VQVAEConfig(runs.RunConfig, ImageTokenizerConfig):
+    """Settings of the image tokenizer's training: these, the sizes above, and those of plumbing/runs.py."""
 
-    commitment: float = setting(0.25, "weight of the commitment loss beside L1", FROM_0)
+    commitment: float = setting(0.25, "weight of the commitment loss beside L1", FROM_0, group="loss and codebook")
     reseed_after: int = setting(100, "a code not chosen for so many updates becomes a latent of the batch", COUNT)
 
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, ...", group="data")
@@ -67,21 +59,6 @@ class VQVAEConfig(ImageTokenizerConfig):
     weight_decay: float = setting(1e-4, "AdamW weight decay", FROM_0)
     warmup: int = setting(2_000, "updates until the full learning rate; 0: none", FROM_0)
     milestones: tuple = setting((100_000, 130_000), "updates at which the learning rate falls to a tenth")
-
-    device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES, group="machine")
-    dtype: str = setting("float32", "float32, bfloat16 (autocast) or float16 (and GradScaler)", choices=DTYPES)
-    tf32: bool = setting(True, "float32 matrix products on GPUs in TF32, as torch did it in the paper's time")
-    compile: bool = setting(False, "torch.compile encoder and decoder")
-    workers: int = setting(4, "data loader workers per process; 0: load in the training process", FROM_0)
-    seed: int = setting(0, "every random draw follows from it", (0, 2**63 - 1))
-    deterministic: bool = setting(False, "only deterministic kernels; on CPU they always are")
-
-    out_dir: str = setting("", "run folder; empty: runs/<name of the config file>", group="log and checkpoints")
-    resume: str = setting("", "auto (newest whole checkpoint of the run folder, else start) or a checkpoint")
-    log_interval: int = setting(50, "updates between log lines", COUNT)
-    eval_interval: int = setting(2_000, "updates between validations; 0: only at the end, -1: never", (-1, math.inf))
-    save_interval: int = setting(0, "updates between further checkpoints; 0: none but those of validations", FROM_0)
-    wandb: str = setting("", "Weights & Biases project; empty: off")
 
 
 def group_norm(c):
@@ -354,8 +331,8 @@ def usage(counts):
 
 
 @torch.no_grad()
-def validate(model, images, device, chunk=64):
-    """Metrics on images uint8 (n, 3, S, S): code usage, and L1 in units of the normalised pixel.
+def validate(model, images, device, chunk):
+    """Metrics on images uint8 (n, 3, S, S), `chunk` at a time: code usage, and L1 in units of the normalised pixel.
 
     l1_mean_image is the L1 of a trivial answer, the mean image."""
     model.eval()
@@ -382,11 +359,10 @@ def train(config, processes):
 
     # The model. Its optimizer has encoder and decoder; the codebook has no gradient.
     model = VQVAE(config).to(device)
-    optimizer = optim.make_optimizer(model, config.lr, config.weight_decay)
 
     # The bookkeeping, which resumes an earlier run where config.resume says so.
     counts = torch.zeros(config.n_codes, device=device)  # how often each code was chosen since the last log line
-    run = runs.Run(config, processes, model, optimizer, {"kind": "image_tokenizer"}, {"counts": counts})
+    run = runs.Run(config, processes, model, {"kind": "image_tokenizer"}, {"counts": counts})
 
     # The order of the samples, and their batches for the updates that are left.
     sampler = data.BatchSampler(len(products), config, processes, run.start, lambda step: "reconstruction")
@@ -404,16 +380,16 @@ def train(config, processes):
     if config.compile:
         model.encoder.compile()
         model.decoder.compile()
-    ddp = distribute(model, processes)
+    ddp = processes.distribute(model)
 
     def measure():
-        metrics = validate(model, held_out, device) if is_main else {}
+        metrics = validate(model, held_out, device, config.eval_batch_size) if is_main else {}
         run.end_validation(metrics)
         if is_main:
             run.bar.write(f"step {run.done}: " + "  ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
 
     # The earlier run may have ended while it validated.
-    if run.validating:
+    if run.validation_due:
         measure()
 
     for step in run.steps():
@@ -422,10 +398,10 @@ def train(config, processes):
 
         # The learning rate follows from the update's number alone. So does what is picked at random, as rank 0 picks
         # it, for all processes must seed the same codes anew.
-        optim.set_lr(optimizer, step, config.warmup, config.milestones)
-        optim.seed_step(config.seed, step, 0)
+        run.set_lr(step)
+        processes.seed(config.seed, step, rank=0)
         model.train()
-        optimizer.zero_grad()
+        run.optimizer.zero_grad()
 
         latents, chosen = [], []  # of the micro-batches: (N, D) and (N,)
         for micro, batch in enumerate(batches):
@@ -434,8 +410,8 @@ def train(config, processes):
             images = data.to_device(batch, device)["image"]  # (B, 3, S, S)
 
             # The loss of one micro-batch, then its gradients, averaged over processes in the last micro-batch.
-            with averaging(ddp, micro == config.grad_accum - 1):
-                with autocast(device, config.dtype):
+            with processes.averaging(ddp, micro == config.grad_accum - 1):
+                with processes.autocast(config.dtype):
                     reconstruction, commitment, z, codes = ddp(images)
                 l1 = F.l1_loss(reconstruction.float(), images)
                 loss = l1 + config.commitment * commitment
@@ -445,29 +421,24 @@ def train(config, processes):
             chosen.append(codes.flatten())
 
         # The update, then that of the codebook. The scaler divides the gradients by its scale; only float16 has one.
-        run.scaler.step(optimizer)
+        run.scaler.step(run.optimizer)
         run.scaler.update()
         counts += model.update_codebook(torch.cat(latents), torch.cat(chosen), config.reseed_after)
 
         # What is due after this update: a log line, a checkpoint, a validation.
         run.end_update(step)
-        if run.logging:
+        if run.log_due:
             run.log(**usage(counts))
             counts.zero_()
-        if run.saving:
+        if run.save_due:
             run.save()
-        if run.validating:
+        if run.validation_due:
             measure()
+
+    if is_main:
+        print(f"written: {config.out_dir}/last.pt, log.jsonl")
     return model, run.metrics
 
 
-def main():
-    config = settings.load_config(VQVAEConfig, description=__doc__)
-    processes = start_processes(config.device, config.deterministic, config.tf32)
-    train(config, processes)
-    if processes.is_main:
-        print(f"written: {config.out_dir}/last.pt, log.jsonl")
-
-
 if __name__ == "__main__":
-    ending.run(main)
+    runs.main(VQVAEConfig, train, __doc__)

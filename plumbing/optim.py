@@ -1,18 +1,6 @@
-"""Learning rate, optimizer groups, and the seeds of a step."""
+"""The optimizer: learning rates, their course over a run, and the groups of parameters."""
 
-import numpy as np
 import torch
-
-
-def seed_step(seed, step, rank):
-    """Seed dropout of one update from (seed, step, rank): an update can be repeated without those before it."""
-    state = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
-    torch.default_generator.manual_seed(state)  # torch.manual_seed keeps a stack trace per call where there is no GPU
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed(state)
-
-
-# ---- learning rate and optimizer -------------------------------------------------------------------------------------
 
 
 def lr_multiplier(n, warmup, milestones, warmup_factor=0.25):

@@ -6,6 +6,7 @@ import os
 import platform
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -27,6 +28,32 @@ class Processes:
     @property
     def is_main(self):
         return self.rank == 0
+
+    def seed(self, seed, step, rank=None):
+        """Seed torch for one update from (seed, step, rank): an update can be repeated without those before it.
+
+        rank: the own one where it is None, so that dropout differs between processes."""
+        rank = self.rank if rank is None else rank
+        state = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+        torch.default_generator.manual_seed(state)  # torch.manual_seed keeps a stack trace per call
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed(state)
+
+    def autocast(self, dtype):
+        """The autocast context of a dtype's name, one of settings.DTYPES; for float32 it does nothing."""
+        is_off = dtype == "float32"
+        return contextlib.nullcontext() if is_off else torch.autocast(self.device.type, dtype=getattr(torch, dtype))
+
+    def distribute(self, model):
+        """The model as DistributedDataParallel where there are several processes, else the model itself."""
+        # An update uses the heads of one objective. DDP must not wait for gradients of the others. All gradients lie in
+        # the memory of DDP, for a second copy would take as much as the weights.
+        options = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
+        return DistributedDataParallel(model, **options) if self.world_size > 1 else model
+
+    def averaging(self, ddp, is_last):
+        """The context of a micro-batch: DDP averages the gradients over processes once an update, in the last one."""
+        return ddp.no_sync() if self.world_size > 1 and not is_last else contextlib.nullcontext()
 
 
 def allow_tf32(allowed):
@@ -163,21 +190,3 @@ def same_everywhere(what, value, cure):
     for other_rank, other in enumerate(values):
         if other != values[0]:
             raise InputError(f"{what}: rank {other_rank} has {other}, rank 0 {values[0]}; {cure}")
-
-
-def distribute(model, processes):
-    """The model as DistributedDataParallel where there are several processes, else the model itself."""
-    # An update uses the heads of one objective. DDP must not wait for gradients of the others. All gradients lie in the
-    # memory of DDP, for a second copy would take as much as the weights.
-    options = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
-    return DistributedDataParallel(model, **options) if processes.world_size > 1 else model
-
-
-def averaging(model, is_last):
-    """The context of a micro-batch: DDP averages the gradients over processes once an update, in the last one."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last else contextlib.nullcontext()
-
-
-def autocast(device, dtype):
-    """The autocast context of a dtype's name, one of settings.DTYPES; for float32 it does nothing."""
-    return contextlib.nullcontext() if dtype == "float32" else torch.autocast(device.type, dtype=getattr(torch, dtype))

@@ -16,15 +16,24 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from plumbing import checkpoint, ending, health
+from plumbing import checkpoint, ending, health, optim, settings
 from plumbing.files import reading, replacing, shown, write_json, writing
-from plumbing.processes import all_mean, any_process, gather_objects, in_group, on_several_machines, same_everywhere
-from plumbing.settings import InputError
+from plumbing.processes import (
+    all_mean,
+    any_process,
+    gather_objects,
+    in_group,
+    on_several_machines,
+    same_everywhere,
+    start_processes,
+)
+from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
 
 ASK_EVERY = 10  # updates
 VALIDATION = {"data_root", "missing", "image_size", "max_tokens", "split", "gallery"}  # settings that change its values
@@ -32,22 +41,61 @@ VALIDATION = {"data_root", "missing", "image_size", "max_tokens", "split", "gall
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
+@dataclass
+class RunConfig:
+    """The settings of the machine and of the log, which all stages have."""
+
+    device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES, group="machine")
+    dtype: str = setting("float32", "float32, bfloat16 (autocast) or float16 (and GradScaler)", choices=DTYPES)
+    tf32: bool = setting(
+        True, "float32 matrix products on GPUs in TF32, as torch did it in the paper's time; the final table: without"
+    )
+    compile: bool = setting(False, "torch.compile the model")
+    workers: int = setting(4, "data loader workers per process; 0: load in the training process", FROM_0)
+    seed: int = setting(0, "every random draw follows from it", (0, 2**63 - 1))
+    deterministic: bool = setting(False, "only deterministic kernels; on CPU they always are")
+
+    out_dir: str = setting("", "run folder; empty: runs/<name of the config file>", group="log and checkpoints")
+    resume: str = setting("", "auto (newest whole checkpoint of the run folder, else start) or a checkpoint")
+    log_interval: int = setting(50, "updates between log lines", COUNT)
+    eval_interval: int = setting(2_000, "updates between validations; 0: only at the end, -1: never", (-1, math.inf))
+    eval_batch_size: int = setting(64, "images or texts a process embeds at a time in validation", COUNT)
+    save_interval: int = setting(0, "updates between further checkpoints; 0: none but those of validations", FROM_0)
+    wandb: str = setting("", "Weights & Biases project; empty: off")
+
+
+def main(config_class, train, description, files=None):
+    """A stage's whole program: `train(config, processes)` with the settings of the command line.
+
+    config_class: its settings, which inherit RunConfig. description: what `--help` says of it.
+    files: see `settings.load_config`. How it ends: see `ending.run`."""
+
+    def start():
+        config = settings.load_config(config_class, description=description, files=files)
+        train(config, start_processes(config.device, config.deterministic, config.tf32))
+
+    ending.run(start)
+
+
 class Run:
     """One training run of this process. `start` is the number of updates that were done before.
 
-    After `end_update`, `done` is the number of finished updates; `logging`, `saving` and `validating` say what is due.
+    After `end_update`, `done` is the number of finished updates; `log_due`, `save_due` and `validation_due` say what
+    is due.
     A resumed run may begin with a validation that is due. `metrics` are those of the last validation.
     `skipped_images` counts images that the loader left out. `lasting` holds tensors to sum over the whole run."""
 
-    def __init__(self, config, processes, model, optimizer, contents, lasting=None):
+    def __init__(self, config, processes, model, contents, lasting=None):
         """Resume from the checkpoint that config.resume means, if any.
 
         contents: what every checkpoint holds beside weights and progress: "kind", "task", "vocab", "labels", sizes."""
-        self.config, self.processes, self.model, self.optimizer = config, processes, model, optimizer
+        self.config, self.processes, self.model = config, processes, model
+        lr_factor = getattr(config, "lr_factor", 1.0)  # the image tokenizer has no parts that learn faster
+        self.optimizer = optim.make_optimizer(model, config.lr, config.weight_decay, lr_factor)
         self.contents, self.lasting = contents, lasting or {}
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.dtype == "float16")
         self.folder = Path(config.out_dir)
-        self.start, self.best, self.metrics, self.validating = 0, -1.0, {}, False
+        self.start, self.best, self.metrics, self.validation_due = 0, -1.0, {}, False
         self.skipped_images, self.stop_asked, self.report, self.older_best = 0, False, [], None
         self.sums = {}  # {objective: {name: sum since the last log line}}, on the device
         self.update_loss = 0.0  # of the current update, over its micro-batches
@@ -55,7 +103,8 @@ class Run:
         if state is not None:
             self._restore(state)
         self.done = self.saved = self.start
-        self.health = health.Health(optimizer, self.scaler, processes.device, (state or {}).get("skipped_updates", 0))
+        skipped_updates = (state or {}).get("skipped_updates", 0)
+        self.health = health.Health(self.optimizer, self.scaler, processes.device, skipped_updates)
         cure = "the run folder must be the same on every node"
         same_everywhere("resume", f"a start at update {self.start}", cure)
 
@@ -89,12 +138,12 @@ class Run:
         self.start, self.best = state["step"], state.get("best", -1.0)
         if "n_items" in state:
             self.contents["n_items"] = state["n_items"]
-        self.validating = state.get("validation_due", False)  # the run ended while it validated
+        self.validation_due = state.get("validation_due", False)  # the run ended while it validated
         # The best model so far comes along from another run folder. Where it is gone, a validation finds a new one.
         self.older_best = path.with_name("best.pt" + path.name.partition("last.pt")[2])  # of last.pt.before, too
         # Values of other data or other images cannot be compared, so then, too, the best model is sought anew.
         if self.best > -1 and (VALIDATION & changed.keys() or not self.older_best.exists()):
-            self.best, self.validating = -1.0, config.eval_interval >= 0
+            self.best, self.validation_due = -1.0, config.eval_interval >= 0
         for name, value in state.get("lasting", {}).items():
             self.lasting[name].copy_(value)
         # Each process has its own sums. With another number of processes the parts are shared out as they come.
@@ -119,7 +168,7 @@ class Run:
             # The best model of another checkpoint's run comes along. It is read before open_folder may rename it.
             is_other = self.best > -1 and self.config.resume != "auto"
             best = self.older_best.read_bytes() if is_other else b""
-            open_folder(self.config, self.start, self.validating)
+            open_folder(self.config, self.start, self.validation_due)
             if best:
                 with replacing(self.folder / "best.pt") as file:
                     file.write(best)
@@ -149,7 +198,7 @@ class Run:
         """The loop finishes its update, saves and leaves. A second Ctrl-C ends a run of one process at once.
 
         In a validation, which may take long, everything has just been saved, so a run of one process ends at once."""
-        if self.validating and self.saved == self.done and not in_group():
+        if self.validation_due and self.saved == self.done and not in_group():
             raise ending.Stopped(self._stopped())
         if self.stop_asked and number == signal.SIGINT and not in_group():
             raise KeyboardInterrupt
@@ -181,6 +230,10 @@ class Run:
     def _stopped(self):
         return f"stopped after update {self.done}, {self.folder / 'last.pt'}; --resume=auto goes on"
 
+    def set_lr(self, step):
+        """Set the learning rates of update `step` (from 0)."""
+        optim.set_lr(self.optimizer, step, self.config.warmup, self.config.milestones)
+
     def add(self, objective, loss, metrics):
         """Add a micro-batch to the sums of the next log line. They stay on the device, so nothing waits for it."""
         n = self.config.grad_accum
@@ -197,10 +250,10 @@ class Run:
         def every(interval):
             return self.done == self.config.max_steps or (interval > 0 and self.done % interval == 0)
 
-        self.logging = every(self.config.log_interval)
-        self.validating = self.config.eval_interval >= 0 and every(self.config.eval_interval)
-        self.saving = self.validating or every(self.config.save_interval)
-        if self.logging:
+        self.log_due = every(self.config.log_interval)
+        self.validation_due = self.config.eval_interval >= 0 and every(self.config.eval_interval)
+        self.save_due = self.validation_due or every(self.config.save_interval)
+        if self.log_due:
             self.health.check(self.config, self.sampler, self.name_of)
         self.ended = time.perf_counter()
 
@@ -235,7 +288,7 @@ class Run:
             if metrics[criterion] > self.best:
                 self.best = metrics[criterion]
                 self._write_checkpoint("best.pt")
-        self.metrics, self.validating = metrics, False
+        self.metrics, self.validation_due = metrics, False
         self.save()
 
     def save(self):
@@ -252,7 +305,7 @@ class Run:
             parts=gather_objects({"sums": sums, "skipped_images": self.skipped_images}),
             lasting={name: tensor.cpu() for name, tensor in self.lasting.items()},
             skipped_updates=self.health.skipped_updates,
-            validation_due=self.validating,
+            validation_due=self.validation_due,
         )
         self.saved, now = self.done, time.perf_counter()
         self.clock += now - self.ended  # validations and saves do not count as training time

@@ -121,7 +121,8 @@ def _build_parser(cls, kinds, description):
     parser.error = stop
     parser.add_argument("config", nargs="?", help="file of plain assignments, such as configs/mini.py")
     group = parser
-    for f in dataclasses.fields(cls):
+    inherited = {f.name for base in cls.__bases__ if dataclasses.is_dataclass(base) for f in dataclasses.fields(base)}
+    for f in sorted(dataclasses.fields(cls), key=lambda f: f.name in inherited):  # a stage's own settings come first
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
         default = f.default_factory() if f.default is dataclasses.MISSING else f.default

@@ -19,7 +19,7 @@ import data
 import evaluate
 import finetune
 from finetune import FinetuneConfig
-from plumbing import annotations, checkpoint, settings
+from plumbing import annotations, checkpoint, runs, settings
 from plumbing.processes import Processes
 from plumbing.settings import InputError
 
@@ -333,7 +333,7 @@ def test_results_of_a_bfloat16_run_are_those_of_evaluate(catalogue, tmp_path, mo
     words += ["--dtype=bfloat16", f"--out_dir={tmp_path}", "--workers=0"]
     monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
     monkeypatch.chdir(ROOT)
-    finetune.main()
+    runs.main(FinetuneConfig, finetune.train, "")
     assert len(sampled) == 1
     ours = json.loads((tmp_path / "results.json").read_text())
     path = str(tmp_path / "best.pt")

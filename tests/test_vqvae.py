@@ -17,7 +17,7 @@ import data
 import pretrain
 import vqvae
 from model import ResNet
-from plumbing import checkpoint, optim, photos, processes, runs, settings
+from plumbing import checkpoint, photos, processes, runs, settings
 
 HERE = Path(__file__).parent
 TINY = vqvae.ImageTokenizerConfig(ch=8, ch_mult=(1, 2, 4), n_blocks=1, latent_dim=16, n_codes=12, unshuffle=8)
@@ -170,11 +170,11 @@ def test_the_first_batch_seeds_every_unused_code_that_it_can():
 def _update_in_process(rank, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
     torch.set_num_threads(1)
-    processes.start_processes("cpu")
+    own = processes.start_processes("cpu")
     model = make_vqvae()
     for step in range(3):
         z = make_latents(seed=step)[rank * 20 : rank * 20 + 20]
-        optim.seed_step(0, step, 0)
+        own.seed(0, step, rank=0)
         model.update_codebook(z, model.codebook.nearest(z), reseed_after=2)
     torch.save({**model.codebook.state_dict(), "idle": model.idle}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -182,10 +182,10 @@ def _update_in_process(rank, port, folder):
 
 def test_two_processes_learn_the_codebook_of_one(free_port, tmp_path):
     torch.multiprocessing.spawn(_update_in_process, (free_port, str(tmp_path)), nprocs=2)
-    model = make_vqvae()
+    model, own = make_vqvae(), processes.Processes(0, 1, torch.device("cpu"))
     for step in range(3):
         z = make_latents(seed=step)
-        optim.seed_step(0, step, 0)
+        own.seed(0, step, rank=0)
         model.update_codebook(z, model.codebook.nearest(z), reseed_after=2)
     for rank in range(2):
         for name, value in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
@@ -205,7 +205,7 @@ def test_overfits_four_images():
         optimizer.step()
         optimizer.zero_grad()
         model.update_codebook(z.flatten(0, 1), codes.flatten(), reseed_after=10)
-    metrics = vqvae.validate(model, ((images * 0.1 + 0.5) * 255).clamp(0, 255).byte(), torch.device("cpu"))
+    metrics = vqvae.validate(model, ((images * 0.1 + 0.5) * 255).clamp(0, 255).byte(), torch.device("cpu"), chunk=64)
     trivial = min((images - images.mean(0)).abs().mean(), (images - images.mean((2, 3), keepdim=True)).abs().mean())
     assert F.l1_loss(model(images)[0], images) < 0.5 * trivial
     assert metrics["codes_used"] > 4
@@ -344,7 +344,8 @@ def test_the_stage_writes_a_tokenizer(data_root, tmp_path):
     assert row["loss"] == pytest.approx(row["l1"] + 0.25 * row["commitment"])
     _, held_out = vqvae.data.image_tokenizer_products(make_config(data_root, ""))
     held_out = vqvae.data.load_pixels(held_out, 64)
-    assert held_out.shape == (3, 3, 64, 64) and metrics == vqvae.validate(model, held_out, torch.device("cpu"))
+    assert held_out.shape == (3, 3, 64, 64)
+    assert metrics == vqvae.validate(model, held_out, torch.device("cpu"), chunk=64)
 
 
 def test_held_out_images_that_are_broken(data_root, tmp_path):
