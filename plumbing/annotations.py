@@ -5,7 +5,9 @@
 * One item of a Polyvore outfit is taken away, the blank; the question is the items that are left. The blank is searched
   among all blanks of its category. A fake row is no question: its blank is one more wrong answer."""
 
+import collections
 import contextlib
+import functools
 import json
 import os
 import re
@@ -205,16 +207,29 @@ def has_subcategories(products):
     return found
 
 
+@functools.cache
+def list_images(folder):
+    """{name of a file, with and without its ending: paths, .jpg first} of a folder; {} where there is none."""
+    paths = collections.defaultdict(list)
+    files = os.listdir(folder) if os.path.isdir(folder) else []
+    for file in sorted(files, key=lambda file: (not file.endswith(".jpg"), file)):
+        for name in (file, os.path.splitext(file)[0]):
+            paths[name].append(os.path.join(folder, file))
+    return paths
+
+
 def fashioniq_image(root, garment, name, where):
-    """Path of a FashionIQ image: images/NAME.jpg, or where that is missing or empty one of another ending or without
-    one, or one in images/GARMENT/, train/, val/ or test/. Where there is none, it is images/NAME.jpg. Raises InputError
-    as `image_path`."""
-    folder = os.path.join(root, "FashionIQ", "images")
-    first = image_path(folder, name, where, ".jpg")
-    places = [os.path.join(folder, more, name) for more in ("", garment, "train", "val", "test")]
-    endings = [".jpg", ".png", ".jpeg", ".webp", ".JPG", ".PNG", ".JPEG", ".WEBP", ""]
-    paths = (place + ending for place in places for ending in endings)
-    return next((path for path in paths if os.path.isfile(path) and os.path.getsize(path)), first)
+    """Path of the FashionIQ image `name`, of any ending: in images/, or in its folder GARMENT, train, val or test.
+
+    Empty files are passed over. Where there is none, it is images/NAME.jpg. Raises InputError as `image_path`."""
+    images = os.path.join(root, "FashionIQ", "images")
+    missing = image_path(images, name, where, ".jpg")
+    for place in ("", garment, "train", "val", "test"):
+        folder, stem = os.path.split(os.path.join(images, place, name))
+        for path in list_images(folder).get(stem, ()):
+            if os.path.isfile(path) and os.path.getsize(path):
+                return path
+    return missing
 
 
 class FashionIQ(NamedTuple):

@@ -34,17 +34,10 @@ def open_image(path):
             if image.format == "PNG" and "transparency" in image.info and image.tile:
                 # Pillow scales the values of 2 and 4 bits to 8 bits, but not the one that is transparent.
                 image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)
-            if image.format == "TIFF" and image.mode.startswith("I"):
-                bits, is_negative = image.tag_v2.get(258, (16,))[0], image.tag_v2.get(262, 1) == 0
-                if bits not in (16, 32) or is_negative:
-                    raise ValueError(
-                        f"a grey TIFF of {bits} bits{', white is 0' * is_negative}; save it as PNG or JPEG"
-                    )
             turn_upright(image)
-            # The colour below a transparent pixel is no part of the photo.
             if image.mode.startswith(("I", "F")):
                 image = eight_bits(image)
-            elif image.has_transparency_data:
+            elif image.has_transparency_data:  # the colour below a transparent pixel is no part of the photo
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image.load()
@@ -70,9 +63,14 @@ def turn_upright(image):
 
 
 def eight_bits(image):
-    """Grey of 16 bits a pixel -> 8 bits; `convert` would clip the values. Where it is transparent it becomes white."""
-    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
-        raise ValueError(f"32 bits a pixel (mode {image.mode}), expected 8 or 16")  # nothing says which value is white
+    """Grey of 16 bits a pixel -> 8 bits; `convert` would clip the values. Where it is transparent it becomes white.
+
+    Raises ValueError for other grey, whose white Pillow does not know: 12 or 32 bits, or a TIFF whose white is 0."""
+    is_known = image.mode.startswith("I;16") or image.format in ("PNG", "PPM") and image.mode == "I"
+    if image.format == "TIFF":  # tag 258 is the number of bits, and 262 is 1 where black is 0
+        is_known = image.tag_v2.get(258) == (16,) and image.tag_v2.get(262) == 1
+    if not is_known:
+        raise ValueError(f"grey of an unusual kind (mode {image.mode}); save it as a PNG or JPEG of 8 bits")
     values = np.asarray(image)
     grey = (values >> 8).astype(np.uint8)
     grey[values == image.info.get("transparency", -1)] = 255

@@ -113,11 +113,10 @@ def test_32_bits_a_pixel_are_refused(tmp_path, mode, value):
     """python-pillow/Pillow#3838 and #5991: nothing says which value is white, and the photo became black."""
     path = tmp_path / "a.tif"
     Image.new(mode, (8, 8), value).save(path)
-    with pytest.raises(InputError) as error:
+    with pytest.raises(
+        InputError, match=rf"a.tif: image cannot be read: grey of an unusual kind \(mode {mode}\); save"
+    ):
         photos.open_image(path)
-    assert str(error.value).startswith(
-        f"{path}: image cannot be read: 32 bits a pixel (mode {mode}), expected 8 or 16; replace the file"
-    )
 
 
 def test_grey_of_16_bits_keeps_its_brightness(tmp_path):
