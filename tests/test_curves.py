@@ -48,10 +48,7 @@ def test_a_last_line_cut_short_is_left_out(run):
 @pytest.mark.parametrize(
     "text, message",
     [
-        (None, "cannot be read .*expected a run folder"),
-        ('{"step": 1, "loss": 2}\nnoise\n{"step": 2, "loss": 2}\n', "log.jsonl:2: found 'noise'"),
-        ('{"loss": 2}\n{"step": 2, "loss": 2}\n', "log.jsonl:1"),
-        ("[1]\n[2]\n", "log.jsonl:1: found '\\[1\\]'"),
+        (None, "log.jsonl: cannot be read, expected the log of a run folder: No such file"),
         ("", "nothing is logged yet"),
         ('{"step": 1, "lr": 0.1}\n', "nothing is logged yet"),
     ],

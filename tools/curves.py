@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from plumbing import ending
-from plumbing.files import replacing
+from plumbing.files import reading, replacing
 from plumbing.settings import InputError
 
 LEFT_OUT = ("lr", "samples_per_s", "memory_gb", "skipped_images", "updates")  # they show nothing of learning
@@ -16,20 +16,14 @@ LEFT_OUT = ("lr", "samples_per_s", "memory_gb", "skipped_images", "updates")  # 
 def read_curves(folder):
     """{name: ([steps], [values])} of a run's log.jsonl. A null was not a number, and is left out.
 
-    So is a last line that is cut short, for the run may go on. Raises InputError for any other fault."""
+    So is a last line that is cut short, for the run may go on. Raises InputError where there is no log."""
     path, curves = Path(folder, "log.jsonl"), {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}), expected a run folder with a log.jsonl") from None
-    for i, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            step = row.pop("step")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            if i == len(lines):
-                break
-            raise InputError(f"{path}:{i}: found {line!r:.60}, expected a JSON object with a step") from None
+    with reading(path, "cannot be read, expected the log of a run folder"):
+        *lines, _ = path.read_text(encoding="utf-8").split(
+            "\n"
+        )  # after the last newline stands nothing, or half a line
+    for row in map(json.loads, lines):
+        step = row.pop("step")
         for name, value in row.items():
             if value is not None:
                 steps, values = curves.setdefault(name, ([], []))
