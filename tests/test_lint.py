@@ -1,4 +1,4 @@
-"""The lint of .ci/run and the hook that runs it before a commit are the same."""
+"""What .ci/run proves is what the other files say: the lint before a commit, and the range of torch."""
 
 import re
 from pathlib import Path
@@ -13,3 +13,9 @@ def test_the_lint_hook_runs_what_ci_runs():
     assert set(re.findall(r"ruff==[\w.]+", hook)) == {pinned}
     entries = re.findall(r"entry: (.+)", hook)
     assert len(entries) == 2 and all(f"\n{entry}\n" in (ROOT / ".ci" / "run").read_text() for entry in entries)
+
+
+def test_readme_says_the_lowest_torch_of_the_requirements():
+    """.ci/run takes it from there, too."""
+    lowest = re.findall(r"^torch>=([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M)
+    assert lowest == re.findall(r"torch ([\d.]+) or newer", (ROOT / "README.md").read_text())
