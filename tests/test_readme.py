@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 FEWER = {"vqvae.py": ["--max_steps=3"], "pretrain.py": ["--max_steps=3"], "finetune.py": ["--max_steps=3"]}
 # what .ci/run does itself, or through demo.sh
 IN_CI = {
-    "bash demo.sh": "bash demo.sh --max_steps=3",
-    "pip install -r requirements.txt": "bash demo.sh --max_steps=3",
+    "bash demo.sh": "bash demo.sh --max_steps=30",
+    "pip install -r requirements.txt": "bash demo.sh --max_steps=30",
     "pip install -r requirements-dev.txt": "python -m pytest",
 }
 
