@@ -180,7 +180,7 @@ def load_images(paths, size):
     return normalize(load_pixels(paths, size))
 
 
-# ---- masks: True is what the model does not see (in "attention_mask" alone 1 is what it sees) ------------------------
+# ---- masks: True is what the model sees; in MPFC's `patch_mask` alone True is what is masked -------------------------
 
 
 def mask_words(ids, word_numbers, tokenizer, rng, share=0.15):
@@ -234,11 +234,11 @@ def mask_patches(side, rng):
     return mask.reshape(-1)
 
 
-def drop_some(n, share, rng):
-    """bool (n,), True = left out: floor(share * n) at random, without replacement. Source: docs/recipe.md "MVC"."""
-    drop = np.zeros(n, bool)
-    drop[rng.choice(n, int(share * n), replace=False)] = True
-    return drop
+def keep_most(n, share, rng):
+    """A list of n bools, True = kept: all but floor(share * n), drawn without replacement. docs/recipe.md "MVC"."""
+    keep = np.ones(n, bool)
+    keep[rng.choice(n, int(share * n), replace=False)] = False
+    return keep.tolist()
 
 
 # ---- training samples and their order --------------------------------------------------------------------------------
@@ -334,8 +334,8 @@ class Pretraining(TrainingSamples):
             sample["patch_mask"] = mask_patches(self.side, rng)
         elif objective == "mvc":
             sample["image2"] = self.open(index, paths[-1], rng)
-            sample["text_drop"] = [False, *drop_some(len(ids) - 2, 0.25, rng), False]  # never [CLS] and [SEP]
-            sample["patch_drop"] = drop_some(self.side**2, 0.25, rng)
+            sample["text_keep"] = [True, *keep_most(len(ids) - 2, 0.25, rng), True]  # [CLS] and [SEP] always
+            sample["patch_keep"] = keep_most(self.side**2, 0.25, rng)
         elif objective == "pac":
             weights = np.zeros(self.n_attributes, np.float32)
             weights[self.items[index]["labels"]] = 1
@@ -343,7 +343,7 @@ class Pretraining(TrainingSamples):
         return sample
 
 
-PADDING = {"masked_ids": 0, "mlm_labels": NO_LABEL, "text_drop": False}  # key with a value a token: what pads it
+PADDING = {"masked_ids": 0, "mlm_labels": NO_LABEL, "text_keep": False}  # key with a value a token: what pads it
 
 
 def places(mask):

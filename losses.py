@@ -162,12 +162,12 @@ def _loss_of_targets(head, hidden, labels, index, name):
 def mvc(model, batch):
     """Multi-view contrastive learning (`icc` in the original's code).
 
-    batch: image (view 0), image2 (view 1), input_ids, attention_mask (B, T), text_drop (B, T) and patch_drop (B, P)
-    bool, True = left out of attention, a patch also of the mean. View 0 is compared with view 1 composed with text.
+    batch: image (view 0), image2 (view 1), input_ids, attention_mask (B, T), text_keep (B, T) and patch_keep (B, P)
+    bool, False = left out of attention, a patch also of the mean. View 0 is compared with view 1 composed with text.
     Returns the symmetric InfoNCE in nats and {"mvc_acc"}. Source: docs/recipe.md "MVC"."""
     image = model.scaled(model.encode_image(batch["image"]))
-    mask = batch["attention_mask"] * ~batch["text_drop"]
-    composed = model.encode_composed(batch["input_ids"], mask, batch["image2"], ~batch["patch_drop"])
+    kept = batch["attention_mask"] * batch["text_keep"]
+    composed = model.encode_composed(batch["input_ids"], kept, batch["image2"], batch["patch_keep"])
     loss, accuracy = symmetric(image, model.scaled(composed))
     return loss, {"mvc_acc": accuracy}
 

@@ -64,9 +64,9 @@ def build_image_tokenizer():
 def golden_batch(seed=SEED, n=B, vocab=VOCAB):
     """Every input of every objective, under the names our losses read; text stays padded to its full 24 tokens."""
     text, mlm = inputs.text(n, seed, vocab), inputs.mlm(n, seed, vocab)
-    text_drop, patch_drop = (torch.zeros(n, size, dtype=torch.bool) for size in (inputs.L, inputs.PATCHES))
+    text_keep, patch_keep = (torch.ones(n, size, dtype=torch.bool) for size in (inputs.L, inputs.PATCHES))
     text_at, patch_at = inputs.icc_draws(seed)
-    text_drop[:, text_at], patch_drop[:, patch_at] = True, True
+    text_keep[:, text_at], patch_keep[:, patch_at] = False, False
     labels = mlm["lm_label_ids"].masked_fill(mlm["lm_label_ids"] == -1, -100)
     patch_mask = inputs.image_masks(n, seed).bool()
     return {
@@ -81,8 +81,8 @@ def golden_batch(seed=SEED, n=B, vocab=VOCAB):
         "mlm_targets": data.places(labels != data.NO_LABEL),
         "patch_mask": patch_mask,
         "mpfc_targets": data.places(patch_mask),
-        "text_drop": text_drop,
-        "patch_drop": patch_drop,
+        "text_keep": text_keep,
+        "patch_keep": patch_keep,
         "attributes": inputs.attribute_labels(n, seed),
         "label": inputs.labels(n, seed),
         "category": inputs.csa(n, seed)["combine_cat_id"][:, 0],

@@ -207,7 +207,7 @@ def test_block_masks_of_other_grids(side, largest):
 def test_dropped_positions_are_a_floor_share_without_replacement():
     rng = np.random.default_rng(0)
     for n, expected in ((49, 12), (7, 1), (3, 0), (0, 0)):
-        assert data.drop_some(n, 0.25, rng).sum() == expected
+        assert n - sum(data.keep_most(n, 0.25, rng)) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,7 +346,10 @@ def test_collate_pads_to_the_longest_text_only(root):
     lengths = [len(row["input_ids"]) for row in rows]
     assert lengths[0] != lengths[1] and batch["input_ids"].shape == (2, max(lengths))
     assert batch["attention_mask"].sum(1).tolist() == lengths
-    assert batch["text_drop"].dtype == torch.bool and batch["patch_drop"].shape == (2, 4)
+    assert batch["text_keep"].dtype == torch.bool and batch["patch_keep"].shape == (2, 4)
+    ends = [n - 1 for n in lengths]
+    assert batch["text_keep"][:, 0].all() and batch["text_keep"][[0, 1], ends].all()  # [CLS] and [SEP] are kept
+    assert not (batch["text_keep"] & (batch["attention_mask"] == 0)).any()  # padding is not
     assert batch["image"].dtype == torch.uint8 and batch["image"].shape == (2, 3, 64, 64)
 
 

@@ -179,11 +179,11 @@ def test_pac(model, batch):
 
 def test_mvc(model, batch):
     golden = GOLDEN["icc"]
-    assert set(golden["text_dropout_index"].tolist()) == set(batch["text_drop"][0].nonzero().flatten().tolist())
-    assert set(golden["patch_dropout_index"].tolist()) == set(batch["patch_drop"][0].nonzero().flatten().tolist())
+    assert set(golden["text_dropout_index"].tolist()) == set((~batch["text_keep"][0]).nonzero().flatten().tolist())
+    assert set(golden["patch_dropout_index"].tolist()) == set((~batch["patch_keep"][0]).nonzero().flatten().tolist())
     close(model.scaled(model.encode_image(batch["image"])), golden["visual"])
-    mask = batch["attention_mask"] * ~batch["text_drop"]
-    composed = model.encode_composed(batch["input_ids"], mask, batch["image2"], ~batch["patch_drop"])
+    mask = batch["attention_mask"] * batch["text_keep"]
+    composed = model.encode_composed(batch["input_ids"], mask, batch["image2"], batch["patch_keep"])
     close(model.scaled(composed), golden["comp"])
     loss, _ = losses.mvc(model, batch)
     close(loss, golden["loss"])

@@ -42,8 +42,8 @@ def random_batch(n=8, seed=1, size=64, vocab=50):
         "mlm_labels": torch.where(asked, ids, -100),
         "patch_mask": ~drop,
         "image_codes": torch.randint(16, (n, patches), generator=g),
-        "text_drop": torch.zeros(n, 9, dtype=torch.bool),
-        "patch_drop": drop,
+        "text_keep": torch.ones(n, 9, dtype=torch.bool),
+        "patch_keep": ~drop,
         "attributes": attributes,
         "label": torch.arange(n) % 5,
     }
