@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -97,27 +96,6 @@ def objective_at(step, objectives, seed):
     return list(objectives)[min(int(np.searchsorted(ends, uniform, side="right")), len(ends) - 1)]
 
 
-def prepare_image_tokenizer(config, device):
-    """The frozen image tokenizer of MPFC, or None where MPFC is not trained.
-
-    A random start without a file makes do with random codes, and says so. Raises InputError where none can be had."""
-    if not config.objectives.get("mpfc"):
-        return None
-    path = config.image_tokenizer
-    if config.init == "random" and not Path(path).is_file():
-        print(f"image tokenizer: no file at {path!r}; --init=random goes on with random codes")
-        return vqvae.random_image_tokenizer(vqvae.ImageTokenizerConfig()).to(device)
-    cure = "train one with vqvae.py"
-    if not path:
-        raise InputError(f"image_tokenizer: MPFC needs an image tokenizer; {cure} and set --image_tokenizer=FILE")
-    image_tokenizer = vqvae.load_image_tokenizer(path, device)
-    found, expected = image_tokenizer.config.stride, settings.STRIDE
-    if found != expected:
-        message = f"{path} has patches of {found} pixels, expected {expected} as the ResNet's"
-        raise InputError(f"image_tokenizer: {message}; {cure}")
-    return image_tokenizer
-
-
 def build_model(config, sizes, **data_sizes):
     """FashionViL with the pre-training heads. sizes, data_sizes: {field of ModelConfig: value}; data_sizes win."""
     own = {name: getattr(config, name) for name in ("dropout", "pac_scale", "itm_candidates")}
@@ -134,7 +112,7 @@ def train(config, processes):
     products, val_products, n_attributes, labels = data.pretraining_products(config)
 
     # The image tokenizer is frozen, so it is a variable here and no part of what is trained and saved.
-    image_tokenizer = prepare_image_tokenizer(config, device)
+    image_tokenizer = vqvae.prepare_image_tokenizer(config, device)
     n_codes = image_tokenizer.config.n_codes if image_tokenizer else ModelConfig.n_codes
     if image_tokenizer:
         labels["image tokenizer"] = [checksum(image_tokenizer)]

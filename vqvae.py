@@ -3,13 +3,16 @@
     python vqvae.py configs/vqvae_demo.py                                    # CPU or one GPU
     torchrun --nproc_per_node=8 vqvae.py configs/vqvae_fashionall.py         # eight GPUs
 
-Writes run.json, log.jsonl and last.pt. Pre-training needs the encoder and the codebook alone: `load_image_tokenizer`
-takes them from last.pt or from the released file, whose names the parameters have.
+An encoder makes a latent vector of each patch of an image. The nearest vector of a codebook takes its place, and its
+number is the patch's code. A decoder makes the image again. Encoder and decoder are VQGAN's, and their parameters have
+the names of the authors' released file. That decides the names of modules here.
+Writes run.json, log.jsonl and last.pt. Pre-training needs the encoder and the codebook alone.
 Letters in shapes: B batch, P patches (7 x 7 = 49 at 224 px), C channels, D width of latents and codes, K codes."""
 
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +65,7 @@ class VQVAEConfig(runs.RunConfig, ImageTokenizerConfig):
 
 
 def group_norm(c):
-    """GroupNorm(32), as the original; narrow widths, which only our small configs have, take the groups that divide."""
+    """GroupNorm of 32 groups, as the original's. The narrow widths of our small configs take the most that divide."""
     return nn.GroupNorm(math.gcd(32, c), c, eps=1e-6)
 
 
@@ -96,7 +99,7 @@ class Attention(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where the map is the smallest."""
+    """The residual blocks of one resolution. Attention follows each where the map is the smallest."""
 
     def __init__(self, c_in, c, n_blocks, is_smallest):
         super().__init__()
@@ -110,20 +113,22 @@ class Level(nn.Module):
 
 
 def middle(c):
-    """What stands at the smallest map of encoder and decoder alike."""
+    """The blocks between the levels and the latents; encoder and decoder have the same ones."""
     return nn.Sequential(OrderedDict(block_1=ResBlock(c, c), attn_1=Attention(c), block_2=ResBlock(c, c)))
 
 
-def downsample(c):  # halves the map; the padding is right and bottom only
+def downsample(c):
+    """Halves the map. As in the original, it is padded at the right and at the bottom only."""
     return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
 
 
-def upsample(c):  # doubles the map
+def upsample(c):
+    """Doubles the map."""
     return nn.Sequential(OrderedDict(larger=nn.Upsample(scale_factor=2), conv=nn.Conv2d(c, c, 3, padding=1)))
 
 
 class Encoder(nn.Module):
-    """VQGAN's: (B, 3, H, W) -> (B, D, H/stride, W/stride). `down.0` is the level of the full resolution."""
+    """(B, 3, H, W) -> (B, D, H/stride, W/stride). `down.0` is the level of the full resolution."""
 
     def __init__(self, config):
         super().__init__()
@@ -154,7 +159,8 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_dim, widths[last], 3, padding=1)
         self.mid, self.up = middle(widths[last]), nn.ModuleList()
         for i, c in enumerate(widths):
-            level = Level(widths[min(i + 1, last)], c, config.n_blocks + 1, is_smallest=i == last)
+            before = widths[min(i + 1, last)]  # `forward` runs from the last level, the smallest map, to level 0
+            level = Level(before, c, config.n_blocks + 1, is_smallest=i == last)
             level.upsample = upsample(c) if i else nn.Identity()
             self.up.append(level)
         self.norm_out = group_norm(widths[0])
@@ -169,8 +175,10 @@ class Decoder(nn.Module):
 
 
 class Codebook(nn.Module):
-    """K codes of width D without gradient. `weight` is `embed_avg` / `cluster_size`: running averages of the sum of the
-    latents that chose a code, and of their number."""
+    """K codes of width D, (K, D), without gradient. `VQVAE.update_codebook` makes them anew at every update.
+
+    `cluster_size` (K,) is the moving average of how many latents an update has that are nearest to a code. `embed_avg`
+    (K, D) is that of their sum. So their quotient, `weight`, is the mean of these latents."""
 
     def __init__(self, n_codes, dim):
         super().__init__()
@@ -188,7 +196,7 @@ class Codebook(nn.Module):
 
 
 class ImageTokenizer(nn.Module):
-    """Images -> codes: encoder, 1x1 convolution, nearest code. State-dict names are those of the released file."""
+    """Images -> codes: encoder, 1x1 convolution, nearest code."""
 
     def __init__(self, config):
         super().__init__()
@@ -209,10 +217,9 @@ class ImageTokenizer(nn.Module):
         stride = self.config.stride
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % stride or images.shape[3] % stride:
             raise ValueError(f"images {tuple(images.shape)}: expected (B, 3, H, W), H and W multiples of {stride}")
-        z = self.quant_conv(
-            self.encoder(images.contiguous(memory_format=torch.channels_last))
-        )  # (B, D, H/stride, W/stride)
-        return z.flatten(2).transpose(1, 2)
+        images = images.contiguous(memory_format=torch.channels_last)
+        grid = self.quant_conv(self.encoder(images))  # (B, D, H/stride, W/stride)
+        return grid.flatten(2).transpose(1, 2)
 
     @torch.no_grad()
     def encode(self, images, at_once=8):
@@ -230,7 +237,7 @@ class VQVAE(ImageTokenizer):
         super().__init__(config)
         self.post_quant_conv = nn.Conv2d(config.latent_dim, config.latent_dim, 1)
         self.decoder = Decoder(config)
-        # updates since a code was chosen last; never chosen counts as long ago, so the first batch seeds the codebook
+        # (K,): updates since a code was chosen last. At the start that is long ago, so the first batch seeds them all.
         self.register_buffer("idle", torch.full((config.n_codes,), 1_000_000_000))
         self.to(memory_format=torch.channels_last)
 
@@ -243,30 +250,35 @@ class VQVAE(ImageTokenizer):
         e = self.codebook.weight[codes]  # (B, P, D)
         commitment = F.mse_loss(z, e)
         e = z + (e - z).detach()  # straight-through: the value of the code, the gradient of the latent
-        grid = e.transpose(1, 2).unflatten(
-            2, [n // self.config.stride for n in images.shape[2:]]
-        )  # (B, D, H/stride, W/stride)
+        h, w = (side // self.config.stride for side in images.shape[2:])
+        grid = e.transpose(1, 2).unflatten(2, (h, w))  # (B, D, h, w)
         return self.decoder(self.post_quant_conv(grid)), commitment, z.detach(), codes
 
     @torch.no_grad()
     def update_codebook(self, z, codes, reseed_after):
-        """One step of the moving averages on latents z (N, D) and their codes (N,), summed over all processes.
+        """One step of the codebook on this process's latents z (N, D) float32 and their codes (N,) int64.
 
-        A code idle for `reseed_after` updates becomes a latent of the batch; far ones are likelier, as in k-means++,
-        else most would be copies of the white background. Draws from torch's CPU generator, which the caller seeds
-        alike on every process. Returns how often each code was chosen, (K,) float32 over all processes."""
+        It takes the latents of all processes together. A code that was idle for `reseed_after` updates becomes one of
+        these latents. What is drawn comes from torch's CPU generator, which the caller seeds alike on every process.
+        Returns how often each code was chosen by all processes, (K,) float32.
+        Source: moving averages of van den Oord et al. 2017, A.1; docs/recipe.md "Image tokenizer"."""
+        # The sum and the number of the latents of each code, over all processes: one tensor, so one collective.
         book = self.codebook
         K, D = book.weight.shape
-        rows = torch.cat([z.float(), z.new_ones(len(z), 1)], 1)  # (N, D + 1): the last column counts
+        rows = torch.cat([z.float(), z.new_ones(len(z), 1)], 1)  # (N, D + 1): the column of ones counts
         sums = all_mean(z.new_zeros(K, D + 1).index_add_(0, codes, rows)) * world_size()
-        counts = sums[:, D].round()
+        counts = sums[:, D].round()  # exact again after the mean
+
+        # The moving averages, and the codes as their quotient.
         book.embed_avg.lerp_(sums[:, :D], 1 - self.DECAY)
         book.cluster_size.lerp_(counts, 1 - self.DECAY)
         total = book.cluster_size.sum()
         smooth = (book.cluster_size + self.EPS) / (total + K * self.EPS) * total  # never 0, same total
         book.weight.copy_(book.embed_avg / smooth.unsqueeze(1))
-        self.idle.copy_(torch.where(counts > 0, 0, self.idle + 1))
 
+        # Idle codes start anew. A latent far from all codes is likelier to be picked, as in k-means++. With equal
+        # chances most new codes would be copies of the white background.
+        self.idle.copy_(torch.where(counts > 0, 0, self.idle + 1))
         dead = (self.idle >= reseed_after).nonzero().squeeze(1)
         if len(dead):
             z = gather_with_gradient(z.float())
@@ -288,9 +300,11 @@ def random_image_tokenizer(config):
 
 
 def load_image_tokenizer(path, device="cpu"):
-    """The ImageTokenizer of a file, frozen, in eval mode: ours (last.pt), a released encoder, or a pre-training file of
-    the original, which has one inside. The tensors tell the sizes. Raises InputError where one is missing."""
-    inside = "model.image_tokenizer"
+    """The ImageTokenizer of a file, frozen, in eval mode: of our last.pt, of a released encoder, or of a pre-training
+    file of the original, which holds one. The tensors tell the sizes.
+
+    Raises InputError where a tensor is missing or has another shape, and where patches are not those of the ResNet."""
+    inside = "model.image_tokenizer"  # how tensors of the original's pre-training file begin
     state, info = checkpoint.read_weights(path)
     state = info["set_aside"].get(inside, state)
     state = {k.removeprefix(f"{inside}."): v for k, v in state.items() if not k.startswith(TRAINING_ONLY)}
@@ -300,12 +314,32 @@ def load_image_tokenizer(path, device="cpu"):
         tokenizer.load_state_dict(state)
     except RuntimeError as error:  # a line for each kind of mismatch
         raise InputError(f"{path}: not an image tokenizer: {str(error).splitlines()[1].strip():.300}") from None
+    found, expected = tokenizer.config.stride, settings.STRIDE
+    if found != expected:
+        cure = f"expected {expected} as the ResNet's; train one with vqvae.py"
+        raise InputError(f"{path}: an image tokenizer with patches of {found} pixels, {cure}")
     return tokenizer.to(device)
+
+
+def prepare_image_tokenizer(config, device):
+    """The frozen image tokenizer of MPFC for a PretrainConfig, or None where MPFC is not trained.
+
+    A random start without a file makes do with random codes, and says so. Raises InputError where none can be had."""
+    if not config.objectives.get("mpfc"):
+        return None
+    path = config.image_tokenizer
+    if config.init == "random" and not Path(path).is_file():
+        print(f"image tokenizer: no file at {path!r}; --init=random goes on with random codes")
+        return random_image_tokenizer(ImageTokenizerConfig()).to(device)
+    if not path:
+        raise InputError("image_tokenizer: MPFC needs one; train it with vqvae.py and set --image_tokenizer=FILE")
+    return load_image_tokenizer(path, device)
 
 
 def read_sizes(state):
     """The ImageTokenizerConfig of a state dict's tensors. Raises KeyError with the name that is missing."""
     conv_in = state["encoder.conv_in.weight"]  # (ch, 3 unshuffle^2, 3, 3)
+    # Names are encoder.down.LEVEL.block.BLOCK.conv1.weight, so the numbers in them say how many there are.
     n_codes, latent_dim = state["quantize.embedding.weight"].shape
     n_levels = len({name.split(".")[2] for name in state if name.startswith("encoder.down.")})
     n_blocks = len({name.split(".")[4] for name in state if name.startswith("encoder.down.0.block.")})

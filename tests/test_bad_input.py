@@ -145,7 +145,9 @@ def test_an_image_tokenizer_of_another_grid(catalogue, tmp_path):
     file = tmp_path / "tokenizer.pt"
     checkpoint.save(file, {"kind": "tokenizer", "model": vqvae.random_image_tokenizer(sizes).state_dict()})
     config = small_pretrain(catalogue, tmp_path / "run", image_tokenizer=str(file))
-    message = f"image_tokenizer: {file} has patches of 16 pixels, expected 32 as the ResNet's; train one with vqvae.py"
+    message = (
+        f"{file}: an image tokenizer with patches of 16 pixels, expected 32 as the ResNet's; train one with vqvae.py"
+    )
     refuse(lambda: pretrain.train(config, ONE), message, catalogue)
     assert os.listdir(tmp_path) == ["tokenizer.pt"]
 
@@ -585,12 +587,12 @@ def test_a_resume_whose_attributes_codes_or_words_mean_something_else_is_refused
     tokenizer = pretrain.vqvae.random_image_tokenizer(pretrain.vqvae.ImageTokenizerConfig())
     with torch.no_grad():
         next(tokenizer.parameters()).add_(1)
-    original = pretrain.prepare_image_tokenizer
+    original = vqvae.prepare_image_tokenizer
     try:
-        pretrain.prepare_image_tokenizer = lambda config, device: tokenizer
+        vqvae.prepare_image_tokenizer = lambda config, device: tokenizer
         refuse(lambda: pretrain.train(again, ONE), "***last.pt: image tokenizer: number 0 is ***", root)
     finally:
-        pretrain.prepare_image_tokenizer = original
+        vqvae.prepare_image_tokenizer = original
     rename_label(root, "attributes")
     refuse(
         lambda: pretrain.train(again, ONE),

@@ -92,7 +92,7 @@ def test_help_lists_every_setting(capsys):
         ({"objectives": {"itc": 1.5, "mlm": -0.5}}, "none below 0"),
         ({"image_size": 100}, "image_size: found 100, expected a multiple of 32"),
         ({"size": "huge"}, "size: found 'huge', expected one of base"),
-        ({"image_tokenizer": "", "init": "pretrained"}, "image_tokenizer: MPFC needs an image tokenizer"),
+        ({"image_tokenizer": "", "init": "pretrained"}, "image_tokenizer: MPFC needs one"),
         ({"data_root": "/nowhere"}, "/nowhere/FashionGen/train_info.json: this file of the data set is missing"),
         ({"batch_size": 100_000}, "but the data has only"),
     ],
