@@ -1,6 +1,5 @@
 """Files are written whole or not at all, and every fault of one that is read becomes a line that names it."""
 
-import collections
 import contextlib
 import hashlib
 import json
@@ -20,9 +19,7 @@ def not_the_file(path):
         return ""
     if head.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the file itself; run `git lfs pull` where it came from"
-    if head.startswith(
-        (b"<!doctype html", b"<html", b"<head", b"<body", b"<title", b"<meta", b"<script", b"<table", b"<!--")
-    ):
+    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<meta", b"<script", b"<!--")):
         return "a web page, not the file itself; download it again, perhaps by hand in a browser"
     if head.startswith((b"<?xml", b"<error", b"entry not found", b"404: not found")):
         return "what a server answered, not the file itself; see what stands in it, and download it again"
@@ -40,8 +37,6 @@ def reading(path, problem):
         raise
     except Exception as error:
         cause = f"{shown(error.args[0])} is missing" if isinstance(error, KeyError) else cause_of(error)
-        if isinstance(error, UnicodeEncodeError):
-            cause = "its name has bytes that are no UTF-8; rename it"
         said = not_the_file(path) or f"{problem}: {cause}"
         raise InputError(f"{path}: {said}") from None
 
@@ -94,19 +89,6 @@ def write_json(path, value):
     """Write `value` as JSON. A reader never sees half a file."""
     with replacing(path) as file:
         file.write((json.dumps(value, indent=1) + "\n").encode())
-
-
-def content_keys(paths):
-    """{path: a text that two paths share where both files hold the same bytes}; it is the path where there is no other.
-
-    Only files of one size are compared, by their hashes. Missing and empty files are like no other."""
-    sizes = {path: os.path.getsize(path) for path in paths if os.path.isfile(path)}
-    keys, count = {path: str(path) for path in paths}, collections.Counter(sizes.values())
-    for path, size in sizes.items():
-        if size and count[size] > 1:
-            with open(path, "rb") as file:
-                keys[path] = hashlib.file_digest(file, "sha256").hexdigest()
-    return keys
 
 
 def checksum(model):

@@ -1,6 +1,4 @@
-"""Any image file, opened as RGB, or left out where it cannot be. This file needs no torch.
-
-So the programs in prepare/, which import it, take little memory."""
+"""Any image file, opened as RGB, or left out where it cannot be. It needs no torch, so prepare/ takes little memory."""
 
 import concurrent.futures
 import contextlib
@@ -12,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
-from plumbing.files import not_the_file
+from plumbing.files import cause_of, not_the_file
 from plumbing.settings import InputError
 
 RESIZED, CROPPED = 256, 224  # sides in pixels before and after a crop; other image sizes keep this ratio
@@ -43,8 +41,7 @@ def open_image(path):
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # Pillow's readers raise nearly anything on broken files
-        cause = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
-        cause = not_the_file(path) or cause
+        cause = not_the_file(path) or cause_of(error)
         cure = "replace the file, or leave it out by --missing=skip"
         raise InputError(f"{path}: image cannot be read: {cause}; {cure}") from None
 
@@ -87,10 +84,6 @@ def leave_out(paths, config, what):
         gone = [path for path in paths if not os.path.exists(path) or not os.path.getsize(path)]
         if gone:
             cure = "fetch them, or set --missing=skip to leave them out"
-            folder = os.path.dirname(gone[0])
-            names = sorted(os.listdir(folder)) if len(gone) == len(paths) and os.path.isdir(folder) else []
-            names = [name for name in names if not name.startswith(".")]
-            cure += f" ({folder} holds {len(names)} others, as {names[0]})" if names else ""
             raise InputError(f"{gone[0]}: image is missing; {len(gone)} of {len(paths)} images of {what} are; {cure}")
         return set()
     with concurrent.futures.ThreadPoolExecutor(max(1, config.workers)) as pool:  # Pillow decodes without Python's lock

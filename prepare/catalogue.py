@@ -23,10 +23,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from plumbing import annotations, ending, settings
-from plumbing.files import content_keys
 from plumbing.photos import CROPPED, RESIZED, open_image
 from plumbing.settings import FROM_0, InputError, setting
-from prepare.layout import number_labels, place, read_labels, write_together, written_aside
+from prepare.layout import content_keys, number_labels, place, read_labels, write_together, written_aside
 from prepare.rows import COLUMNS, FIELD, clear_cells, image_file, image_names, read_row, read_tables
 
 # Words that tell nothing of how a garment looks; no phrase crosses them. --stop_words adds those of a shop.

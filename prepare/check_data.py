@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from plumbing import annotations
 from plumbing.ending import run
-from plumbing.files import content_keys
 from plumbing.photos import open_image
 from plumbing.settings import InputError, load_config, setting
+from prepare.layout import content_keys
 
 NEEDS = """
 pre-training             FashionGen, BigFACAD, Fashion200k, PolyvoreOutfits: train; FashionGen: val for validation

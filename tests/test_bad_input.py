@@ -25,10 +25,10 @@ import finetune
 import pretrain
 import vqvae
 from plumbing import annotations, bert, checkpoint, photos, settings
-from plumbing.files import content_keys
 from plumbing.processes import Processes
 from plumbing.settings import InputError
 from prepare import check_data
+from prepare.layout import content_keys
 
 ONE = Processes(0, 1, torch.device("cpu"))
 TRAIN, VAL = "FashionGen/train_info.json", "FashionGen/val_info.json"
