@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -75,3 +76,9 @@ def content_keys(paths):
             with open(path, "rb") as file:
                 keys[path] = hashlib.file_digest(file, "sha256").hexdigest()
     return keys
+
+
+def check_printable(text, where):
+    """Raise InputError where a name would spoil a message or a path: control characters, half a surrogate pair."""
+    if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", text):
+        raise InputError(f"{where}: found {text!r:.60}, expected no control characters")

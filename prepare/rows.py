@@ -16,9 +16,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 
-from plumbing.annotations import check_printable
 from plumbing.files import not_the_file
 from plumbing.settings import InputError
+from prepare.layout import check_printable
 
 COLUMNS = ("id", "images", "title", "description", "category", "subcategory")  # settings that name a column
 FIELD = r"\{([^{}]+)\}"  # a column in a template of --images

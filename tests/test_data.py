@@ -19,7 +19,6 @@ import data
 from plumbing import annotations, photos
 from plumbing.processes import Processes
 from plumbing.settings import InputError
-from prepare import check_data
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 VOCAB = SHARED / "bert-base-uncased" / "vocab.txt"
@@ -63,58 +62,6 @@ def test_tokens_are_berts(text, tokens, ids):
 def test_ids_are_berts(text, tokens, ids):
     assert data.tokenize(tokenizer_of(VOCAB), [text])[0].ids == ids
     assert pieces(tokenizer_of(VOCAB), text) == tokens.split()
-
-
-def captions(root):
-    classes = [annotations.load_fashioniq(root, garment, "val").queries for garment in annotations.FASHIONIQ_CLASSES]
-    return [query["text"] for queries in classes for query in queries]
-
-
-def check_greedy_rule(vocab, texts):
-    """Each token is the longest piece that the vocabulary has. Returns the number of texts that were compared."""
-    tokenizer, known = tokenizer_of(vocab), set(vocab.read_text(encoding="utf-8").splitlines())
-
-    def greedy(word):
-        found, start = [], 0
-        while start < len(word):
-            for end in range(len(word), start, -1):
-                piece = ("##" if start else "") + word[start:end]
-                if piece in known:
-                    found.append(piece)
-                    start = end
-                    break
-            else:
-                return ["[UNK]"]
-        return found
-
-    texts = [text for text in texts if text.isascii()]
-    for text in texts:
-        spaced = "".join(c if c.isalnum() or c.isspace() else f" {c} " for c in text.lower())
-        assert pieces(tokenizer, text) == [
-            "[CLS]",
-            *(piece for word in spaced.split() for piece in greedy(word)),
-            "[SEP]",
-        ]
-        numbers = data.tokenize(tokenizer, [text], max_tokens=10_000)[0].word_numbers
-        assert numbers[1:-1] == sorted(numbers[1:-1]) and numbers[0] == numbers[-1] == -1
-    return len(texts)
-
-
-def test_captions_tokenize_as_the_greedy_rule_says():
-    assert check_greedy_rule(SLICES / "vocab.txt", captions(SLICES)) == 72
-
-
-@needs_vocab
-def test_real_texts_tokenize_as_the_greedy_rule_says():
-    products = annotations.load_products(SHARED / "fashion-mini", "FashionGen", "val")
-    assert check_greedy_rule(VOCAB, [product.text for product in products]) > 500
-
-
-@needs_vocab
-def test_the_slice_of_the_vocabulary_gives_the_pieces_of_the_whole():
-    whole, part = tokenizer_of(VOCAB), tokenizer_of(SLICES / "vocab.txt")
-    for text in captions(SLICES):
-        assert pieces(whole, text) == pieces(part, text) and "[UNK]" not in pieces(part, text)
 
 
 def test_long_text_is_cut_to_the_limit_with_sep_last():
@@ -446,34 +393,6 @@ def test_resize_then_crop_in_one_step_has_torchvisions_pixels(size, off, width, 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files
-
-
-def test_check_counts_and_lists_every_fault(root):
-    items = json.loads((root / "FashionGen" / "train_info.json").read_text())
-    items[1]["id"] = 0
-    items[2]["images"] = ["../../secret.png"]
-    del items[3]["title"]
-    items[4]["attributes_id"] = ["x"]
-    items[5]["images"] = []
-    (root / "FashionGen" / "train_info.json").write_text(json.dumps(items))
-    (root / "FashionGen" / "train" / "6_0.png").unlink()
-    (root / "BigFACAD" / "train_info.json").write_text('[{"id": 1')
-    report, faults = check_data.check(root)
-    text = "\n".join(faults)
-    for part in (
-        "entry 1 (id 0): this id stood before",
-        "entry 2 (id 2): image path '../../secret.png' leaves",
-        "entry 3 (id 3): key 'title': found None",
-        "entry 4 (id 4): key 'attributes_id'",
-        "entry 5 (id 5): key 'images'",
-        "6_0.png: missing (of FashionGen 6)",
-        "BigFACAD/train_info.json: cannot be read as JSON",
-    ):
-        assert part in text
-    assert len(faults) == 7
-    assert any("FashionGen" in line and "15 products" in line for line in report)
-    with pytest.raises(InputError, match="5 such in the file"):
-        annotations.load_products(root, "FashionGen", "train")
 
 
 def test_labels_are_counted_and_checked(root):
