@@ -108,7 +108,7 @@ def train(config, processes):
 
     def validate():
         model.eval()
-        _, result = next(task.run(model, tokenizer, config, processes))  # its first protocol selects
+        _, result = next(evaluate.run_task(model, tokenizer, config, processes))  # its first protocol selects
         run.end_validation(result.metrics, task.criterion)
 
     # The earlier run may have ended while it validated.
@@ -158,7 +158,7 @@ def train(config, processes):
         model.load_state_dict(checkpoint.read_weights(run.folder / "best.pt")[0])
     copy_from_main(model.state_dict().values())
     model.eval()
-    results = dict(task.run(model, tokenizer, config, processes))
+    results = dict(evaluate.run_task(model, tokenizer, config, processes))
     if processes.is_main:
         best, file, seconds = run.folder / "best.pt", run.folder / "results.json", time.perf_counter() - started
         evaluate.report(results, config, device, best, file, seconds)

@@ -155,8 +155,10 @@ def train(config, processes):
 
     def validate():
         model.eval()
-        embeddings = evaluate.embed_retrieval(model, val_products, tokenizer, config, processes)
-        run.end_validation(evaluate.full_gallery(*embeddings).metrics, "mean_recall")
+        task = evaluate.TASKS["fashiongen_retrieval"]
+        embedder = evaluate.Embedder(model, task, tokenizer, config, processes)
+        result = evaluate.full_gallery(*evaluate.embed_retrieval(embedder, val_products))
+        run.end_validation(result.metrics, task.criterion)
 
     # The earlier run may have ended while it validated.
     if run.validation_due:

@@ -136,12 +136,6 @@ class PolyvoreCategories:
         return self.number[int(item["category_id"])] if item else -1
 
 
-def match_probability(model, batch):
-    """(B,) the ITM head's probability that text and image of a row belong together."""
-    pooled = model.encode_pair(batch["input_ids"], batch["attention_mask"], batch["image"])
-    return model.heads["itm"](pooled).float().softmax(-1)[:, 1]
-
-
 def check_query(config):
     """Raise InputError for a query that is none, and for settings that do not go together."""
     settings.check_limits(config)
@@ -152,8 +146,80 @@ def check_query(config):
         raise InputError("query: expected --text, --image, both of them, or --outfit FILES --category NAME")
     if config.rerank and (config.image or outfit):
         raise InputError("rerank: the ITM head compares a text with an image, expected --text alone")
+    for path in query_images(config):
+        if not os.path.isfile(path):
+            raise InputError(f"{path}: no such image; expected the name of a file in --image or --outfit")
     if config.out:
         pictures.check_page(config.out)
+
+
+def query_images(config):
+    """The paths of the query's own images."""
+    return [path for path in (*config.outfit, config.image) if path]
+
+
+def load_embedder(config):
+    """(evaluate.Embedder of the checkpoint, its info, as `checkpoint.load_model` gives it)."""
+    processes = start_processes(config.device)
+    needs = ("csa_net",) if config.outfit else ("contrastive", "itm") if config.rerank else ("contrastive",)
+    model, info = checkpoint.load_model(config.checkpoint, processes.device, needs)
+    data_root = config.data_root or info["config"].get("data_root", "data/datasets")
+    own = evaluate.EvalConfig(data_root=data_root, vocab=config.vocab, workers=config.workers)
+    own = evaluate.as_trained(own, info["config"])
+    tokenizer = evaluate.read_tokenizer(config.checkpoint, model, own, info["vocab"]) if config.text else None
+    # Images are fitted as in training. In pre-training this is as for retrieval.
+    name = "polyvore" if config.outfit else info["task"]
+    task = evaluate.TASKS.get(name, evaluate.TASKS["fashiongen_retrieval"])
+    return evaluate.Embedder(model, task, tokenizer, own, processes), info
+
+
+def find_categories(config, embedder, info):
+    """The `PolyvoreCategories` of the gallery's data set, or else of data_root. InputError if training had others."""
+    folder = Path(config.gallery).resolve()
+    places = [folder, folder.parent, Path(embedder.config.data_root, "PolyvoreOutfits")]
+    place = next((place for place in places if (place / annotations.POLYVORE_ITEMS).exists()), places[-1])
+    categories = PolyvoreCategories(place, embedder.model.n_categories)
+    ours = {"Polyvore categories": [str(category) for category in categories.number]}
+    checkpoint.check_labels(config.checkpoint, info["labels"], ours)
+    return categories
+
+
+def embed_outfit(config, embedder, categories, wanted):
+    """A unit vector of the outfit for each of the category numbers `wanted`: (W, D) float32."""
+    numbers_of = []
+    for path, name in config.outfit.items():
+        numbers = categories.numbers(name) if name else [categories.of_image(path)]
+        if numbers[0] < 0:
+            found = f"not in {categories.folder}/images, so say what it is: {path}=CATEGORY"
+            raise InputError(f"outfit: {path}: {found}")
+        numbers_of.append(numbers)
+    outfit = {"image": [*config.outfit], "categories": numbers_of, "name": "outfit"}
+    scaled = evaluate.embed_outfits(embedder, [{**outfit, "category": number} for number in wanted])
+    return scaled / embedder.model.logit_scale.cpu()
+
+
+def embed_gallery(config, embedder):
+    """(unit vectors (N, D) float32, the names of their images below the gallery), as `open_index` has them."""
+    folder = Path(config.gallery).resolve()
+    digest = hashlib.sha256(np.memmap(config.checkpoint, mode="r")).hexdigest()
+    fingerprint = f"{digest} {embedder.task.fit.__name__} {embedder.config.image_size}"
+    embed = partial(embedder.embed, progress=True)
+    return open_index(config.index or f"{folder}.index.pt", folder, fingerprint, embed, config.missing)
+
+
+def match_probability(model, batch):
+    """(B,) the ITM head's probability that text and image of a row belong together."""
+    pooled = model.encode_pair(batch["input_ids"], batch["attention_mask"], batch["image"])
+    return model.heads["itm"](pooled).float().softmax(-1)[:, 1]
+
+
+def rerank(text, paths, order, embedder):
+    """(order with its first RERANKED places sorted by the ITM head, {place: the head's probability} of those)."""
+    first = order[:RERANKED]
+    pairs = [{"text": text, "image": paths[i]} for i in first]
+    found = embedder.embed(pairs, encode=partial(match_probability, embedder.model)).tolist()
+    itm = dict(zip(first, found, strict=True))
+    return sorted(first, key=lambda i: -itm[i]) + order[RERANKED:], itm
 
 
 @torch.no_grad()
@@ -162,69 +228,39 @@ def search(config):
 
     [{"rank", "score", "itm" if config.rerank, "id", "title", "path"}]. Raises InputError for whatever is wrong."""
     check_query(config)
-    folder, processes = Path(config.gallery).resolve(), start_processes(config.device)
-    # The query says what the checkpoint must have.
-    needs = ("csa_net",) if config.outfit else ("contrastive", "itm") if config.rerank else ("contrastive",)
-    model, info = checkpoint.load_model(config.checkpoint, processes.device, needs)
-    for path in (config.image, *config.outfit):
-        if path and not os.path.isfile(path):
-            raise InputError(f"{path}: no such image; expected the name of a file in --image or --outfit")
-    data_root = config.data_root or info["config"].get("data_root", "data/datasets")
-    own = evaluate.EvalConfig(data_root=data_root, vocab=config.vocab, workers=config.workers)
-    own = evaluate.as_trained(own, info["config"])
-    tokenizer = evaluate.read_tokenizer(config.checkpoint, model, own, info["vocab"]) if config.text else None
-    whole = bool(config.outfit) or info["task"] == "fashioniq"  # as in training
-    how = {"tokenizer": tokenizer, "config": own, "processes": processes, "whole": whole}
+    embedder, info = load_embedder(config)
 
     # A query is one vector; an outfit has one for each category that the wanted name stands for.
-    query = {key: value for key, value in (("text", config.text), ("image", config.image)) if value}
     if config.outfit:
-        places = [folder, folder.parent, Path(data_root, "PolyvoreOutfits")]
-        place = next((place for place in places if (place / annotations.POLYVORE_ITEMS).exists()), places[-1])
-        categories = PolyvoreCategories(place, model.n_categories)
-        ours = {"Polyvore categories": [str(category) for category in categories.number]}
-        checkpoint.check_labels(config.checkpoint, info["labels"], ours)
-        wanted, items = categories.numbers(config.category), []
-        for path, name in config.outfit.items():
-            numbers = categories.numbers(name) if name else [categories.of_image(path)]
-            if numbers[0] < 0:
-                found = f"not in {categories.folder}/images, so say what it is: {path}=CATEGORY"
-                raise InputError(f"outfit: {path}: {found}")
-            items.append((path, numbers))
-        outfits = [{"items": items, "blank_item": ("", number), "name": "outfit"} for number in wanted]
-        queries = evaluate.embed_outfits(model, outfits, **how) / model.logit_scale.cpu()
+        categories = find_categories(config, embedder, info)
+        wanted = categories.numbers(config.category)
+        queries = embed_outfit(config, embedder, categories, wanted)
     else:
-        queries = F.normalize(evaluate.embed_scaled(model, [{**query, "name": "query"}], **how), dim=-1)
+        given = {key: value for key, value in (("text", config.text), ("image", config.image)) if value}
+        queries = F.normalize(embedder.embed([{**given, "name": "query"}]), dim=-1)
 
-    # The vectors of the gallery come from its index. They are made anew where it is missing or stale.
-    digest = hashlib.sha256(np.memmap(config.checkpoint, mode="r")).hexdigest()
-    path, fingerprint = config.index or f"{folder}.index.pt", f"{digest} {whole} {own.image_size}"
-    embed_gallery = partial(evaluate.embed_scaled, model, progress=True, **how)
-    vectors, names = open_index(path, folder, fingerprint, embed_gallery, config.missing)
-    scores = vectors @ queries.numpy().T  # (N, W) for W wanted categories; without an outfit W is 1
+    vectors, names = embed_gallery(config, embedder)
+    folder = Path(config.gallery).resolve()
     paths = [f"{folder}/{name}" for name in names]
+    scores = vectors @ queries.numpy().T  # (N, W) for W wanted categories; without an outfit W is 1
     if config.outfit:  # an image answers the query for its own category, or all if its category is unknown
         category = np.array([categories.of_image(path) for path in paths])[:, None]  # (N, 1)
         scores = np.where((category == wanted) | (category < 0), scores, -np.inf)
     scores = scores.max(1)  # (N,)
-    own_images = {os.path.realpath(path) for path in (*config.outfit, config.image) if path}
-    scores[[path in own_images for path in paths]] = -np.inf
+    own = {os.path.realpath(path) for path in query_images(config)}
+    scores[[path in own for path in paths]] = -np.inf
 
-    # The best come first, equal ones in the order of the gallery; -inf is no result, and stands last.
+    # The best come first, equal ones in the order of the gallery. An image with -inf is no result; those stand last.
     order, itm = np.argsort(-scores, kind="stable")[: np.isfinite(scores).sum()].tolist(), {}
-    if config.rerank:  # the ITM head orders the best ones again
-        first = order[:RERANKED]
-        pairs = [{**query, "image": paths[i]} for i in first]
-        found = evaluate.embed(partial(match_probability, model), pairs, **how).tolist()
-        itm = {i: {"itm": value} for i, value in zip(first, found, strict=True)}
-        order = sorted(first, key=lambda i: -itm[i]["itm"]) + order[RERANKED:]
+    if config.rerank:
+        order, itm = rerank(config.text, paths, order, embedder)
 
     # Results of a data set's own folder have their ids and titles, others the names of their files.
     titles, rows = annotations.load_titles(folder), []
     for rank, i in enumerate(order[: config.top], 1):
         name, title = titles.get(paths[i], (os.path.splitext(names[i])[0], ""))
-        row = {"rank": rank, "score": float(scores[i]), **itm.get(i, {}), "id": name, "title": title}
-        rows.append({**row, "path": str(Path(config.gallery, names[i]))})
+        row = {"rank": rank, "score": float(scores[i])} | ({"itm": itm[i]} if i in itm else {})
+        rows.append({**row, "id": name, "title": title, "path": str(Path(config.gallery, names[i]))})
     return rows
 
 
@@ -253,7 +289,7 @@ def main(argv=None):
     print(json.dumps(rows, indent=1) if config.json else "\n".join(lines))
     if config.out:
         text = f"wanted: {config.category}" if config.outfit else config.text
-        query = pictures.Cell([path for path in (*config.outfit, config.image) if path], text, "query")
+        query = pictures.Cell(query_images(config), text, "query")
         pictures.draw_page(config.out, f"best {len(rows)} of {config.gallery}", [pictures.Row(query, cells)])
 
 

@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -35,17 +36,26 @@ class Row(NamedTuple):  # of a page
     failed: bool = False  # whether the results lack the right one
 
 
-class Ranking(NamedTuple):
-    """Queries that rank the items of a gallery by dot product: what is drawn of both, and their tensors."""
+@dataclass
+class Ranking:
+    """Queries that rank the items of a gallery.
 
-    query_items: list  # Q dicts with "image" (a path, or a list of them) and "text" or "name", as far as they have them
-    gallery_items: list  # G such dicts
-    queries: torch.Tensor  # (Q, D) float
-    gallery: torch.Tensor  # (G, D) float; None: the queries (Q, G) are the scores
-    query_id: torch.Tensor  # (Q,) int64
-    gallery_id: torch.Tensor  # (G,) int64; of the same id means right
-    category: tuple = None  # (Q,), (G,) int64; where it is given, a query ranks only the items of its own
-    shown: int = SHOWN  # results in view; a query failed if none of them is right
+    An item is a dict with "image" (a path, or a list of them) and "text" or "name", as far as it has them, and "id":
+    the items of a query's id are right. Where items have a "category", a query ranks only those of its own."""
+
+    queries: list  # of Q items
+    gallery: list  # of G items
+    scores: Callable  # scores(i) -> (G,) float, what query i gives to each item of the gallery
+    n_shown: int = SHOWN  # results in view; a query failed if none of them is right
+
+    def __post_init__(self):
+        keys = [key for key in ("id", "category") if key in self.gallery[0]]
+        self.numbers = {key: torch.tensor([item[key] for item in self.gallery]) for key in keys}
+
+
+def dot_products(queries, gallery):
+    """The `scores` of a Ranking whose queries (Q, D) and gallery (G, D) are compared by dot product, as metrics do."""
+    return lambda i: gallery @ queries[i]
 
 
 def cell_of(item, label, right=False):
@@ -57,18 +67,16 @@ def cell_of(item, label, right=False):
 
 def ranked_row(ranking, i):
     """The Row of query i of a `Ranking`: its best gallery items, of equal ones the first."""
-    query, category = ranking.queries[i], ranking.category
-    scores = query if ranking.gallery is None else ranking.gallery @ query
+    query, scores = ranking.queries[i], ranking.scores(i)
     order = scores.sort(descending=True, stable=True).indices
-    if category:
-        order = order[category[1][order] == category[0][i]]
-    right = (ranking.gallery_id[order] == ranking.query_id[i]).tolist()
+    if "category" in query:
+        order = order[ranking.numbers["category"][order] == query["category"]]
+    right = (ranking.numbers["id"][order] == query["id"]).tolist()
     rank, results = 1 + right.index(True), []
-    for place, item in enumerate(order[: ranking.shown].tolist()):
+    for place, item in enumerate(order[: ranking.n_shown].tolist()):
         label = f"{place + 1}   {scores[item]:.2f}{'   right' if right[place] else ''}"
-        results.append(cell_of(ranking.gallery_items[item], label, right[place]))
-    query = cell_of(ranking.query_items[i], f"right one: rank {rank} of {len(order)}")
-    return Row(query, results, rank > ranking.shown)
+        results.append(cell_of(ranking.gallery[item], label, right[place]))
+    return Row(cell_of(query, f"right one: rank {rank} of {len(order)}"), results, rank > ranking.n_shown)
 
 
 def wrap(text, font, width, n_lines):

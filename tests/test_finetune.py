@@ -250,7 +250,7 @@ def test_readme_snippet(catalogue, tmp_path):
     config = evaluate_config("fashiongen_retrieval", catalogue, image_size=64)
     items = [{"image": str(photo)} for photo in photos]
     model = names["model"]
-    expected = evaluate.embed(lambda batch: model.scaled(model.encode_image(batch["image"])), items, None, config, ONE)
+    expected = evaluate.Embedder(model, evaluate.TASKS[config.task], None, config, ONE).embed(items)
     assert (names["image"] - expected).abs().max() < 1e-5 and names["changed"].shape == (2, 64)
 
 
@@ -263,7 +263,8 @@ def embeddings(catalogue, path, processes, batch_size, workers=0):
     sizes = {"eval_batch_size": batch_size, "image_size": 64, "workers": workers}
     config = evaluate_config("fashiongen_retrieval", catalogue, **sizes)
     products = annotations.load_products(catalogue, "FashionGen", "val")
-    return evaluate.embed_retrieval(model, products, data.wordpiece(info["vocab"]), config, processes)
+    task, words = evaluate.TASKS[config.task], data.wordpiece(info["vocab"])
+    return evaluate.embed_retrieval(evaluate.Embedder(model, task, words, config, processes), products)
 
 
 def two_process_worker(rank, port, catalogue, path, out):

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import data
 import evaluate
 import finetune
 from plumbing import checkpoint
+from plumbing.other_models import OtherModel
 from plumbing.settings import InputError
 
 
@@ -34,9 +34,9 @@ def vectors_of_list(checkpoint_path, lines, task, catalogue):
     for keys in ({"image"}, {"text"}, {"image", "text"}):
         part = [i for i, item in enumerate(items) if item.keys() == keys]
         if part:
-            encode = partial(evaluate.embed_batch, model)
             words = data.wordpiece(info["vocab"])
-            found = evaluate.embed(encode, [items[i] for i in part], words, config, ONE, task == "fashioniq")
+            embedder = evaluate.Embedder(model, evaluate.TASKS[task], words, config, ONE)
+            found = embedder.embed([items[i] for i in part])
             rows |= dict(zip(part, found, strict=True))
     return np.stack([rows[i].numpy() for i in range(len(items))])
 
@@ -67,31 +67,33 @@ def test_vectors_of_our_own_model_give_our_own_table(task, trained, catalogue, t
     assert low - 0.02 <= row["chance"]["mean_recall"] <= high + 0.02
 
 
-def test_wrong_vectors_end_in_one_line(catalogue, tmp_path, monkeypatch):
-    words = ["--task=fashiongen_retrieval", f"--data_root={catalogue}", "--workers=0"]
-    run_main(monkeypatch, *words, f"--list={tmp_path}/items.jsonl")
-    text = (tmp_path / "items.jsonl").read_text()
-    n = text.count("\n")
-    bad = np.zeros((n, 4))
-    bad[3, 1] = np.nan
-    for name, arrays, says in (
-        (
-            "count",
-            {"vectors": np.zeros((n - 1, 4)), "list": text},
-            rf"found vectors \({n - 1}, 4\), expected \({n}, D\)",
-        ),
-        ("nan", {"vectors": bad, "list": text}, r"vector 3 is not finite \(1 such\)"),
-        ("other", {"vectors": np.zeros((1, 4)), "list": "{}"}, r"items are not in its list, as \{\"image\": "),
-        ("complex", {"vectors": np.zeros((n, 4), complex), "list": text}, r"cannot be read \(vectors of complex128\)"),
-        ("keys", {"vectors": np.zeros((n, 4))}, r"cannot be read \(.*list.*\); expected an .npz"),
-    ):
-        np.savez(tmp_path / f"{name}.npz", **arrays)
-        with pytest.raises(InputError, match=rf"{name}\.npz: .*{says}") as error:
-            run_main(monkeypatch, *words, f"--embeddings={tmp_path}/{name}.npz")
-        assert "\n" not in str(error.value)
-    for content, says in ((b"", r"cannot be read \("), (b"<html>", "a web page")):
-        (tmp_path / "other.npz").write_bytes(content)
-        with pytest.raises(InputError, match=rf"other\.npz: {says}"):
-            run_main(monkeypatch, *words, f"--embeddings={tmp_path}/other.npz")
+N = 9  # lines of the list
+WRONG = {  # contents of a file, what is said of it
+    "count": ({"vectors": np.zeros((N - 1, 4))}, rf"vectors \({N - 1}, 4\) float64, expected numbers \({N}, D\)"),
+    "nan": ({"vectors": np.r_[np.zeros((3, 4)), np.full((N - 3, 4), np.nan)]}, r"vector 3 is not finite \(6 such\)"),
+    "other": (
+        {"vectors": np.zeros((1, 4)), "list": "{}"},
+        r"1 of 1 items are not in its list, as \{\"text\": \"0\"\}; write",
+    ),
+    "complex": ({"vectors": np.zeros((N, 4), complex)}, r"vectors \(9, 4\) complex128, expected numbers"),
+    "keys": ({"list": ""}, r"no .npz of vectors and list, as docs/results.md makes it: .*vectors"),
+    "empty": (b"", r"no \.npz of"),
+    "page": (b"<html>", "a web page"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_vectors_end_in_one_line(name, tmp_path):
+    (content, says), path = WRONG[name], tmp_path / f"{name}.npz"
+    if type(content) is dict:
+        np.savez(path, **{"list": "".join(f'{{"text": "{i}"}}\n' for i in range(N)), **content})
+    else:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name}\.npz: .*{says}") as error:
+        OtherModel(path, [{"text": "0"}])
+    assert "\n" not in str(error.value)
+
+
+def test_a_task_that_needs_more_than_vectors_says_so(catalogue, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="task: found 'polyvore', expected fashiongen_retrieval or fashioniq"):
         run_main(monkeypatch, "--task=polyvore", f"--data_root={catalogue}", f"--list={tmp_path}/o.jsonl")

@@ -298,7 +298,7 @@ WRONG = {
     "empty gallery": (["C", "E", "--text=a"], "no images in '"),
     "missing checkpoint": (["/nowhere.pt", "G", "--text=a"], "/nowhere.pt"),
     "text for an outfit model": (["O", "G", "--text=a"], "expected one trained for a task with contrastive"),
-    "outfit for a text model": (["C", "G", "--outfit", "a.jpg", "--category=shoe"], "with csa_net"),
+    "outfit for a text model": (["C", "G", "--outfit", __file__, "--category=shoe"], "with csa_net"),
 }
 
 

@@ -11,13 +11,13 @@ import data
 import evaluate
 import metrics
 from plumbing import annotations, pictures
-from plumbing.pictures import Cell, Ranking, Row
+from plumbing.pictures import Cell, Ranking, Row, dot_products
 from plumbing.processes import Processes
 from plumbing.settings import InputError
 
 
 def numbered(n, kind):
-    return [{"text": f"{kind} {i}"} for i in range(n)]
+    return [{"text": f"{kind} {i}", "id": i} for i in range(n)]
 
 
 def ranking_of(n, wrong=()):
@@ -25,7 +25,7 @@ def ranking_of(n, wrong=()):
     query = torch.eye(n) + torch.linspace(0.5, 0.1, n)
     for i in wrong:
         query[i, i] = -1.0
-    return Ranking(numbered(n, "query"), numbered(n, "item"), query, torch.eye(n), torch.arange(n), torch.arange(n))
+    return Ranking(numbered(n, "query"), numbered(n, "item"), dot_products(query, torch.eye(n)))
 
 
 def test_rows_of_a_ranking():
@@ -38,7 +38,8 @@ def test_rows_of_a_ranking():
     assert [c.right for c in cells] == [True, False, False, False, False] and "right" in cells[0].label
     query, cells, _ = rows[3]
     assert query.label == "right one: rank 9 of 9" and not any(c.right for c in cells)
-    ranks = metrics.best_ranks(*ranking[2:6]).tolist()
+    scores, ids = torch.stack([ranking.scores(i) for i in range(9)]), torch.arange(9)
+    ranks = metrics.best_ranks(scores, torch.eye(9), ids, ids).tolist()
     assert [row.query.label for row in rows] == [f"right one: rank {rank} of 9" for rank in ranks]
 
 
@@ -62,9 +63,9 @@ def test_recognition_shows_both_labels(catalogue):
     model = types.SimpleNamespace(config=types.SimpleNamespace(n_classes=len(logits)))
     model.classify = lambda batch: logits.repeat(len(batch["image"]), 1)
     tokenizer = data.wordpiece((catalogue / "vocab.txt").read_text())
-    _, result = next(evaluate.evaluate_recognition(model, tokenizer, config, Processes(0, 1, torch.device("cpu"))))
+    _, result = next(evaluate.run_task(model, tokenizer, config, Processes(0, 1, torch.device("cpu"))))
     (ranking,) = result.rankings
-    assert ranking.gallery_items[-1] == {"text": f"class {len(names)}"}
+    assert ranking.gallery[-1] == {"text": f"class {len(names)}", "id": len(names)}
     for i, (prediction, label) in enumerate(result.outcomes["samples"].tolist()):
         query, results, failed = pictures.ranked_row(ranking, i)
         assert prediction == 1 and query.text == f"true: {names[label]}"
@@ -72,9 +73,9 @@ def test_recognition_shows_both_labels(catalogue):
 
 
 def test_a_query_shows_only_items_of_its_category():
-    tensors = torch.eye(4), torch.eye(4), torch.arange(4), torch.arange(4)
-    category = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 0, 1])
-    ranking = Ranking(numbered(4, "query"), numbered(4, "item"), *tensors, category)
+    queries = [{**item, "category": c} for item, c in zip(numbered(4, "query"), (0, 0, 0, 1), strict=True)]
+    items = [{**item, "category": c} for item, c in zip(numbered(4, "item"), (0, 1, 0, 1), strict=True)]
+    ranking = Ranking(queries, items, dot_products(torch.eye(4), torch.eye(4)))
     query, cells, _ = pictures.ranked_row(ranking, 2)
     assert query.label == "right one: rank 1 of 2" and [cell.text for cell in cells] == ["item 2", "item 0"]
 

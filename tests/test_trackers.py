@@ -256,7 +256,8 @@ def test_fewer_items_than_processes(catalogue, monkeypatch):
 
     def embed(processes):
         items = [{"image": path} for path in paths]
-        return evaluate.embed(lambda batch: batch["image"][:, :, 9, 9], items, None, config, processes)
+        embedder = evaluate.Embedder(None, evaluate.TASKS["fashiongen_retrieval"], None, config, processes)
+        return embedder.embed(items, encode=lambda batch: batch["image"][:, :, 9, 9])
 
     def keep(rows):
         parts.append(rows)
