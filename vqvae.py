@@ -310,14 +310,9 @@ def load_image_tokenizer(path, device="cpu"):
     state = {k.removeprefix(f"{inside}."): v for k, v in state.items() if not k.startswith(TRAINING_ONLY)}
     with reading(path, "no image tokenizer in it"):
         tokenizer = random_image_tokenizer(read_sizes(state))
-    try:
-        tokenizer.load_state_dict(state)
-    except RuntimeError as error:  # a line for each kind of mismatch
-        raise InputError(f"{path}: not an image tokenizer: {str(error).splitlines()[1].strip():.300}") from None
-    found, expected = tokenizer.config.stride, settings.STRIDE
-    if found != expected:
-        cure = f"expected {expected} as the ResNet's; train one with vqvae.py"
-        raise InputError(f"{path}: an image tokenizer with patches of {found} pixels, {cure}")
+    checkpoint.check_names(path, tokenizer.state_dict(), state)
+    check_patches(path, tokenizer.config)
+    tokenizer.load_state_dict(state)
     return tokenizer.to(device)
 
 
@@ -348,14 +343,19 @@ def read_sizes(state):
     return ImageTokenizerConfig(ch, tuple(width // ch for width in widths), n_blocks, latent_dim, n_codes, unshuffle)
 
 
+def check_patches(where, sizes):
+    """Raise InputError where the patches are not those of the ResNet, for MPFC predicts the code of each of them."""
+    if sizes.stride != settings.STRIDE:
+        found = f"{len(sizes.ch_mult)} levels and unshuffle {sizes.unshuffle} make patches of {sizes.stride} pixels"
+        raise InputError(f"{where}: {found}, expected {settings.STRIDE} as the ResNet's")
+
+
 def check_config(config):
-    """Raise InputError for a setting out of its limits, sizes that cannot be, or patches that are not the ResNet's."""
+    """Raise InputError for a setting out of its limits or sizes that cannot be."""
     settings.check_limits(config)
     if not config.ch_mult or not all(type(m) is int and m > 0 for m in config.ch_mult):
         raise InputError(f"ch_mult: found {config.ch_mult}, expected whole numbers from 1, one a level")
-    if config.stride != settings.STRIDE:
-        levels = f"{len(config.ch_mult)} levels and unshuffle {config.unshuffle}"
-        raise InputError(f"ch_mult: {levels} make patches of {config.stride} pixels, expected {settings.STRIDE}")
+    check_patches("ch_mult", config)
 
 
 def usage(counts):
@@ -395,8 +395,8 @@ def train(config, processes):
     model = VQVAE(config).to(device)
 
     # The bookkeeping, which resumes an earlier run where config.resume says so.
-    counts = torch.zeros(config.n_codes, device=device)  # how often each code was chosen since the last log line
-    run = runs.Run(config, processes, model, {"kind": "image_tokenizer"}, {"counts": counts})
+    counts = torch.zeros(config.n_codes, device=device)  # how often a code was chosen since the last log line
+    run = runs.Run(config, processes, model, {"kind": "image_tokenizer"})
 
     # The order of the samples, and their batches for the updates that are left.
     sampler = data.BatchSampler(len(products), config, processes, run.start, lambda step: "reconstruction")
@@ -405,9 +405,8 @@ def train(config, processes):
     loader = iter(data.train_loader(dataset, sampler, config, device))
 
     # What the user sees at the start.
-    n = sum(p.numel() for p in model.parameters())
-    report = f"{len(products)} products, {len(held_out)} images held out, {n:,} parameters"
-    run.open(sampler, lambda row: products[row].name, [report])
+    report = [f"{len(products)} products, {len(held_out)} images held out"]
+    run.open(sampler, lambda row: products[row].name, report)
 
     # The model that is compiled where that is set, and that averages gradients over processes. DDP also copies the
     # codebook of the main process to all before every forward, so it does not drift by rounding.
@@ -417,10 +416,7 @@ def train(config, processes):
     ddp = processes.distribute(model)
 
     def measure():
-        metrics = validate(model, held_out, device, config.eval_batch_size) if is_main else {}
-        run.end_validation(metrics)
-        if is_main:
-            run.bar.write(f"step {run.done}: " + "  ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
+        run.end_validation(validate(model, held_out, device, config.eval_batch_size) if is_main else {})
 
     # The earlier run may have ended while it validated.
     if run.validation_due:
@@ -470,7 +466,8 @@ def train(config, processes):
             measure()
 
     if is_main:
-        print(f"written: {config.out_dir}/last.pt, log.jsonl")
+        metrics = "  ".join(f"{name} {value:.3g}" for name, value in run.metrics.items())
+        print(f"written: {config.out_dir}/last.pt; held-out images: {metrics}")
     return model, run.metrics
 
 

@@ -137,9 +137,7 @@ def test_an_image_tokenizer_of_another_grid(catalogue, tmp_path):
     file = tmp_path / "tokenizer.pt"
     checkpoint.save(file, {"kind": "tokenizer", "model": vqvae.random_image_tokenizer(sizes).state_dict()})
     config = small_pretrain(catalogue, tmp_path / "run", image_tokenizer=str(file))
-    message = (
-        f"{file}: an image tokenizer with patches of 16 pixels, expected 32 as the ResNet's; train one with vqvae.py"
-    )
+    message = f"{file}: 3 levels and unshuffle 4 make patches of 16 pixels, expected 32 as the ResNet's"
     refuse(lambda: pretrain.train(config, ONE), message, catalogue)
     assert os.listdir(tmp_path) == ["tokenizer.pt"]
 
