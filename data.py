@@ -11,7 +11,6 @@ import signal
 from typing import NamedTuple
 
 import numpy as np
-import tokenizers
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
@@ -30,19 +29,6 @@ STD = (0.12221994, 0.12145835, 0.14380469)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # texts are tokenized before loaders fork; this stops a warning
 
 # ---- text ------------------------------------------------------------------------------------------------------------
-
-
-def wordpiece(vocab):
-    """BERT's uncased WordPiece tokenizer from the text of a vocab.txt. Raises InputError for a text that is none."""
-    ids = {}
-    for i, token in enumerate(vocab.rstrip("\n").split("\n")):
-        if token in ids:
-            raise InputError(f"vocab: {token!r} stands in line {ids[token] + 1} and in line {i + 1}, expected once")
-        ids[token] = i
-    for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"):
-        if token not in ids:
-            raise InputError(f"vocab: token {token} is missing; expected a BERT vocab.txt, one token a line")
-    return tokenizers.BertWordPieceTokenizer(ids, lowercase=True)
 
 
 class Tokens(NamedTuple):
@@ -111,9 +97,9 @@ def pad_texts(rows):
     return {"input_ids": pad(rows), "attention_mask": pad([[1] * len(row) for row in rows])}
 
 
-def text_batch(vocab, texts, max_tokens=MAX_TOKENS):
-    """Texts and the text of a vocab.txt -> {"input_ids", "attention_mask"}, as `pad_texts`."""
-    return pad_texts([tokens.ids for tokens in tokenize(wordpiece(vocab), texts, max_tokens)])
+def text_batch(tokenizer, texts, max_tokens=MAX_TOKENS):
+    """A `tokenizers.Tokenizer` and texts -> {"input_ids", "attention_mask"}, as `pad_texts`."""
+    return pad_texts([tokens.ids for tokens in tokenize(tokenizer, texts, max_tokens)])
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import losses
 import metrics
 from metrics import composed_retrieval, full_gallery, outfit_retrieval, recognition, sample_100
 from model import CSANet
-from plumbing import annotations, bert, checkpoint, ending, photos, pictures, settings
+from plumbing import annotations, checkpoint, ending, photos, pictures, settings
 from plumbing.files import write_json
 from plumbing.other_models import OtherModel, write_list
 from plumbing.pictures import Ranking, dot_products
@@ -333,8 +333,8 @@ class EvalConfig:
     gallery: str = setting("original", "fashioniq: original (split file) or val (references, targets)", None, GALLERIES)
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, FashionIQ/, ...", group="data")
     missing: str = setting("stop", MISSING, choices=("stop", "skip"))
-    vocab: str = setting("", "WordPiece vocab.txt; empty: the checkpoint's own, else as in training")
-    bert: str = setting("", "BERT folder or hub name for the vocabulary of a released checkpoint")
+    vocab: str = setting("", "vocab.txt or tokenizer.json; empty: the checkpoint's own, else as in training")
+    bert: str = setting("", "BERT folder or hub name, for the tokenizer of a released checkpoint")
     image_size: int = setting(0, "pixels a side; 0: the checkpoint's own, 224 for a released one")
     max_tokens: int = setting(0, "longest text; 0: the checkpoint's own, else the paper's 75, for fashioniq 50", FROM_0)
     bootstrap: bool = setting(False, "add 95 % intervals over queries", group="results")
@@ -345,17 +345,6 @@ class EvalConfig:
     workers: int = setting(2, "data loader workers per process", FROM_0)
     dtype: str = setting("float32", "float32, bfloat16 or float16 (autocast)", choices=DTYPES)
     device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES)
-
-
-def read_tokenizer(path, model, config, vocab):
-    """The WordPiece tokenizer of checkpoint `path`, whose own vocabulary is `vocab`, a text or None.
-
-    Raises InputError where there is no vocabulary or it is not the model's."""
-    tokenizer = data.wordpiece(bert.vocabulary(config, vocab))
-    if tokenizer.get_vocab_size() != model.config.vocab_size:
-        found = f"found a vocabulary of {tokenizer.get_vocab_size()} words, expected {model.config.vocab_size}"
-        raise InputError(f"{path}: {found}; set --vocab=FILE to the one of its training")
-    return tokenizer
 
 
 def as_trained(config, trained_config):
@@ -377,7 +366,7 @@ def evaluate_checkpoint(path, config, processes):
     checkpoint.check_labels(path, info["labels"], annotations.label_names(config.data_root, config.task))
     config, tokenizer = as_trained(config, info["config"]), None
     if task.heads:  # a CSANet reads no text
-        tokenizer = read_tokenizer(path, model, config, info["vocab"])
+        tokenizer = checkpoint.find_tokenizer(config, info["tokenizer"], model.config.vocab_size)
         data.check_lengths(config, model.config.max_position_embeddings, task.max_tokens)
     return dict(run_task(model, tokenizer, config, processes))
 

@@ -18,7 +18,7 @@ import data
 import evaluate
 import losses
 from model import RESNETS, SIZES, CSANet, FashionViL, ModelConfig, compile_parts
-from plumbing import annotations, bert, checkpoint, runs, settings
+from plumbing import annotations, checkpoint, runs, settings
 from plumbing.processes import allow_tf32, copy_from_main
 from plumbing.settings import COUNT, FROM_0, MISSING, SHARE, setting
 
@@ -37,7 +37,7 @@ class FinetuneConfig(runs.RunConfig):
 
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, FashionIQ/, ...", group="data")
     vocab: str = setting(
-        "", "WordPiece vocab.txt; empty: the checkpoint's, BERT folder's, DATA_ROOT/vocab.txt or hub's"
+        "", "vocab.txt or tokenizer.json; empty: the checkpoint's, BERT folder's, DATA_ROOT/vocab.txt or hub's"
     )
     image_size: int = setting(0, "pixels a side, a multiple of 32; 0: the checkpoint's own, else 224")
     missing: str = setting("stop", MISSING, choices=("stop", "skip"))
@@ -61,9 +61,9 @@ class FinetuneConfig(runs.RunConfig):
     milestones: tuple = setting((45_000, 90_000), "updates at which the learning rate falls to a tenth")
 
 
-def build_model(config, sizes, heads, vocab_size, n_classes=0, n_categories=0):
+def build_model(config, sizes, heads, n_classes=0, n_categories=0):
     """The task's model. sizes: {field of ModelConfig: value} of what it starts from."""
-    own = {"heads": heads, "vocab_size": vocab_size, "n_classes": n_classes, "dropout": config.dropout}
+    own = {"heads": heads, "n_classes": n_classes, "dropout": config.dropout}
     model_config = ModelConfig(**{**sizes, **own})
     return FashionViL(model_config) if heads else CSANet(model_config, n_categories)
 
@@ -78,23 +78,21 @@ def train(config, processes):
     torch.manual_seed(config.seed)  # every process starts from the same weights
 
     # What the model starts from. A checkpoint brings its image size and text length where the settings have 0.
-    start = checkpoint.read_start(config, uses_bert=bool(task.heads))
+    start = checkpoint.read_start(config, reads_text=bool(task.heads))  # a CSA-Net reads none
     config = evaluate.as_trained(config, start.trained)
 
     # The data and the model.
     items, label_counts = task.load_items(config)  # {} or the number of classes or of outfit categories
     labels = annotations.label_names(config.data_root, config.task)
-    vocab = bert.vocabulary(config, start.vocab)
-    tokenizer = data.wordpiece(vocab)
-    model = build_model(config, start.sizes, task.heads, tokenizer.get_vocab_size(), **label_counts)
-    if task.heads:  # a CSA-Net reads no text
+    tokenizer = start.tokenizer
+    model = build_model(config, start.sizes, task.heads, **label_counts)
+    if task.heads:
         data.check_lengths(config, model.config.max_position_embeddings, task.max_tokens)
     report = checkpoint.initialise(model, start)
     model.to(device)
 
     # The bookkeeping, which resumes an earlier run where config.resume says so.
-    contents = {"kind": "fashionvil" if task.heads else "csa_net", "task": config.task, "vocab": vocab}
-    contents |= {"model_config": dataclasses.asdict(model.config), "labels": labels}
+    contents = checkpoint.contents(model, config.task, labels, tokenizer)
     run = runs.Run(config, processes, model, contents)
 
     # The batches of the updates that are left, and the model that averages gradients over processes.

@@ -191,7 +191,7 @@ def pac(model, batch):
 
 
 # A new objective needs a function here, a share in --objectives, what `data.Pretraining.sample` adds to a sample, and
-# for a head: model.HEADS, `build` in FashionViL, checkpoint.SIZE_OF. tools/summary.py reads its accuracy, NAME_acc.
+# for a head: model.HEADS, `build` in FashionViL, weights.SIZE_OF. tools/summary.py reads its accuracy, NAME_acc.
 OBJECTIVES = {"itc": itc, "itm": itm, "mlm": mlm, "mpfc": mpfc, "mvc": mvc, "pac": pac}
 
 

@@ -7,7 +7,6 @@
 Writes into the run folder: run.json (how to run it again), log.jsonl (a line per log step), last.pt (all that a resume
 needs) and best.pt (the model with the best FashionGen-val mean recall)."""
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -20,8 +19,7 @@ import evaluate
 import vqvae
 from losses import OBJECTIVES
 from model import PRETRAINING_HEADS, RESNETS, SIZES, FashionViL, ModelConfig, compile_parts
-from plumbing import bert, checkpoint, runs, settings
-from plumbing.files import checksum
+from plumbing import checkpoint, runs, settings
 from plumbing.processes import world_size
 from plumbing.settings import COUNT, FROM_0, MISSING, SHARE, InputError, setting
 
@@ -35,7 +33,7 @@ class PretrainConfig(runs.RunConfig):
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, ...", group="data")
     sets: tuple = setting(data.SETS, "data sets to train on")
     vocab: str = setting(
-        "", "WordPiece vocab.txt; empty: the checkpoint's, BERT folder's, DATA_ROOT/vocab.txt or hub's"
+        "", "vocab.txt or tokenizer.json; empty: the checkpoint's, BERT folder's, DATA_ROOT/vocab.txt or hub's"
     )
     image_size: int = setting(224, "pixels a side, a multiple of 32")
     max_tokens: int = setting(0, "longest text, [CLS] and [SEP] included; 0: the paper's 75", FROM_0)
@@ -114,21 +112,16 @@ def train(config, processes):
     # The image tokenizer is frozen, so it is a variable here and no part of what is trained and saved.
     image_tokenizer = vqvae.prepare_image_tokenizer(config, device)
     n_codes = image_tokenizer.config.n_codes if image_tokenizer else ModelConfig.n_codes
-    if image_tokenizer:
-        labels["image tokenizer"] = [checksum(image_tokenizer)]
 
-    # What the model starts from, the words of the texts, then the model and its first weights.
+    # What the model starts from, with the tokenizer of the texts; then the model and its first weights.
     start = checkpoint.read_start(config)
-    vocab = bert.vocabulary(config, start.vocab)
-    tokenizer = data.wordpiece(vocab)
-    n_words = tokenizer.get_vocab_size()
-    model = build_model(config, start.sizes, vocab_size=n_words, n_attributes=n_attributes, n_codes=n_codes)
+    tokenizer, n_words = start.tokenizer, start.tokenizer.get_vocab_size()
+    model = build_model(config, start.sizes, n_attributes=n_attributes, n_codes=n_codes)
     report = checkpoint.initialise(model, start)
     model.to(device)
 
     # The bookkeeping, which resumes an earlier run where config.resume says so.
-    contents = {"kind": "fashionvil", "task": "pretrain", "model_config": dataclasses.asdict(model.config)}
-    contents |= {"vocab": vocab, "labels": labels}
+    contents = checkpoint.contents(model, "pretrain", labels, tokenizer, image_tokenizer)
     run = runs.Run(config, processes, model, contents)
 
     # The order of the samples, and their batches for the updates that are left.

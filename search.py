@@ -51,7 +51,7 @@ class SearchConfig:
     out: str = setting("", "page of pictures to draw, a .png")
     index: str = setting("", "file in which the images' vectors are kept; empty: GALLERY.index.pt", group="data")
     missing: str = setting("stop", MISSING, choices=("stop", "skip"))
-    vocab: str = setting("", "vocab.txt of a released checkpoint")
+    vocab: str = setting("", "vocab.txt or tokenizer.json of a released checkpoint")
     data_root: str = setting("", "folder that holds PolyvoreOutfits/; empty: the checkpoint's own")
     workers: int = setting(2, "processes that read images", FROM_0, group="machine")
     device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES)
@@ -166,7 +166,9 @@ def load_embedder(config):
     data_root = config.data_root or info["config"].get("data_root", "data/datasets")
     own = evaluate.EvalConfig(data_root=data_root, vocab=config.vocab, workers=config.workers)
     own = evaluate.as_trained(own, info["config"])
-    tokenizer = evaluate.read_tokenizer(config.checkpoint, model, own, info["vocab"]) if config.text else None
+    tokenizer = None
+    if config.text:
+        tokenizer = checkpoint.find_tokenizer(own, info["tokenizer"], model.config.vocab_size)
     # Images are fitted as in training. In pre-training this is as for retrieval.
     name = "polyvore" if config.outfit else info["task"]
     task = evaluate.TASKS.get(name, evaluate.TASKS["fashiongen_retrieval"])

@@ -4,7 +4,6 @@ pretrain.py shows how a loop uses it. A run folder holds run.json (how to run it
 resume needs), best.pt (the best model by the metric that selects) and lock."""
 
 import contextlib
-import copy
 import dataclasses
 import errno
 import json
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from plumbing import checkpoint, ending, health, optim, settings
+from plumbing import checkpoint, ending, health, optim, settings, weights
 from plumbing.files import reading, replacing, shown, write_json, writing
 from plumbing.processes import (
     all_mean,
@@ -88,7 +87,7 @@ class Run:
     def __init__(self, config, processes, model, contents, lasting=None):
         """Resume from the checkpoint that config.resume means, if any.
 
-        contents: what every checkpoint holds beside weights and progress: "kind", "task", "vocab", "labels", sizes."""
+        contents: what every checkpoint holds beside weights and progress, as `checkpoint.contents`."""
         self.config, self.processes, self.model = config, processes, model
         lr_factor = getattr(config, "lr_factor", 1.0)  # the image tokenizer has no parts that learn faster
         self.optimizer = optim.make_optimizer(model, config.lr, config.weight_decay, lr_factor)
@@ -113,13 +112,7 @@ class Run:
 
         Raises InputError where the file does not fit, or where the data mean something else than before."""
         path, config = state["path"], self.config
-        theirs, ours = (
-            {"words": run.get("vocab", "").splitlines(), **run.get("labels", {})} for run in (state, self.contents)
-        )
-        checkpoint.check_labels(path, theirs, ours)
-        if state.get("task") != self.contents.get("task"):
-            found = f"a run of task {state.get('task')}, expected {self.contents.get('task')}"
-            raise InputError(f"{path}: {found}; set another --out_dir, or --init={path} to start from its weights")
+        checkpoint.check_same(path, state, self.contents)
         rates = [(group["base_lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         with reading(path, "cannot be resumed"):
             self.model.load_state_dict(state["model"])
@@ -332,10 +325,10 @@ def find_resume(resume, folder, model):
     if not resume or (resume == "auto" and not path.exists()):
         return None
     with reading(path, "cannot be resumed"):
-        file = copy.deepcopy(checkpoint.read_file(path))  # a copy in memory, since the file may be written over
+        file = weights.read_file(path)
     if "format" not in file or "optimizer" not in file:
         raise InputError(f"{path}: holds no optimizer state, so it cannot be resumed; --init={path} starts from it")
-    checkpoint.check_names(path, model.state_dict(), file["model"])
+    weights.check_names(path, model.state_dict(), file["model"])
     return {**file, "path": path}
 
 

@@ -34,6 +34,6 @@ def image_tokenizer_file(tmp_path_factory):
 
     sizes = vqvae.ImageTokenizerConfig(ch=8, ch_mult=(1, 1, 1, 1), n_blocks=1, latent_dim=8, n_codes=16, unshuffle=4)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.pt"
-    state = {"kind": "tokenizer", "model": vqvae.VQVAE(sizes).state_dict()}
+    state = {"kind": "image_tokenizer", "model": vqvae.VQVAE(sizes).state_dict()}
     checkpoint.save(path, state)
     return path

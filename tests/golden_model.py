@@ -10,7 +10,7 @@ from fill import fill
 import data
 import vqvae
 from model import PRETRAINING_HEADS, CSANet, FashionViL, ModelConfig
-from plumbing import checkpoint
+from plumbing import weights
 
 HERE = Path(__file__).parent / "golden"
 GOLDEN = torch.load(os.environ.get("GOLDEN", HERE / "tiny.pt"), weights_only=True)
@@ -26,9 +26,8 @@ def to_original(state_dict, norm=None):
         pretraining = any(name.startswith(f"heads.{head}.") for name in state_dict for head in PRETRAINING_HEADS[1:])
         norm = "model.contrastive_norm.norm_s" if pretraining else "model.norm_layer.norm_s"
         norm = "norm_layer.norm_s" if "proj_layer.weight" in state_dict else norm
-    theirs = checkpoint.rename(
-        state_dict, [row for row in checkpoint.NAMES if row[0] != "logit_scale" or row[1] == norm]
-    )
+    rows = [(ours, theirs) for theirs, ours in weights.RELEASED if ours != "logit_scale" or theirs == norm]
+    theirs = weights.rename(state_dict, rows)
     if "model.heads.mlm.bias" in theirs:
         theirs["model.heads.mlm.decoder.bias"] = theirs["model.heads.mlm.bias"]
     return theirs
@@ -36,8 +35,8 @@ def to_original(state_dict, norm=None):
 
 def filled(model):
     """The model with the golden weights, which depend on the original's parameter names alone."""
-    weights = fill(to_original(model.state_dict()), META["scale"])
-    model.load_state_dict(checkpoint.rename(weights, checkpoint.RENAME["fashionvil"]))
+    state = fill(to_original(model.state_dict()), META["scale"])
+    model.load_state_dict(weights.rename(state, weights.RELEASED))
     # The reference was computed in this memory format; in ours the kernels round otherwise, and what a ReLU makes of a
     # value next to zero moves gradient norms by up to 1.4e-3.
     model.image_encoder.to(memory_format=torch.contiguous_format)

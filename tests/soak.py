@@ -57,7 +57,7 @@ def make_data(folder):
     sizes = vqvae.ImageTokenizerConfig(ch=8, ch_mult=(1, 1, 1, 1), n_blocks=1, latent_dim=8, n_codes=16, unshuffle=4)
     torch.manual_seed(0)
     checkpoint.save(
-        folder / "tokenizer.pt", {"kind": "tokenizer", "model": vqvae.random_image_tokenizer(sizes).state_dict()}
+        folder / "tokenizer.pt", {"kind": "image_tokenizer", "model": vqvae.random_image_tokenizer(sizes).state_dict()}
     )
 
 
@@ -246,9 +246,9 @@ def mutate(folder, seconds, rng):
         model = pretrain.build_model(
             pretrain.PretrainConfig(resnet="resnet18", width=8), {**SIZES["tiny"], "vocab_size": 90}
         )
-        state = {"format": 1, "kind": "fashionvil", "task": "pretrain", "model": model.state_dict(), "step": 3}
+        state = {"format": 2, "kind": "fashionvil", "task": "pretrain", "model": model.state_dict(), "step": 3}
         optimizer = {"state": {}, "param_groups": []}
-        torch.save({**state, "vocab": "[PAD]\n", "config": {}, "optimizer": optimizer}, folder / name, **kind)
+        torch.save({**state, "config": {}, "optimizer": optimizer}, folder / name, **kind)
         weights.append(folder / name)
 
     def read(path):

@@ -24,7 +24,7 @@ import evaluate
 import finetune
 import pretrain
 import vqvae
-from plumbing import annotations, bert, checkpoint, photos, settings
+from plumbing import annotations, checkpoint, photos, settings, weights
 from plumbing.processes import Processes
 from plumbing.settings import InputError
 from prepare import check_data
@@ -135,7 +135,7 @@ def test_settings(changes, message, catalogue, tmp_path):
 def test_an_image_tokenizer_of_another_grid(catalogue, tmp_path):
     sizes = vqvae.ImageTokenizerConfig(ch=8, ch_mult=(1, 1, 1), n_blocks=1, latent_dim=8, n_codes=16, unshuffle=4)
     file = tmp_path / "tokenizer.pt"
-    checkpoint.save(file, {"kind": "tokenizer", "model": vqvae.random_image_tokenizer(sizes).state_dict()})
+    checkpoint.save(file, {"kind": "image_tokenizer", "model": vqvae.random_image_tokenizer(sizes).state_dict()})
     config = small_pretrain(catalogue, tmp_path / "run", image_tokenizer=str(file))
     message = f"{file}: 3 levels and unshuffle 4 make patches of 16 pixels, expected 32 as the ResNet's"
     refuse(lambda: pretrain.train(config, ONE), message, catalogue)
@@ -417,9 +417,8 @@ def test_byte_order_marks_are_no_content(tmp_path):
     assert annotations.read_json(tmp_path / "rows.json", list) == ["a"]
     (tmp_path / "run.py").write_text("max_steps = 7", encoding="utf-8-sig")
     assert settings.load_config(pretrain.PretrainConfig, [str(tmp_path / "run.py")]).max_steps == 7
-    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n", encoding="utf-8-sig")
-    config = pretrain.PretrainConfig(vocab=str(tmp_path / "vocab.txt"))
-    assert bert.vocabulary(config).startswith("[PAD]")
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n", encoding="utf-8-sig")
+    assert weights.read_tokenizer(tmp_path / "vocab.txt").token_to_id("[PAD]") == 0
 
 
 @pytest.mark.parametrize("word", ["max_steps=3", "-max_steps=3", "\u2014-max_steps=3", "--max-steps=3", "MAX_STEPS=3"])
@@ -556,7 +555,7 @@ def test_a_resume_whose_attributes_codes_or_words_mean_something_else_is_refused
     (root / "vocab.txt").write_text(vocab.replace("[MASK]", "[X]").replace("[UNK]", "[MASK]").replace("[X]", "[UNK]"))
     refuse(
         lambda: pretrain.train(again, ONE),
-        "***last.pt: words: number *** is '[***]' in the checkpoint, but '[***",
+        "***last.pt: was trained with another tokenizer; set --vocab, --bert and --data_root as ***",
         root,
     )
     (root / "vocab.txt").write_text(vocab)
@@ -566,7 +565,8 @@ def test_a_resume_whose_attributes_codes_or_words_mean_something_else_is_refused
     original = vqvae.prepare_image_tokenizer
     try:
         vqvae.prepare_image_tokenizer = lambda config, device: tokenizer
-        refuse(lambda: pretrain.train(again, ONE), "***last.pt: image tokenizer: number 0 is ***", root)
+        says = "***last.pt: was trained with another image_tokenizer; set ***"
+        refuse(lambda: pretrain.train(again, ONE), says, root)
     finally:
         vqvae.prepare_image_tokenizer = original
     rename_label(root, "attributes")
@@ -601,6 +601,5 @@ def test_another_vocabulary_than_the_checkpoints_is_refused(root, tmp_path):
     words = (root / "vocab.txt").read_text().splitlines()
     (root / "other.txt").write_text("\n".join([*words[:-2], words[-1], words[-2]]) + "\n")
     evaluation = evaluate.EvalConfig("fashioniq", path, data_root=str(root), vocab=str(root / "other.txt"), workers=0)
-    found = f"token {len(words) - 2} is '{words[-1]}', but '{words[-2]}' in the checkpoint's vocabulary"
-    message = f"vocab: {{root}}/other.txt: {found}; leave --vocab out to take that one"
+    message = "vocab: {root}/other.txt is not the checkpoint's own tokenizer; leave --vocab out"
     refuse(lambda: evaluate.evaluate_checkpoint(path, evaluation, ONE), message, root)

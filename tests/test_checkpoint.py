@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -21,12 +22,16 @@ import torch
 from golden_model import GOLDEN, HERE, META, build, build_csa, difference, fill, golden_batch, to_original
 from torch import nn
 
+import data
+import evaluate
+import finetune
 import vqvae
 from model import SIZES, CSANet, FashionViL, ModelConfig
-from plumbing import bert, checkpoint, runs
-from plumbing.checkpoint import WORDS
+from plumbing import checkpoint, runs, settings, weights
+from plumbing.processes import Processes
 from plumbing.settings import InputError
-from tools import weights
+from plumbing.weights import WORDS
+from tools import weights as tool
 
 FULL_HEADS = {
     "pretraining": ("contrastive", "itm", "mlm", "mpfc", "pac"),
@@ -36,6 +41,7 @@ FULL_HEADS = {
 }
 SMALL = dict(resnet="resnet18", width=8, vocab_size=100, max_position_embeddings=40, **SIZES["tiny"])
 
+ONE = Processes(0, 1, torch.device("cpu"))
 BERT_SIZES = {key: SMALL[key] for key in SMALL if key not in ("resnet", "width")} | {"type_vocab_size": 2}
 
 
@@ -47,16 +53,20 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def start_from(init, bert="", resnet_file="", uses_bert=True, resnet="resnet18"):
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(95))]  # as many as SMALL has rows
+TOKENIZER = weights.wordpiece("\n".join(VOCAB))
+
+
+def start_from(init, bert="", resnet_file="", reads_text=True, resnet="resnet18", vocab="", data_root="none"):
     """What a new model starts from by these settings."""
-    words = dict(init=init, bert=bert, resnet_file=resnet_file, resnet=resnet)
-    words = {name: str(value) for name, value in words.items()}
-    return checkpoint.read_start(SimpleNamespace(**words, width=8, size="tiny"), uses_bert)
+    given = dict(init=init, bert=bert, resnet_file=resnet_file, resnet=resnet, vocab=vocab, data_root=data_root)
+    given = {name: str(value) for name, value in given.items()}
+    return checkpoint.read_start(SimpleNamespace(**given, width=8, size="tiny"), reads_text)
 
 
 def sizes_of(folder):
     """The Transformer's sizes that a BERT folder brings."""
-    sizes = start_from("random", folder).sizes
+    sizes = weights.read_bert(str(folder))[1]
     return {name: value for name, value in sizes.items() if name not in ("resnet", "width")}
 
 
@@ -85,7 +95,7 @@ def ours(model, **more):
         "model_config": config,
         "config": {"lr": 0.1},
     }
-    return {**state, "vocab": "[PAD]\n[UNK]\n", "step": 7, **more}
+    return {**state, "tokenizer": TOKENIZER.to_str(), "step": 7, **more}
 
 
 def saved(path, model, **more):
@@ -125,7 +135,7 @@ def test_full_size_names(layout):
     theirs = to_original(ours)
     assert {n: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in theirs.items()} == released
     tensors = {name: torch.empty(shape, device="meta") for name, (shape, _) in released.items()}
-    back = checkpoint.rename(tensors, checkpoint.RENAME["fashionvil"])
+    back = weights.rename(tensors, weights.RELEASED)
     assert {n: t.shape for n, t in back.items()} == {n: t.shape for n, t in ours.items()}
 
 
@@ -226,10 +236,10 @@ def test_released_layout_gives_golden_numbers(layout, tmp_path):
 def test_converted_file_has_the_tensors_and_nothing_else(tmp_path, capsys, monkeypatch):
     source, target = HERE / "released_style_best.ckpt", tmp_path / "clean.pth"
     monkeypatch.setattr(sys, "argv", ["weights.py", "--convert", str(source), str(target)])
-    weights.main()
+    tool.main()
     printed = capsys.readouterr().out
     assert "126 tensors" in printed and "omegaconf.dictconfig.DictConfig" in printed and "OrderedDict" not in printed
-    content = checkpoint.read_file(target)
+    content = weights.read_file(target)
     assert list(content) == ["model"]
     scale = content["model"]["model.contrastive_norm.norm_s"]
     assert scale.shape == (1,) and scale.dtype == torch.float32
@@ -237,7 +247,7 @@ def test_converted_file_has_the_tensors_and_nothing_else(tmp_path, capsys, monke
     with zipfile.ZipFile(source) as archive:
         for index, (name, tensor) in enumerate(content["model"].items()):
             assert archive.read(f"best/data/{index}") == tensor.numpy().tobytes(), name
-    assert checkpoint.read_weights(target)[1]["layout"] == "pretraining"
+    assert weights.read_weights(target)[1]["layout"] == "pretraining"
     with pytest.raises(InputError, match="'image_encoder.conv1.weight' is missing"):  # it holds but a few tensors
         checkpoint.load_model(target)
 
@@ -245,7 +255,7 @@ def test_converted_file_has_the_tensors_and_nothing_else(tmp_path, capsys, monke
 def test_info(tmp_path, capsys, monkeypatch):
     def info(path):
         monkeypatch.setattr(sys, "argv", ["weights.py", "--info", str(path)])
-        weights.main()
+        tool.main()
         return capsys.readouterr().out
 
     model = small(("contrastive", "pac"), n_attributes=9)
@@ -260,17 +270,15 @@ def test_image_tokenizer_files(tmp_path):
     model = vqvae.random_image_tokenizer(vqvae.ImageTokenizerConfig(ch=32))
     assert set(keys("vqvae")) == set(model.state_dict())
     torch.save(model.state_dict(), tmp_path / "vqvae.pth")
-    assert checkpoint.read_weights(tmp_path / "vqvae.pth")[1]["kind"] == "image_tokenizer"
+    assert weights.read_weights(tmp_path / "vqvae.pth")[1]["kind"] == "image_tokenizer"
     with pytest.raises(InputError, match="image_tokenizer weights, expected fashionvil or csa_net"):
         checkpoint.load_model(tmp_path / "vqvae.pth")
-    weights.describe(tmp_path / "vqvae.pth")
-    # older files of ours use another word for it
-    for word in ("tokenizer", "image_tokenizer"):
-        state = {"kind": word, "model": vqvae.VQVAE(model.config).state_dict()}
-        checkpoint.save(tmp_path / "last.pt", {**state, "optimizer": {}})
-        assert checkpoint.read_weights(tmp_path / "last.pt")[1]["kind"] == "image_tokenizer"
-        assert runs.find_resume("auto", tmp_path, vqvae.VQVAE(model.config))["kind"] == "image_tokenizer"
-        assert vqvae.load_image_tokenizer(tmp_path / "last.pt").config == model.config
+    tool.describe(tmp_path / "vqvae.pth")
+    state = {"kind": "image_tokenizer", "model": vqvae.VQVAE(model.config).state_dict()}
+    checkpoint.save(tmp_path / "last.pt", {**state, "optimizer": {}})
+    assert weights.read_weights(tmp_path / "last.pt")[1]["kind"] == "image_tokenizer"
+    assert runs.find_resume("auto", tmp_path, vqvae.VQVAE(model.config))["kind"] == "image_tokenizer"
+    assert vqvae.load_image_tokenizer(tmp_path / "last.pt").config == model.config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,8 +329,9 @@ def test_real_minilm_weights(tmp_path):
             state[f"self_attn.in_proj_{kind}"] = torch.cat(parts)
         layer.load_state_dict(state)
         layers.append(layer.eval())
-    vocab = {word: i for i, word in enumerate(vocabulary(bert_folder=MINILM).rstrip("\n").split("\n"))}
-    tokenizer = tokenizers.BertWordPieceTokenizer(vocab, lowercase=True)
+    tokenizer = tokenizers.BertWordPieceTokenizer(str(MINILM / "vocab.txt"), lowercase=True)
+    own = weights.read_tokenizer(MINILM / "tokenizer.json")  # it pads and cuts texts where nobody switches that off
+    assert [e.ids for e in own.encode_batch(SENTENCES)] == [e.ids for e in tokenizer.encode_batch(SENTENCES)]
     tokenizer.enable_padding(length=40)
     encoded = tokenizer.encode_batch(SENTENCES)
     ids, mask = torch.tensor([e.ids for e in encoded]), torch.tensor([e.attention_mask for e in encoded])
@@ -343,11 +352,6 @@ def test_real_minilm_weights(tmp_path):
     assert torch.equal(model.bert.pooler["dense"].weight, weight("pooler.dense.weight"))
 
 
-def vocabulary(trained=None, vocab="", bert_folder="", data_root="none", init="pretrained"):
-    settings = {"vocab": str(vocab), "bert": str(bert_folder), "data_root": str(data_root), "init": init}
-    return bert.vocabulary(SimpleNamespace(**settings), trained)
-
-
 def image_part(model):
     """The state dict of a model's ResNet, under torchvision's names."""
     state = model.state_dict()
@@ -359,16 +363,16 @@ def write_safetensors(path, tensors, edit=None):
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, tensor in tensors.items():
         raw = tensor.contiguous().numpy().tobytes()
-        kind = next(name for name, dtype in checkpoint.SAFETENSORS.items() if dtype == tensor.dtype)
+        kind = next(name for name, dtype in weights.SAFETENSORS.items() if dtype == tensor.dtype)
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(raw)]}
         data += raw
     text = json.dumps(edit(header) if edit else header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
-def bert_file(folder, form, prefix="", gamma=False, mlm=True, pooler=True, rows=100):
+def bert_file(folder, form, prefix="", gamma=False, mlm=True, pooler=True):
     """A made-up BERT folder at the small size; returns the model whose weights it holds."""
-    source, state = small(("mlm",), seed=1, vocab_size=rows), {}
+    source, state = small(("mlm",), seed=1), {}
     for name, tensor in source.state_dict().items():
         is_text = name.startswith("bert.") and not name.endswith("_visual.weight") and "projection" not in name
         if is_text and (pooler or "pooler" not in name):
@@ -389,7 +393,8 @@ def bert_file(folder, form, prefix="", gamma=False, mlm=True, pooler=True, rows=
         write_safetensors(folder / "model.safetensors", state)
     else:
         write(folder / "pytorch_model.bin", state, old=form == "bin")
-    (folder / "config.json").write_text(json.dumps({**BERT_SIZES, "vocab_size": rows, "hidden_act": "gelu"}))
+    (folder / "config.json").write_text(json.dumps({**BERT_SIZES, "model_type": "bert", "hidden_act": "gelu"}))
+    (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
     return source
 
 
@@ -416,14 +421,6 @@ def test_bert_folders(tmp_path, form, prefix, gamma, mlm, pooler):
         expected = before[name] if name.startswith(new) else source.state_dict()[name.replace("_visual", "")]
         assert torch.equal(tensor, expected), name
     assert model.heads["mlm"].decoder.weight is model.bert.embeddings.word_embeddings.weight
-
-
-def test_vocabulary_of_either_file(tmp_path):
-    words = ["[PAD]", "[UNK]", "dress", "##es", "\u2028"]
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": dict(zip(words, range(5), strict=True))}}))
-    from_json = vocabulary(bert_folder=tmp_path)
-    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    assert from_json == vocabulary(bert_folder=tmp_path) == "[PAD]\n[UNK]\ndress\n##es\n\u2028\n"
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
@@ -465,9 +462,10 @@ def test_a_failed_fetch_says_which_file_goes_where(tmp_path, monkeypatch):
         start_from("pretrained")
     with pytest.raises(InputError, match=r"of 'bert-base-uncased' could not be .* set --bert=FOLDER"):
         sizes_of("bert-base-uncased")
-    said = "bert: vocab.txt of 'bert-base-uncased' could not be .*service not known.* set --vocab=FILE"
+    said = "bert: tokenizer.*json of 'bert-base-uncased' could not be .*service not known.* set --vocab=FILE"
     with pytest.raises(InputError, match=said):
-        vocabulary(data_root=tmp_path)
+        start_from("random", data_root=tmp_path)
+    assert start_from("random", reads_text=False).tokenizer is None  # a CSA-Net needs no words
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -487,13 +485,13 @@ def test_saving_and_loading_is_exact(tmp_path, heads):
         model.logit_scale.fill_(5.5) if hasattr(model, "logit_scale") else None
     path = saved(tmp_path / "last.pt", model, optimizer=optimizer.state_dict(), best=0.25)
     file = runs.find_resume("auto", tmp_path, model)
-    assert file["format"] == 1 and file["step"] == 7 and file["best"] == 0.25 and file["config"] == {"lr": 0.1}
+    assert file["format"] == 2 and file["step"] == 7 and file["best"] == 0.25 and file["config"] == {"lr": 0.1}
     assert same(file["model"], model.state_dict())
     found, expected = file["optimizer"]["state"], optimizer.state_dict()["state"]
     assert found.keys() == expected.keys() and all(same(found[i], expected[i]) for i in expected)
     other, info = checkpoint.load_model(path, needs=("csa_net",) if heads == "csa_net" else heads)
     assert same(other.state_dict(), model.state_dict())
-    assert info["vocab"] == "[PAD]\n[UNK]\n" and info["task"] == "pretrain" and info["layout"] == "ours"
+    assert info["tokenizer"] == TOKENIZER.to_str() and info["task"] == "pretrain" and info["layout"] == "ours"
     if heads != "csa_net":  # a size that no head needs is not in the file
         of_heads = {"mpfc": "n_codes", "pac": "n_attributes", "recognition": "n_classes"}
         unused = {size: getattr(ModelConfig, size) for head, size in of_heads.items() if head not in heads}
@@ -542,33 +540,171 @@ def fake_hub(name, files):
     return files[name]
 
 
-def test_vocabulary_of_a_run(tmp_path, monkeypatch):
-    """Every place of a vocabulary, best first: without the best one the next is taken, and the hub's file last."""
+def test_places_of_the_tokenizer(tmp_path, monkeypatch):
+    """Every place of a tokenizer, best first: without the best one the next is taken, and the hub's file last."""
     import huggingface_hub
 
-    data_root, hub = tmp_path / "data" / "sets", tmp_path / "from_hub.txt"
+    data_root, hub = tmp_path / "data" / "sets", tmp_path / "hub" / "tokenizer.json"
     places = [tmp_path / "setting.txt", tmp_path / "bert" / "vocab.txt", data_root / "vocab.txt"]
     places += [tmp_path / "data" / "bert-base-uncased" / "vocab.txt", hub]
+    tokenizer_of = {place: weights.wordpiece("\n".join([*VOCAB, place.parent.name])) for place in places}
     for place in places:
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(f"[PAD]\n{place.parent.name}\n")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda bert, name: fake_hub(name, {"vocab.txt": hub}))
+        place.write_text("\n".join([*VOCAB, place.parent.name, ""]))
+    tokenizer_of[hub].save(str(hub))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda bert, name: fake_hub(name, {hub.name: hub}))
+
+    def found(vocab="", folder="", own=None, rows=None):
+        config = SimpleNamespace(vocab=str(vocab), bert=str(folder), data_root=str(data_root))
+        return weights.find_tokenizer(config, own and own.to_str(), rows).to_str()
+
     setting, of_bert, *others = places
-    arguments = {"bert_folder": of_bert.parent, "data_root": data_root}
-    assert vocabulary(vocab=setting, data_root=data_root) == setting.read_text()
-    with pytest.raises(InputError, match="vocab: token 1 is '.*', but 'bert' in .*bert/vocab.txt; leave --vocab out"):
-        vocabulary(vocab=setting, **arguments)
-    trained = start_from(saved(tmp_path / "pre.pt", small())).vocab
-    assert vocabulary(trained, **arguments) == trained == "[PAD]\n[UNK]\n"
-    assert vocabulary(**arguments) == of_bert.read_text()
-    checkpoint.save(tmp_path / "none.pt", {"kind": "fashionvil", "model": small().state_dict()})
-    assert start_from(tmp_path / "none.pt").vocab is None
+    own = tokenizer_of[hub]
+    assert found(setting, of_bert.parent) == tokenizer_of[setting].to_str()
+    assert found("", of_bert.parent, own) == own.to_str()
+    assert found(hub, of_bert.parent, own) == own.to_str()  # the same tokenizer as the checkpoint's
+    with pytest.raises(InputError, match="setting.txt is not the checkpoint's own tokenizer; leave --vocab out"):
+        found(setting, of_bert.parent, own)
+    assert found("", of_bert.parent) == tokenizer_of[of_bert].to_str()
     for place in others:
-        assert vocabulary(bert_folder="name/on-the-hub", data_root=data_root, init="random") == place.read_text()
-        assert vocabulary(data_root=data_root) == place.read_text()
+        assert found() == tokenizer_of[place].to_str()
         place.unlink()
-    with pytest.raises(InputError, match="none.txt: no WordPiece vocabulary: No such file"):
-        vocabulary(vocab="none.txt")
+    # a word table may have a few rows more than words
+    assert found(setting, rows=101) == found(setting, rows=128) == found(setting)
+    for rows in (100, 230):
+        with pytest.raises(InputError, match=f"found 101 words, but {rows} rows in the word table .* set --vocab=FILE"):
+            found(setting, rows=rows)
+    # the model's word table has the rows of the weights; that of a random start has a row for each word
+    assert start_from("random", vocab=setting).sizes["vocab_size"] == 101
+    path = saved(tmp_path / "pre.pt", small(vocab_size=120))
+    start = start_from(path, bert=of_bert.parent, data_root=data_root)
+    assert start.sizes["vocab_size"] == 120 and start.tokenizer.to_str() == TOKENIZER.to_str()
+
+
+TEXTS = ["A red Dress", "naïve Café", "W1w2, 红裙 w3", "x y"]
+
+
+def tokenizer_json(path, normalizer=None, added=(), model=None):
+    """Write a tokenizer.json as transformers does, which cuts and pads texts; returns the tokenizer that does not."""
+    words = {word: i for i, word in enumerate([*VOCAB, *"redsRDCcafévï", "##ed", "dress", "Dress", "naive", "红"])}
+    tokenizer = tokenizers.Tokenizer(model or tokenizers.models.WordPiece(words, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer or tokenizers.normalizers.BertNormalizer(lowercase=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(VOCAB[:5])
+    tokenizer.add_tokens(list(added))
+    without = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(path))
+    return without
+
+
+def test_a_tokenizer_json_is_used_as_it_is(tmp_path):
+    """Cased, with accents, with added tokens, each of which is one whole word; nothing is cut or padded."""
+    path = tmp_path / "tokenizer.json"
+    for added, lowercase in ((), False), (["red Dress", "newword"], False), (["naïve"], True):
+        own = tokenizer_json(path, tokenizers.normalizers.BertNormalizer(lowercase=lowercase), added)
+        found = weights.read_tokenizer(path)
+        assert [e.ids for e in found.encode_batch(TEXTS)] == [e.ids for e in own.encode_batch(TEXTS)]
+        assert found.get_vocab() == own.get_vocab() and weights.count_words(found) == own.get_vocab_size()
+    tokenizer_json(path, None, ["red Dress", "newword"])
+    added = data.tokenize(weights.read_tokenizer(path), ["s red Dress newword s"])[0]
+    assert added.word_numbers == [-1, 0, 1, 2, 3, -1]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{}, {"do_lower_case": False}, {"strip_accents": False}, {"tokenize_chinese_chars": False}],
+)
+def test_a_vocab_txt_is_read_as_the_file_beside_it_says(tmp_path, said):
+    words = [*VOCAB, *"redsRDCcafévï", "##ed", "dress", "Dress", "naive", "naïve", "Café", "cafe", "红", "裙", "红裙"]
+    (tmp_path / "vocab.txt").write_text("\n".join([*words, "\u2028"]) + "\n", encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"strip_accents": None, **said}))
+    found = weights.read_tokenizer(tmp_path / "vocab.txt")
+    how = {"lowercase": said.get("do_lower_case", True), "strip_accents": said.get("strip_accents")}
+    how["handle_chinese_chars"] = said.get("tokenize_chinese_chars", True)
+    own = tokenizers.BertWordPieceTokenizer({word: i for i, word in enumerate([*words, "\u2028"])}, **how)
+    assert [e.tokens for e in found.encode_batch(TEXTS)] == [e.tokens for e in own.encode_batch(TEXTS)]
+    plain = weights.wordpiece("\n".join([*words, "\u2028"]))
+    differs = [e.tokens for e in found.encode_batch(TEXTS)] != [e.tokens for e in plain.encode_batch(TEXTS)]
+    assert differs == bool(said) and found.get_vocab() == plain.get_vocab()
+
+
+@pytest.mark.parametrize("kind", ["cased", "added tokens"])
+def test_a_bert_folder_trains_and_evaluates_with_its_own_tokenizer(tmp_path, catalogue, kind):
+    """Training reads the folder, and evaluation after it reads the checkpoint alone, with the same numbers of words."""
+    folder, own = tmp_path / "bert", {"added": ["red dress", "newword"]} if kind == "added tokens" else {}
+    bert_file(folder, "safetensors")
+    own = tokenizer_json(folder / "tokenizer.json", **own)
+    source = small(vocab_size=own.get_vocab_size())
+    state = {n: t for n, t in source.state_dict().items() if n.startswith("bert.") and "visual" not in n}
+    write_safetensors(folder / "model.safetensors", {n: t for n, t in state.items() if "projection" not in n})
+    argv = ["--task=fashiongen_retrieval", f"--data_root={catalogue}", f"--bert={folder}", "--resnet_file=random"]
+    argv += ["--resnet=resnet18", "--width=8", "--batch_size=8", "--max_steps=1", "--max_tokens=20", "--workers=0"]
+    argv += [
+        "--image_size=64",
+        f"--out_dir={tmp_path / 'run'}",
+        "--init=pretrained",
+        "--device=cpu",
+        "--eval_interval=1",
+    ]
+    config = settings.load_config(finetune.FinetuneConfig, [str(finetune.CONFIGS / "demo_finetune.py"), *argv])
+    results = finetune.train(config, ONE)
+    shutil.rmtree(folder)
+    path = tmp_path / "run" / "best.pt"
+    evaluation = evaluate.EvalConfig(config.task, str(path), data_root=str(catalogue), workers=0)
+    again = evaluate.evaluate_checkpoint(path, evaluation, ONE)
+    assert {k: r.metrics for k, r in again.items()} == {k: r.metrics for k, r in results.items()}
+    model, info = checkpoint.load_model(path)
+    found = tokenizers.Tokenizer.from_str(info["tokenizer"])
+    texts = [*TEXTS, "a red dress, newword", "A RED dress"]
+    assert [e.ids for e in found.encode_batch(texts)] == [e.ids for e in own.encode_batch(texts)]
+    assert model.config.vocab_size == own.get_vocab_size()
+
+
+def test_a_csa_net_needs_no_tokenizer(tmp_path, catalogue, monkeypatch):
+    """Training and evaluation of OCIR read no words, neither from a file nor from the hub."""
+    monkeypatch.setattr(weights, "read_tokenizer", no_space)
+    argv = ["--task=polyvore", f"--data_root={catalogue}", "--init=random", "--resnet=resnet18", "--width=8"]
+    argv += [
+        "--batch_size=8",
+        "--max_steps=1",
+        "--workers=0",
+        "--image_size=64",
+        f"--out_dir={tmp_path}",
+        "--device=cpu",
+    ]
+    argv += ["--eval_interval=1"]
+    config = settings.load_config(finetune.FinetuneConfig, [str(finetune.CONFIGS / "demo_finetune.py"), *argv])
+    finetune.train(config, ONE)
+    path = tmp_path / "best.pt"
+    assert checkpoint.load_model(path)[1]["tokenizer"] is None
+    evaluation = evaluate.EvalConfig("polyvore", str(path), data_root=str(catalogue), workers=0)
+    assert evaluate.evaluate_checkpoint(path, evaluation, ONE)
+
+
+BPE = '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []}'
+WORDPIECE = '{"model": {"type": "WordPiece", "vocab": {"[UNK]": 0}, "unk_token": "[UNK]", '
+WORDPIECE += '"continuing_subword_prefix": "##", "max_input_chars_per_word": 9}, "added_tokens": []}'
+
+
+@pytest.mark.parametrize(
+    "name, text, says",
+    [
+        ("none.txt", None, "No such file"),
+        ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[MASK]\nred\n", "no WordPiece vocabulary: sep_token not found"),
+        ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\n", r"token \[MASK\] is missing; expected a BERT vocab.txt"),
+        ("vocab.txt", "<html>404</html>", "a web page"),
+        ("tokenizer.json", "{", "no WordPiece vocabulary"),
+        ("tokenizer.json", BPE, "found BPE, expected BERT's WordPiece"),
+        ("tokenizer.json", WORDPIECE, r"token \[PAD\] is missing"),
+    ],
+)
+def test_bad_tokenizers(tmp_path, name, text, says):
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    check_refusal(tmp_path, path, says, lambda: weights.read_tokenizer(path))
 
 
 def test_starting_from_a_checkpoint(tmp_path):
@@ -588,13 +724,13 @@ def test_starting_from_a_checkpoint(tmp_path):
     report = checkpoint.initialise(bare, start_from(path))
     assert report[0].endswith("; left over heads.itm, heads.pac; its sizes count, not --size, --resnet and --width")
     outfit = CSANet(ModelConfig(resnet="resnet18", width=8), 3)
-    report = checkpoint.initialise(outfit, start_from(path, uses_bert=False))
+    report = checkpoint.initialise(outfit, start_from(path, reads_text=False))
     assert same(outfit.image_encoder.state_dict(), source.image_encoder.state_dict())
     assert report[1] == "new weights: logit_scale, proj_layer, fusion_module"
     again = CSANet(ModelConfig(resnet="resnet18", width=8), 3)
-    checkpoint.initialise(again, start_from(saved(tmp_path / "csa.pt", outfit), uses_bert=False))
+    checkpoint.initialise(again, start_from(saved(tmp_path / "csa.pt", outfit), reads_text=False))
     assert same(again.state_dict(), outfit.state_dict())
-    assert checkpoint.initialise(model, start_from("random")) == ["init: random weights"]
+    assert checkpoint.initialise(model, start_from("random", reads_text=False)) == ["init: random weights"]
 
 
 def test_starting_from_a_released_file(tmp_path):
@@ -604,7 +740,8 @@ def test_starting_from_a_released_file(tmp_path):
     with torch.no_grad():
         for tensor in model.parameters():
             tensor.zero_()
-    report = checkpoint.initialise(model, start_from(path))
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCAB, *(f"v{i}" for i in range(META["vocab"] - len(VOCAB)))]))
+    report = checkpoint.initialise(model, start_from(path, vocab=tmp_path / "vocab.txt"))
     image = golden_batch()["image"][:2]
     with torch.no_grad():
         assert torch.equal(model.encode_image(image), build().encode_image(image))
@@ -661,7 +798,7 @@ def test_a_kill_between_write_and_rename(tmp_path):
     assert path.read_bytes() == whole and len(os.listdir(tmp_path)) == 2
     model = small(seed=5)
     saved(path, model)
-    assert same(checkpoint.read_file(path)["model"], model.state_dict()) and os.listdir(tmp_path) == ["last.pt"]
+    assert same(weights.read_file(path)["model"], model.state_dict()) and os.listdir(tmp_path) == ["last.pt"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -688,29 +825,10 @@ def write_zip(path, entries, compression=zipfile.ZIP_STORED):
             archive.writestr(name, data)
 
 
-def spoil(path, *changes):
-    """Rewrite data.pkl of a zip, each change an (old, new) pair of bytes that must be found."""
-    with zipfile.ZipFile(path) as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
-    name = next(name for name in entries if name.endswith("data.pkl"))
-    for old, new in changes:
-        assert old in entries[name]
-        entries[name] = entries[name].replace(old, new)
-    write_zip(path, entries)
-
-
 def swap(path, old, new):
     raw = path.read_bytes()
     assert old in raw
     path.write_bytes(raw.replace(old, new))
-
-
-def laughs():
-    """A few bytes whose text is endless: forty lists, each holding the one before twice."""
-    nest = ["ha"]
-    for _ in range(40):
-        nest = [nest, nest]
-    return nest
 
 
 def released(heads=("contrastive",), **tensors):
@@ -722,24 +840,15 @@ def own(edit=lambda state: None, heads=("contrastive",), **fields):
     """Our checkpoint of a small model, with other fields, its state dict changed by `edit`."""
     file = ours(small(heads))
     edit(file["model"])
-    return {"format": 1, **file, **fields}
+    return {"format": 2, **file, **fields}
 
 
-GIGA = 1 << 33
 QUERY, BIAS = "bert.encoder.layer.0.attention.self.query.weight", "bert.pooler.dense.bias"
-SCALE = "model.norm_layer.norm_s"
 
 
 def flip_a_bit(path):
     write(path, {"w": torch.full((64,), 0.1)})
     swap(path, b"\xcd\xcc\xcc\x3d" * 64, b"\xcd\xcc\xcc\x3d" * 63 + b"\xcd\xcc\xcc\x3f")
-
-
-def claim(path, *changes, old=False):
-    """A file of 64 numbers; each change of its pickle is (bytes that claim 64, bytes that claim more)."""
-    write(path, {"w": torch.ones(64)}, old)
-    for change in changes:
-        swap(path, *change) if old else spoil(path, change)
 
 
 def cut(path, size, old=False):
@@ -761,32 +870,25 @@ TORCH = "not a checkpoint .*, or damaged"
 FILES = [
     ("read", "No such file", lambda p, m: None),
     ("read", "a folder, expected a checkpoint file", lambda p, m: p.mkdir()),
-    ("read", "an empty file", lambda p, m: p.touch()),
+    ("read", TORCH, lambda p, m: p.touch()),
     ("read", "a web page", lambda p, m: p.write_text("<html>404</html>")),
     ("read", TORCH, lambda p, m: p.write_bytes(bytes(range(256)) * 9)),
-    ("read", "cut short", lambda p, m: cut(p, 400_000)),
-    ("read", "cut short", lambda p, m: cut(p, 99)),
-    ("read", "damaged", lambda p, m: cut(p, 9999, old=True)),
+    ("read", TORCH, lambda p, m: cut(p, 400_000)),
+    ("read", TORCH, lambda p, m: cut(p, 99)),
+    ("read", TORCH, lambda p, m: cut(p, 9999, old=True)),
     ("read", "damaged, a checksum is wrong; copy or download it again", lambda p, m: flip_a_bit(p)),
-    ("read", "a zip without data.pkl", lambda p, m: write_zip(p, {"a.txt": b"a"})),
+    ("read", TORCH, lambda p, m: write_zip(p, {"a.txt": b"a"})),
     ("read", TORCH, lambda p, m: write_zip(p, {"a/data.pkl": b"rubbish", "a/version": b"3"})),
-    ("read", "claim more", lambda p, m: write_zip(p, {"a/data.pkl": b"\0" * (1 << 28)}, zipfile.ZIP_DEFLATED)),
     ("read", "holds a list, expected a dict", lambda p, m: write(p, [1, 2])),
     ("read", "pickled posix.system, .*--convert", lambda p, m: write(p, pickled(m, "x"))),
     ("read", "pickled posix.system", lambda p, m: write(p, pickled(m, "x"), old=True)),
-    ("read", "a pickled posix.system, expected .*text$", lambda p, m: p.write_bytes(pickle.dumps(Command(m), 2))),
+    ("read", "a pickled posix.system, expected .*--convert", lambda p, m: p.write_bytes(pickle.dumps(Command(m), 2))),
     ("convert", "posix.system whose module posix is blocked", lambda p, m: write(p, pickled(m, "x", "model"))),
     ("convert", "no tensors in it", lambda p, m: write(p, {"model": HERE, "lr": 1})),
-    ("convert", "not a zip of torch.save", lambda p, m: p.write_bytes(pickle.dumps(Command(m)))),
+    ("convert", "cannot be converted", lambda p, m: p.write_bytes(pickle.dumps(Command(m)))),
     ("convert", "cannot be converted", lambda p, m: pickle_alone(p, f"cbuiltins\neval\n(Vopen({str(m)!r}, 'w')\ntR.")),
-    # an index of the unpickler's memory as large as two gigabytes
-    ("convert", "no tensors in it", lambda p, m: pickle_alone(p, "}r\xff\xff\xff\x7f.")),
     # an instruction that gives a state to a function
     ("convert", "cannot be converted", lambda p, m: pickle_alone(p, "ctorch._utils\n_rebuild_tensor_v2\n(NtR}b.")),
-    # shapes and storages that claim gigabytes
-    ("convert", "cannot be converted", lambda p, m: claim(p, (b"K@\x85", b"J\0\0\0\x10\x85"))),
-    ("read", TORCH, lambda p, m: claim(p, (b"K@tq", b"J\0\0\0\x10tq"), (b"K@\x85", b"J\0\0\0\x10\x85"))),
-    ("read", TORCH, lambda p, m: claim(p, (b"K@N", b"J\0\0\0\x7fN"), (b"K@\x85", b"J\0\0\0\x7f\x85"), old=True)),
 ]
 
 
@@ -797,11 +899,7 @@ def drop_block(state):
 
 # (what the one line must say, content of the file)
 CONTENTS = [
-    ("claim more bytes than the file", lambda: released(**{f"model.{WORDS}": torch.ones(1, 1).expand(GIGA, 64)})),
-    (f"{SCALE} is not a plain tensor", lambda: released(**{SCALE: torch.ones(1, device="meta")})),
-    (f"{SCALE} is not a plain tensor", lambda: released(**{SCALE: torch.ones(1).to_sparse()})),
     ("found 'lr', a int, expected", lambda: released(lr=3)),
-    (r"'a\\nb', a Tensor", lambda: released(**{"a\nb": torch.ones(1)})),
     (
         r"bert.pooler.dense.bias integers \(64,\), expected \(64,\)",
         lambda: {n: t.char() for n, t in released().items()},
@@ -811,16 +909,10 @@ CONTENTS = [
     ("heads of 96 units", lambda: to_original(small(hidden_size=96).state_dict())),
     ("found lstm.weight, expected", lambda: {"lstm.weight": torch.ones(2)}),
     ("resnet weights, expected fashionvil or csa_net", lambda: torchvision_resnet("resnet18").state_dict()),
-    ("checkpoint format", lambda: {"format": laughs(), "model": {}}),
-    ("checkpoint format 99, expected 1", lambda: own(format=99)),
+    ("checkpoint format 99, expected 2", lambda: own(format=99)),
     (r"checkpoint format \[1\]", lambda: own(format=[1])),
-    ("config: found .{80}, expected a dict", lambda: own(config=laughs())),
-    ("vocab: found .'word'., expected a str", lambda: own(vocab=["word"])),
-    ("vocabulary of 101 words, but 100 word embeddings", lambda: own(vocab="word\n" * 101)),
     ("kind 'gan', expected fashionvil or csa_net or image_tokenizer", lambda: own(kind="gan")),
     ("'image_encoder.conv1.weight' is missing", lambda: own(model={})),
-    ("num_attention_heads '4'", lambda: own(model_config={"num_attention_heads": "4"})),
-    ("num_attention_heads .{80}$", lambda: own(model_config={"num_attention_heads": laughs()})),
     ("64 does not divide into 7 attention heads", lambda: own(model_config={"num_attention_heads": 7})),
     (rf"2 missing: {QUERY}, {BIAS}$", lambda: own(lambda state: [state.pop(name) for name in (QUERY, BIAS)])),
     (
@@ -829,7 +921,7 @@ CONTENTS = [
     ),
     ("no model has these sizes", lambda: own(lambda state: state.update({WORDS: torch.ones(64)}))),
     (r"found '\(2, 2, 1, 2\) blocks a stage', expected one of resnet18", lambda: own(drop_block)),
-    (f"{WORDS} differ", lambda: own(lambda state: state.update({checkpoint.DECODER: torch.ones(100, 64)}), ("mlm",))),
+    (f"{WORDS} differ", lambda: own(lambda state: state.update({weights.DECODER: torch.ones(100, 64)}), ("mlm",))),
 ]
 TENSORS = {"a": torch.ones(4, 4), "b": torch.zeros(3)}
 
@@ -839,38 +931,34 @@ def changed(name, **values):
 
 
 SAFETENSORS = [
-    (changed("b", shape=[1 << 40]), "b: F32 .* does not fit"),
-    (changed("b", shape=[-3]), "b: F32 .* does not fit"),
+    (changed("b", shape=[1 << 40]), "not a safetensors file"),
+    (changed("b", shape=[-3]), "not a safetensors file"),
     (changed("b", shape=3), "not a safetensors file"),
-    (changed("b", shape=[1 << 28], data_offsets=[64, 64 + (1 << 30)]), "does not fit"),
-    (changed("b", shape=[4], data_offsets=[60, 76]), "b: F32 .*expected to begin at 64"),
-    (changed("b", shape=[2], data_offsets=[68, 76]), "b: F32 .*expected to begin at 64"),
-    (lambda header: {"a": header["a"]}, "12 bytes at the end"),
     (changed("b", dtype="Q7"), "'Q7' is missing"),
     (changed("b", data_offsets=["0", "8"]), "not a safetensors file"),
-    (lambda header: {"a": {"dtype": "F32"}}, "'data_offsets' is missing"),
+    (lambda header: {"a": {"dtype": "F32"}}, "'shape' is missing"),
     (lambda header: [1, 2], "not a safetensors file"),
     (struct.pack("<Q", 200_000) + b"[" * 200_000, "not a safetensors file"),  # deep
-    (struct.pack("<Q", GIGA), "a header of 8589934592 bytes in a file of 8"),
+    (struct.pack("<Q", 1 << 33), "not a safetensors file"),
+    (changed("b", data_offsets=[68, 80]), "not a safetensors file"),  # past the end
     (b"\0\0", "not a safetensors file"),
 ]
 
 
 def check_refusal(tmp_path, path, says, call):
-    """`call()` ends in one line that names the file and says `says`, takes little memory and leaves nothing behind."""
-    before, there = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, sorted(tmp_path.rglob("*"))
+    """`call()` ends in one line that names the file and says `says`, and leaves nothing behind."""
+    there = sorted(tmp_path.rglob("*"))
     with pytest.raises(InputError, match=says) as error:
         call()
     assert "\n" not in str(error.value) and str(path) in str(error.value) and "weights_only" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == there
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB, a peak
 
 
 @pytest.mark.parametrize("how, says, make", FILES, ids=range(len(FILES)))
 def test_broken_files(tmp_path, how, says, make):
     path, marker = tmp_path / "bad.pt", tmp_path / "marker"
     make(path, marker)
-    calls = {"read": lambda: checkpoint.read_file(path), "convert": lambda: weights.convert(path, tmp_path / "out.pt")}
+    calls = {"read": lambda: weights.read_file(path), "convert": lambda: tool.convert(path, tmp_path / "out.pt")}
     check_refusal(tmp_path, path, says, calls[how])
     assert not marker.exists()
 
@@ -887,8 +975,8 @@ def test_files_of_another_task_or_kind(tmp_path):
     write(path, released())
     says = "a checkpoint of contrastive.*, expected one trained for a task with recognition"
     check_refusal(tmp_path, path, says, lambda: checkpoint.load_model(path, needs=("recognition",)))
-    saved(path, small(vocab_size=90))
-    says = r"word_embeddings.weight \(90, 64\), expected \(100, 64\)"
+    saved(path, small(vocab_size=110))
+    says = r"word_embeddings.weight \(110, 64\), expected \(100, 64\)"
     check_refusal(tmp_path, path, says, lambda: checkpoint.initialise(small(), start_from(path)))
     saved(path, CSANet(ModelConfig(resnet="resnet18", width=8), 3))
     check_refusal(tmp_path, path, "csa_net weights", lambda: checkpoint.initialise(small(), start_from(path)))
@@ -898,24 +986,22 @@ def test_files_of_another_task_or_kind(tmp_path):
 def test_broken_safetensors(tmp_path, bad, says):
     path = tmp_path / "model.safetensors"
     path.write_bytes(bad) if isinstance(bad, bytes) else write_safetensors(path, TENSORS, bad)
-    check_refusal(tmp_path, path, says, lambda: checkpoint.read_weights(path))
+    check_refusal(tmp_path, path, says, lambda: weights.read_weights(path))
 
 
 def test_safetensors_types(tmp_path):
     tensors = {"a": torch.randn(2, 3), "b": torch.arange(3), "c": torch.ones(()).half(), "d": torch.ones(0, 4)}
     tensors |= {"e": torch.arange(5, dtype=torch.int32), "f": torch.tensor([True, False]), "g": torch.randn(2).double()}
     write_safetensors(tmp_path / "a.safetensors", tensors)
-    assert same(checkpoint.read_safetensors(tmp_path / "a.safetensors"), tensors)
+    assert same(weights.read_safetensors(tmp_path / "a.safetensors"), tensors)
 
 
 @pytest.mark.parametrize(
     "change, says",
     [
         ({"hidden_act": "relu"}, "hidden_act: found 'relu', expected 'gelu'"),
-        ({"hidden_size": 65}, "hidden_size: found 65, expected 64"),
-        ({"vocab_size": 10**12}, "vocab_size: found 1000000000000, expected 100"),
-        ({"num_attention_heads": 5}, "num_attention_heads: found 5, expected a divisor of 64"),
-        ({"num_attention_heads": None}, "num_attention_heads: found None"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type: found 'relative_key'"),
+        ({"layer_norm_eps": 1e-5}, "layer_norm_eps: found 1e-05, expected 1e-12"),
         ({"model_type": "roberta"}, "model_type: found 'roberta'"),
         (None, "cannot be read"),
     ],
@@ -930,15 +1016,14 @@ def test_bad_bert_configs(tmp_path, change, says):
 def test_bad_bert_folders(tmp_path):
     bert_file(tmp_path / "bert", "bin")
     folder = tmp_path / "none"
-    check_refusal(tmp_path, folder, "no model.safetensors or .* in folder", lambda: sizes_of(folder))
-    model, resnet = small(vocab_size=101), tmp_path / "resnet.pth"
-    write(resnet, image_part(model))
+    check_refusal(tmp_path, folder, "no model.safetensors or pytorch_model.bin in .*", lambda: sizes_of(folder))
     wrong = tmp_path / "bert" / "pytorch_model.bin"
-    says = "100 rows in the word table, but 101 words in the vocabulary; set --vocab=FILE to the vocab.txt of this BERT"
-    folder = tmp_path / "bert"
-    check_refusal(tmp_path, wrong, says, lambda: checkpoint.initialise(model, start_from("pretrained", folder, resnet)))
     says = "bert weights, expected resnet"
-    check_refusal(tmp_path, wrong, says, lambda: start_from("pretrained", folder, wrong))
+    check_refusal(tmp_path, wrong, says, lambda: start_from("pretrained", tmp_path / "bert", wrong))
+    # only one file of weights is read
+    wrong.rename(wrong.with_name("pytorch_model-00001-of-00002.bin"))
+    says = "no model.safetensors or pytorch_model.bin in .*such a file"
+    check_refusal(tmp_path, tmp_path / "bert", says, lambda: sizes_of(tmp_path / "bert"))
 
 
 class Setting:
@@ -954,129 +1039,11 @@ def test_converting_loads_no_object(tmp_path):
     tensors = {"a": torch.randn(3, 4).t(), "b": nn.Parameter(torch.ones(2)), "c": torch.arange(5)[1:3]}
     tensors["d"] = torch.ones(0)
     write(path, {"model": OrderedDict(tensors), "config": setting, "more": [setting, Path("a")]})
-    report = weights.convert(path, tmp_path / "out.pt")
+    report = tool.convert(path, tmp_path / "out.pt")
     assert "test_checkpoint.Setting" in report[1] and "pathlib" in report[1] and not marker.exists()
-    assert same(checkpoint.read_file(tmp_path / "out.pt")["model"], {n: t.data for n, t in tensors.items()})
+    assert same(weights.read_file(tmp_path / "out.pt")["model"], {n: t.data for n, t in tensors.items()})
     with pytest.raises(InputError, match="out.pt: exists"):
-        weights.convert(path, tmp_path / "out.pt")
-
-
-@pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_weights_in_several_files(tmp_path, form, monkeypatch):
-    """The same weights as from one file, from a folder and from the hub; else the line names the file."""
-    import huggingface_hub
-
-    folder, resnet, model = tmp_path / "bert", tmp_path / "resnet.pth", small(("mlm",))
-    source = bert_file(folder, form)
-    torch.save(image_part(source), resnet)
-    one = folder / ("model.safetensors" if form == "safetensors" else "pytorch_model.bin")
-    tensors = checkpoint.read_safetensors(one) if form == "safetensors" else checkpoint.read_file(one)
-    one.unlink()
-    names = {f"part-{i}{one.suffix}": list(tensors)[i::2] for i in (0, 1)}
-    index, second = folder / f"{one.name}.index.json", folder / f"part-1{one.suffix}"
-    index.write_text(json.dumps({"weight_map": {name: place for place, own in names.items() for name in own}}))
-
-    def write_shard(place, own):
-        shard = {name: tensors[name].clone() for name in own}
-        (write_safetensors if form == "safetensors" else write)(folder / place, shard)
-
-    for place, own in names.items():
-        write_shard(place, own)
-    assert sizes_of(folder) == BERT_SIZES
-    checkpoint.initialise(model, start_from("pretrained", folder, resnet))
-    expected = {n: t for n, t in source.state_dict().items() if "_visual" not in n and "projection" not in n}
-    assert same({n: t for n, t in model.state_dict().items() if n in expected}, expected)
-    files = {path.name: path for path in folder.iterdir()}
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda bert, name: fake_hub(name, files))
-    assert sizes_of("some/bert") == BERT_SIZES
-    write_shard(second.name, names[second.name][1:])
-    says = rf"lists {len(tensors)} tensors, but its files lack 1, as '.{{9,90}}'$"
-    check_refusal(tmp_path, index, says, lambda: sizes_of(folder))
-    second.unlink()
-    check_refusal(tmp_path, second.name, "bert: no part-1", lambda: sizes_of(folder))
-    index.write_text(json.dumps({"weight_map": {"a": "../a.bin"}}))
-    says = "expected names of files in the same folder"
-    check_refusal(tmp_path, index, says, lambda: sizes_of(folder))
-
-
-FIT = [(2112, 2105), (2176, 2105), (2105, 2105)]
-
-
-@pytest.mark.parametrize("rows, words", [*FIT, (2112, 2047), (2108, 2105), (2105, 2112)])
-def test_padded_word_tables(tmp_path, rows, words):
-    """Rows that pad the table to a multiple of 8 to 128 are left out. Any other two numbers are said."""
-    folder, resnet = tmp_path / "bert", tmp_path / "resnet.pth"
-    source = bert_file(folder, "bin", rows=rows)
-    torch.save(image_part(source), resnet)
-    model = small(("mlm",), vocab_size=words)
-    start = lambda: checkpoint.initialise(model, start_from("pretrained", folder, resnet))  # noqa: E731
-    if (rows, words) in FIT:
-        report = start()
-        assert (f"{rows - words} padding rows of the word table" in report[1]) == (rows > words)
-        for name in (WORDS, checkpoint.DECODER, "heads.mlm.decoder.bias"):
-            assert torch.equal(model.state_dict()[name], source.state_dict()[name][:words])
-    else:
-        says = f"{rows} rows in the word table, but {words} words in the vocabulary"
-        check_refusal(tmp_path, folder / "pytorch_model.bin", says, start)
-
-
-CASED = "expected True: our tokenizer is lower-case WordPiece; take an uncased BERT$"
-NORMALIZER = {"type": "BertNormalizer", "lowercase": True, "strip_accents": None, "handle_chinese_chars": True}
-
-
-@pytest.mark.parametrize(
-    "name, content, says",
-    [
-        ("tokenizer_config.json", {"do_lower_case": False}, f"do_lower_case: found False, {CASED}"),
-        ("tokenizer_config.json", {"strip_accents": False}, f"strip_accents: found False, {CASED}"),
-        ("tokenizer_config.json", {"tokenize_chinese_chars": False}, f"tokenize_chinese_chars: found False, {CASED}"),
-        ("tokenizer_config.json", {"tokenizer_class": "RobertaTokenizer"}, "found 'RobertaTokenizer', expected 'BertT"),
-        ("config.json", {"tokenizer_class": "BertJapaneseTokenizer"}, "tokenizer_class: found 'BertJapaneseTokenizer'"),
-        ("tokenizer.json", {"normalizer": {**NORMALIZER, "lowercase": False}}, f"normalizer.lowercase: .*, {CASED}"),
-        ("tokenizer.json", {"normalizer": {**NORMALIZER, "strip_accents": False}}, f"normalizer.strip_acc.*, {CASED}"),
-        ("tokenizer.json", {"normalizer": None}, "normalizer.type: found None, expected 'BertNormalizer'"),
-        ("tokenizer.json", {"pre_tokenizer": {"type": "ByteLevel"}}, "pre_tokenizer.type: found 'ByteLevel'"),
-        ("tokenizer.json", {"model": {"type": "BPE"}}, "model.type: found 'BPE', expected 'WordPiece'"),
-        ("tokenizer.json", [1], "cannot be read"),
-        (
-            "tokenizer.json",
-            {"added_tokens": [{"id": 3, "content": "x"}]},
-            "'x': found number 3, .* vocabulary's 3 words",
-        ),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"content": "x"}}}, "'x': found number 3, "),
-        (
-            "added_tokens.json",
-            {"x": 3, "y": 4},
-            "added token 'x': found number 3, expected that of .* 3 words; take a BERT without added tokens",
-        ),
-        ("tokenizer.json", {"added_tokens": [{"id": 1, "content": "x"}]}, "'x': found number 1, "),
-        (
-            "tokenizer.json",
-            {"model": {"vocab": {"[PAD]": 0, "##es": 1, "dress": 2}}},
-            "token 1 is 'dress', but '##es' in ",
-        ),
-        ("vocab.txt", "[PAD]\nDress\n", "found the word 'Dress', expected lower-case words alone"),
-        (
-            "tokenizer_config.json",
-            {"do_lower_case": True, "strip_accents": None, "tokenizer_class": "BertTokenizer"},
-            "",
-        ),
-        ("tokenizer.json", {"normalizer": NORMALIZER, "added_tokens": [{"id": 0, "content": "[PAD]"}]}, ""),
-    ],
-)
-def test_tokenizer_settings_of_a_bert_folder(tmp_path, name, content, says):
-    """A folder whose texts are read otherwise is refused, for its vocabulary and for its weights."""
-    folder = tmp_path / "bert"
-    bert_file(folder, "safetensors", rows=3)
-    (folder / "vocab.txt").write_text("[PAD]\ndress\n##es\n")
-    (folder / name).write_text(content if name == "vocab.txt" else json.dumps(content))
-    if not says:
-        assert vocabulary(bert_folder=folder) == "[PAD]\ndress\n##es\n"
-        return
-    check_refusal(tmp_path, folder / name, says, lambda: vocabulary(bert_folder=folder))
-    if name != "vocab.txt":  # with words from another place, too
-        (tmp_path / "vocab.txt").write_text("[PAD]\ndress\n##es\n")
-        check_refusal(tmp_path, folder / name, says, lambda: vocabulary(None, tmp_path / "vocab.txt", folder))
+        tool.convert(path, tmp_path / "out.pt")
 
 
 def test_command_line_ends_in_one_line(tmp_path):

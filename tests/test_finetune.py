@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -145,10 +146,9 @@ def test_a_resumed_fine_tuning_is_the_uninterrupted_one(catalogue, tmp_path):
 def test_frozen_parts_of_csa_net_do_not_move(catalogue, tmp_path):
     finetune.train(small("polyvore", catalogue, tmp_path), ONE)
     after = torch.load(tmp_path / "best.pt", weights_only=True)["model"]
+    config = checkpoint.load_model(tmp_path / "best.pt")[0].config
     torch.manual_seed(0)
-    before = finetune.CSANet(
-        checkpoint.load_model(tmp_path / "best.pt")[0].config, len(after["proj_layer.bias"])
-    ).state_dict()
+    before = finetune.CSANet(config, len(after["proj_layer.bias"])).state_dict()
     frozen = [k for k in before if "layer4" in k or "bn" in k or "downsample.1" in k]
     assert frozen and all(torch.equal(before[k], after[k]) for k in frozen)
     assert not torch.equal(before["image_encoder.conv1.weight"], after["image_encoder.conv1.weight"])
@@ -158,7 +158,7 @@ def test_init_takes_the_body_of_another_checkpoint(catalogue, tmp_path):
     finetune.train(small("fashiongen_retrieval", catalogue, tmp_path / "a", max_steps=1), ONE)
     config = small("fashiongen_category", catalogue, tmp_path / "b", init=str(tmp_path / "a" / "best.pt"), size="base")
     start = checkpoint.read_start(config)
-    model = finetune.build_model(config, start.sizes, ("recognition",), start.sizes["vocab_size"], n_classes=10)
+    model = finetune.build_model(config, start.sizes, ("recognition",), n_classes=10)
     report = checkpoint.initialise(model, start)
     source = torch.load(tmp_path / "a" / "best.pt", weights_only=True)["model"]
     assert torch.equal(model.bert.pooler["dense"].weight, source["bert.pooler.dense.weight"])  # and of its size
@@ -263,7 +263,7 @@ def embeddings(catalogue, path, processes, batch_size, workers=0):
     sizes = {"eval_batch_size": batch_size, "image_size": 64, "workers": workers}
     config = evaluate_config("fashiongen_retrieval", catalogue, **sizes)
     products = annotations.load_products(catalogue, "FashionGen", "val")
-    task, words = evaluate.TASKS[config.task], data.wordpiece(info["vocab"])
+    task, words = evaluate.TASKS[config.task], tokenizers.Tokenizer.from_str(info["tokenizer"])
     return evaluate.embed_retrieval(evaluate.Embedder(model, task, words, config, processes), products)
 
 

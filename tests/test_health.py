@@ -334,7 +334,7 @@ def test_a_run_folder_that_cannot_be_written_ends_before_the_first_update(catalo
 def test_a_folder_without_permission_is_named():
     with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
         path = Path(folder, "last.pt")
-        checkpoint.save(path, {"kind": "tokenizer", "model": {}})
+        checkpoint.save(path, {"kind": "image_tokenizer", "model": {}})
         whole = path.read_bytes()
         os.chmod(folder, 0o555)
         root = os.geteuid() == 0
@@ -342,7 +342,7 @@ def test_a_folder_without_permission_is_named():
             if root:  # to whom nothing is forbidden
                 os.seteuid(65534)
             for call, file in (
-                (lambda: checkpoint.save(path, {"kind": "tokenizer", "model": {}}), path),
+                (lambda: checkpoint.save(path, {"kind": "image_tokenizer", "model": {}}), path),
                 (lambda: runs.open_folder(pretrain.PretrainConfig(out_dir=f"{folder}/run"), 0), f"{folder}/run"),
                 (lambda: runs.append_log(f"{folder}/log.jsonl", {"step": 1}), f"{folder}/log.jsonl"),
             ):

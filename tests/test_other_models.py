@@ -5,9 +5,9 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 from test_finetune import ONE, small
 
-import data
 import evaluate
 import finetune
 from plumbing import checkpoint
@@ -34,7 +34,7 @@ def vectors_of_list(checkpoint_path, lines, task, catalogue):
     for keys in ({"image"}, {"text"}, {"image", "text"}):
         part = [i for i, item in enumerate(items) if item.keys() == keys]
         if part:
-            words = data.wordpiece(info["vocab"])
+            words = tokenizers.Tokenizer.from_str(info["tokenizer"])
             embedder = evaluate.Embedder(model, evaluate.TASKS[task], words, config, ONE)
             found = embedder.embed([items[i] for i in part])
             rows |= dict(zip(part, found, strict=True))

@@ -9,23 +9,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from PIL import Image
 
 import data
 import search
 from model import SIZES, CSANet, FashionViL, ModelConfig
-from plumbing import annotations, checkpoint, photos
+from plumbing import annotations, checkpoint, photos, weights
 from plumbing.settings import InputError
 
 ROOT = Path(__file__).parent.parent
 
 
-def save(path, model, task, vocab, **more):
+def save(path, model, task, tokenizer, **more):
     """A checkpoint as pretrain.py and finetune.py write it, of random weights."""
     config = {"image_size": 64, **more.pop("config", {})}
     state = {"kind": "csa_net" if isinstance(model, CSANet) else "fashionvil", "task": task, "config": config}
-    state |= {"model": model.state_dict(), "model_config": dataclasses.asdict(model.config), "vocab": vocab, "step": 1}
+    state |= {
+        "model": model.state_dict(),
+        "model_config": dataclasses.asdict(model.config),
+        "tokenizer": tokenizer,
+        "step": 1,
+    }
     checkpoint.save(path, {**state, **more})
     return str(path)
 
@@ -33,14 +39,14 @@ def save(path, model, task, vocab, **more):
 @pytest.fixture(scope="module")
 def files(catalogue, tmp_path_factory):
     """Checkpoints "C" (FashionViL) and "O" (CSA-Net) of random weights."""
-    out, vocab = tmp_path_factory.mktemp("checkpoints"), (catalogue / "vocab.txt").read_text()
+    out, tokenizer = tmp_path_factory.mktemp("checkpoints"), weights.read_tokenizer(catalogue / "vocab.txt")
     torch.manual_seed(0)
-    sizes = {**SIZES["tiny"], "vocab_size": data.wordpiece(vocab).get_vocab_size()}
+    sizes = {**SIZES["tiny"], "vocab_size": tokenizer.get_vocab_size()}
     config = ModelConfig(resnet="resnet18", width=8, n_codes=4, n_attributes=4, **sizes)
     n = len(annotations.load_polyvore_items(catalogue / "PolyvoreOutfits")[1])
     return {
-        "C": save(out / "c.pt", FashionViL(config), "pretrain", vocab),
-        "O": save(out / "o.pt", CSANet(config, n), "polyvore", vocab, config={"data_root": str(catalogue)}),
+        "C": save(out / "c.pt", FashionViL(config), "pretrain", tokenizer.to_str()),
+        "O": save(out / "o.pt", CSANet(config, n), "polyvore", None, config={"data_root": str(catalogue)}),
     }
 
 
@@ -86,7 +92,7 @@ def check_ranking(found, expected):
 def test_scores_are_the_cosines_of_the_model(kind, files, gallery):
     model, info = checkpoint.load_model(files["C"])
     photo = gallery / "below" / sorted(p.name for p in (gallery / "below").iterdir())[0]
-    words = data.text_batch(info["vocab"], ["a red dress"])
+    words = data.text_batch(tokenizers.Tokenizer.from_str(info["tokenizer"]), ["a red dress"])
     with torch.no_grad():
         query, line = {
             "text": lambda: (model.encode_text(**words), ["--text", "a red dress"]),
@@ -183,7 +189,7 @@ def test_index_is_reused_and_remade(files, gallery, capsys):
     torch.manual_seed(1)
     model, info = checkpoint.load_model(files["C"])
     torch.nn.init.normal_(model.bert.embeddings.projection.weight)
-    other = save(gallery.parent / "other.pt", model, "pretrain", info["vocab"])
+    other = save(gallery.parent / "other.pt", model, "pretrain", info["tokenizer"])
     rows(other, gallery, "--text=red")
     assert "stale; " in capsys.readouterr().err
     assert "stale; " in said()
@@ -234,7 +240,7 @@ def test_rerank_is_the_itm_head_s_order(files, gallery, monkeypatch):
     model, info = checkpoint.load_model(files["C"])
     plain = rows(files["C"], gallery, "--text=a red dress", "--top=12")
     found = rows(files["C"], gallery, "--text=a red dress", "--top=12", "--rerank")
-    words = data.text_batch(info["vocab"], ["a red dress"])
+    words = data.text_batch(tokenizers.Tokenizer.from_str(info["tokenizer"]), ["a red dress"])
     for r in found[:5]:
         with torch.no_grad():
             hidden = model.encode_joint(**words, image=by_hand(r["path"]))

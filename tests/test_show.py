@@ -7,10 +7,9 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-import data
 import evaluate
 import metrics
-from plumbing import annotations, pictures
+from plumbing import annotations, pictures, weights
 from plumbing.pictures import Cell, Ranking, Row, dot_products
 from plumbing.processes import Processes
 from plumbing.settings import InputError
@@ -62,7 +61,7 @@ def test_recognition_shows_both_labels(catalogue):
     logits = torch.eye(len(names) + 1)[1]  # one class more than labels.json has names
     model = types.SimpleNamespace(config=types.SimpleNamespace(n_classes=len(logits)))
     model.classify = lambda batch: logits.repeat(len(batch["image"]), 1)
-    tokenizer = data.wordpiece((catalogue / "vocab.txt").read_text())
+    tokenizer = weights.wordpiece((catalogue / "vocab.txt").read_text())
     _, result = next(evaluate.run_task(model, tokenizer, config, Processes(0, 1, torch.device("cpu"))))
     (ranking,) = result.rankings
     assert ranking.gallery[-1] == {"text": f"class {len(names)}", "id": len(names)}

@@ -21,7 +21,7 @@ import finetune
 import pretrain
 import search
 from model import CSANet, FashionViL, ModelConfig
-from plumbing import annotations, bert, checkpoint, ending, photos, runs, settings
+from plumbing import annotations, checkpoint, ending, photos, runs, settings, weights
 from plumbing.processes import Processes, start_processes
 from plumbing.settings import InputError
 from prepare import check_data
@@ -33,7 +33,7 @@ ONE = Processes(0, 1, torch.device("cpu"))
 def samples(catalogue):
     """A data set of pre-training at 64 pixels."""
     products = annotations.load_products(catalogue, "FashionGen", "train")
-    tokenizer = data.wordpiece((catalogue / "vocab.txt").read_text())
+    tokenizer = weights.wordpiece((catalogue / "vocab.txt").read_text())
     return data.Pretraining(products, tokenizer, 1000, pretrain.PretrainConfig(image_size=64))
 
 
@@ -65,12 +65,14 @@ def test_samples_reach_workers_that_do_not_fork(samples):
 
 def test_a_longer_text_in_the_batch_changes_no_embedding(catalogue):
     """huggingface/transformers#3150 and #278: an embedding changed with the padding of its batch."""
-    vocab = (catalogue / "vocab.txt").read_text()
+    tokenizer = weights.read_tokenizer(catalogue / "vocab.txt")
     sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, resnet="resnet18")
     torch.manual_seed(0)
-    model = FashionViL(ModelConfig(vocab_size=vocab.count("\n"), width=4, heads=("contrastive",), **sizes)).eval()
-    alone = data.text_batch(vocab, ["red dress"])
-    beside = data.text_batch(vocab, ["red dress", "a long red dress " * 9])
+    model = FashionViL(
+        ModelConfig(vocab_size=tokenizer.get_vocab_size(), width=4, heads=("contrastive",), **sizes)
+    ).eval()
+    alone = data.text_batch(tokenizer, ["red dress"])
+    beside = data.text_batch(tokenizer, ["red dress", "a long red dress " * 9])
     with torch.no_grad():
         torch.testing.assert_close(model.encode_text(**alone)[0], model.encode_text(**beside)[0], rtol=1e-4, atol=1e-5)
 
@@ -148,9 +150,7 @@ def test_vocabulary_with_the_line_ends_of_windows(tmp_path, catalogue):
     """huggingface/transformers#1078: ids were shifted against the file, so every word had another's vector."""
     text = (catalogue / "vocab.txt").read_text()
     (tmp_path / "vocab.txt").write_bytes(text.replace("\n", "\r\n").encode())
-    config = pretrain.PretrainConfig(vocab=str(tmp_path / "vocab.txt"))
-    read = bert.vocabulary(config)
-    assert data.wordpiece(read).get_vocab() == data.wordpiece(text).get_vocab()
+    assert weights.read_tokenizer(tmp_path / "vocab.txt").get_vocab() == weights.wordpiece(text).get_vocab()
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
@@ -239,13 +239,14 @@ def test_too_many_open_files_are_a_lost_worker(said):
 
 
 @pytest.mark.parametrize("token", ["red", ""])
-def test_a_word_twice_in_the_vocabulary(catalogue, token):
+def test_a_word_twice_in_the_vocabulary(catalogue, token, tmp_path):
     """huggingface/transformers#2020: a dictionary with words twice; ids ran past the table of words."""
-    words = (catalogue / "vocab.txt").read_text().splitlines()
-    words = [word for word in words if word != token]
-    message = f"^vocab: '{token}' stands in line 31 and in line {len(words) + 2}, expected once$"
-    with pytest.raises(InputError, match=message):
-        data.wordpiece("\n".join([*words[:30], token, *words[30:], token, "end"]) + "\n")
+    words = [word for word in (catalogue / "vocab.txt").read_text().splitlines() if word != token]
+    words = [*words[:30], token, *words[30:], token, "end"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    tokenizer = weights.read_tokenizer(tmp_path / "vocab.txt")
+    assert weights.count_words(tokenizer) == len(words)  # a word table has a row for every line
+    assert all(number == tokenizer.token_to_id(word) for number, word in enumerate(words) if word != token)
 
 
 def test_fewer_items_than_processes(catalogue, monkeypatch):
@@ -395,7 +396,7 @@ def test_outfit_weights_that_are_nan_find_nothing(catalogue, tmp_path):
     n = len(annotations.load_polyvore_items(catalogue / "PolyvoreOutfits")[1])
     model = CSANet(ModelConfig(resnet="resnet18", width=4), n)
     torch.nn.init.constant_(model.fusion_module["masks"].weight, float("nan"))
-    state = {"kind": "csa_net", "task": "polyvore", "step": 1, "vocab": "", "config": {"image_size": 64}}
+    state = {"kind": "csa_net", "task": "polyvore", "step": 1, "config": {"image_size": 64}}
     state |= {"model": model.state_dict(), "model_config": dataclasses.asdict(model.config)}
     checkpoint.save(tmp_path / "nan.pt", state)
     photos = catalogue / "PolyvoreOutfits" / "images"

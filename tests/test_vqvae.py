@@ -17,7 +17,7 @@ import data
 import pretrain
 import vqvae
 from model import ResNet
-from plumbing import checkpoint, photos, processes, runs, settings
+from plumbing import checkpoint, photos, processes, runs, settings, weights
 
 HERE = Path(__file__).parent
 TINY = vqvae.ImageTokenizerConfig(ch=8, ch_mult=(1, 2, 4), n_blocks=1, latent_dim=16, n_codes=12, unshuffle=8)
@@ -241,7 +241,7 @@ def test_loaded_codes_are_those_that_were_saved(layout, tmp_path):
     inside = {f"model.image_tokenizer.{k}": v for k, v in own.items()}
     inside["model.contrastive_norm.norm_s"] = torch.ones(1)
     if layout == "ours":
-        checkpoint.save(path, {"kind": "tokenizer", "model": model.state_dict(), "step": 1})
+        checkpoint.save(path, {"kind": "image_tokenizer", "model": model.state_dict(), "step": 1})
     else:
         files = {
             "bare": own,
@@ -325,7 +325,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(data_root, tmp_path, monkeypatch
 
     for name, value in model.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-    one, two = (checkpoint.read_file(folder / "last.pt") for folder in (whole, parts))
+    one, two = (weights.read_file(folder / "last.pt") for folder in (whole, parts))
     assert one["step"] == two["step"] == 6
     for a, b in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)

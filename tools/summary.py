@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 
 import data
 import vqvae
@@ -20,8 +21,8 @@ from tools.curves import read_curves
 SAMPLE = 5_000  # at most about so many texts, and a tenth as many photos, count for the frequencies
 
 
-def trivial_answer(name, curves, config, vocab):
-    """(loss in nats, accuracy) without looking, of objective `name` of a run: its log, settings and vocabulary."""
+def trivial_answer(name, curves, config, tokenizer):
+    """(loss in nats, accuracy) without looking, of objective `name` of a run: its log, settings and tokenizer."""
     if name in ("itc", "mvc"):
         candidates = config["batch_size"] // config["grad_accum"]
         return math.log(candidates), 1 / candidates
@@ -34,7 +35,7 @@ def trivial_answer(name, curves, config, vocab):
         return 2 * math.log(n), min(5, n) / n
     if name == "mlm":
         texts = [product.text for product in products[:: max(1, len(products) // SAMPLE)]]
-        texts = data.tokenize(data.wordpiece(vocab), texts, config["max_tokens"] or data.MAX_TOKENS)
+        texts = data.tokenize(tokenizer, texts, config["max_tokens"] or data.MAX_TOKENS)
         ids = np.concatenate([text.ids[1:-1] for text in texts])
     elif name == "mpfc" and Path(config["image_tokenizer"]).is_file():
         image_tokenizer = vqvae.load_image_tokenizer(config["image_tokenizer"])
@@ -52,12 +53,13 @@ def main(argv=None):
     parser.add_argument("run", help="run folder of pretrain.py, as runs/demo")
     folder = Path(parser.parse_args(argv).run)
     curves, info = read_curves(folder), checkpoint.read_weights(folder / "last.pt", ("fashionvil",), "run")[1]
+    tokenizer = tokenizers.Tokenizer.from_str(info["tokenizer"])
     print("objective   loss: first    last  trivial     accuracy: first    last  trivial")
     for name in OBJECTIVES:
         if f"{name}_loss" in curves:
             losses = curves[f"{name}_loss"][1]
             accuracies = curves["pac_recall" if name == "pac" else f"{name}_acc"][1]
-            trivial_loss, trivial_accuracy = trivial_answer(name, curves, info["config"], info["vocab"])
+            trivial_loss, trivial_accuracy = trivial_answer(name, curves, info["config"], tokenizer)
             row = f"{name:9} {losses[0]:14.3f} {np.mean(losses[-5:]):7.3f} {trivial_loss:8.3f}"
             print(f"{row} {accuracies[0]:18.1%} {np.mean(accuracies[-5:]):8.1%} {trivial_accuracy:8.1%}")
     print("accuracy: itc, mvc right candidate, pac label weight in the best 5")

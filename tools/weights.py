@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 import vqvae
-from plumbing import checkpoint
-from plumbing.checkpoint import is_zip, read_weights
+from plumbing import checkpoint, weights
 from plumbing.ending import run
 from plumbing.files import reading, replacing, shown
 from plumbing.settings import InputError
@@ -33,13 +32,11 @@ def convert(source, target):
     source: a zip of torch.save that holds a dict of tensors or {"model": such a dict, ...}. Raises InputError."""
     if Path(target).exists():
         raise InputError(f"{target}: exists, expected a new name")
-    if not is_zip(source):
-        raise InputError(f"{source}: not a zip of torch.save (torch 1.6 or newer); no other file is converted")
     with reading(source, "cannot be converted"):
         # torch's own safe reader takes `Inert` for every class and function that it would refuse.
         strangers = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))
         with torch.serialization.safe_globals([(Inert, name) for name in strangers]):
-            content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(source, map_location="cpu", weights_only=True)
         model = content["model"] if isinstance(content.get("model"), dict) else content
         tensors = {name: value.detach() for name, value in model.items() if isinstance(value, torch.Tensor)}
     if not tensors:
@@ -52,20 +49,17 @@ def convert(source, target):
 
 def describe(path):
     """Print what --info says of a file. Raises InputError, with the kind printed before, where it does not load."""
-    state, info = read_weights(path)
+    state, info = weights.read_weights(path)
     print(f"{path}: {info['kind']}, layout {info['layout']}, {len(state)} tensors")
     for key, value in {"task": info["task"], "step": info["step"], **info["config"]}.items():
         print(f"{key}: {shown(value)}")
     for what, tensors in info["set_aside"].items():
         print(f"set aside: {len(tensors)} names of {what}")
     if info["kind"] in ("bert", "resnet"):
-        print(checkpoint.read_sizes(path, state, info))
+        print("sizes:", weights.read_sizes(path, state, info))
         print("loads: with --bert=ITS FOLDER" if info["kind"] == "bert" else "loads: with --resnet_file=FILE")
         return
-    if info["kind"] == "image_tokenizer":
-        model = vqvae.load_image_tokenizer(path)
-    else:
-        model, _ = checkpoint.load_model(path)
+    model = vqvae.load_image_tokenizer(path) if info["kind"] == "image_tokenizer" else checkpoint.load_model(path)[0]
     print("sizes:", dataclasses.asdict(model.config))
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     print("loads: yes")
@@ -77,10 +71,7 @@ def main():
     action.add_argument("--info", metavar="FILE", help="what the file is, its sizes, and whether it loads")
     action.add_argument("--convert", nargs=2, metavar=("IN", "OUT"), help="write the tensors of IN alone to OUT")
     given = parser.parse_args()
-    if given.info:
-        describe(given.info)
-    else:
-        print(*convert(*given.convert), sep="\n")
+    describe(given.info) if given.info else print(*convert(*given.convert), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,418 @@
+"""Weights of other people and of ours, read from files: tensors under our names, their sizes, and BERT's tokenizer.
+
+`read_weights` gives the tensors of any file that we know: ours, the authors' released ones, BERT, ResNet, VQ-VAE.
+`read_sizes` says of which size a model with these tensors is. `find_tokenizer` finds the tokenizer of its texts.
+Reading a file never runs code from it. A damaged or foreign file ends in InputError, one line that names the file."""
+
+import json
+import math
+import pickle
+import re
+import warnings
+import zipfile
+from pathlib import Path
+
+import tokenizers
+import torch
+
+from model import HEADS, RESNETS
+from plumbing.files import cause_of, reading, shown
+from plumbing.settings import InputError
+
+FORMAT = 2  # of our own files
+MODELS = ("fashionvil", "csa_net")
+KINDS = (*MODELS, "image_tokenizer")
+WORDS, DECODER = "bert.embeddings.word_embeddings.weight", "heads.mlm.decoder.weight"  # one tensor under two names
+
+# Beginnings of names: (theirs, ours). The first row that fits is taken.
+RELEASED = (
+    ("image_encoder.model.0.", "image_encoder.conv1."),  # theirs is an nn.Sequential of torchvision's parts
+    ("image_encoder.model.1.", "image_encoder.bn1."),
+    *((f"image_encoder.model.{n + 3}.", f"image_encoder.layer{n}.") for n in (1, 2, 3, 4)),
+    ("model.bert.", "bert."),
+    ("model.heads.itm.seq_relationship.", "heads.itm."),
+    ("model.heads.mlm.bias", "heads.mlm.decoder.bias"),
+    ("model.heads.mlm.decoder.", "heads.mlm.decoder."),
+    ("model.heads.mlm.transform.", "heads.mlm."),
+    ("model.heads.mpfc.1.", "heads.mpfc.decoder."),
+    ("model.heads.mpfc.0.", "heads.mpfc."),
+    ("model.heads.pac.", "heads.pac."),
+    ("model.classifier.1.", "heads.recognition.decoder."),
+    ("model.classifier.0.", "heads.recognition."),
+    ("model.contrastive_norm.norm_s", "logit_scale"),  # pre-training
+    ("model.norm_layer.norm_s", "logit_scale"),  # contrastive and composition
+    ("norm_layer.norm_s", "logit_scale"),  # CSA-Net, which has no "model."
+)
+BERT = (
+    ("cls.predictions.bias", "heads.mlm.decoder.bias"),
+    ("cls.predictions.decoder.", "heads.mlm.decoder."),
+    ("cls.predictions.transform.", "heads.mlm."),
+    *((f"{part}.", f"bert.{part}.") for part in ("embeddings", "encoder", "pooler")),  # some files leave "bert." out
+)
+RESNET = (("", "image_encoder."),)
+# Files hold these and the model has no use for them: the image tokenizer, an objective that the final recipe does not
+# use, BERT's next-sentence head, ResNet's classifier, and counters of positions.
+LEFT_OVER = r"(model\.image_tokenizer|model\.heads\.mpfr|cls\.seq_relationship|fc)\.|((?:.*\.)?position_ids)$"
+# (a name that only this layout has, layout, kind, how its names become ours). The first row whose name is found counts.
+LAYOUTS = (
+    ("proj_layer.weight", "csa_net", "csa_net", RELEASED),
+    ("model.classifier.1.weight", "classification", "fashionvil", RELEASED),
+    ("model.contrastive_norm.norm_s", "pretraining", "fashionvil", RELEASED),
+    ("model.norm_layer.norm_s", "contrastive or composition", "fashionvil", RELEASED),
+    ("quantize.embedding.weight", "vqvae", "image_tokenizer", ()),
+    ("embeddings.word_embeddings.weight", "bert", "bert", BERT),
+    ("bert.embeddings.word_embeddings.weight", "bert", "bert", BERT),
+    ("layer1.0.conv1.weight", "resnet", "resnet", RESNET),
+)
+
+
+# ---- tensors under our names -----------------------------------------------------------------------------------------
+
+
+def read_weights(path, kinds=None, setting=""):
+    """(state dict under our names, info) of any file of weights. Take it when you need the tensors and no model.
+
+    info: "kind" (one of KINDS, "bert" or "resnet"), "layout" ("ours" or the released one's), "task", "step" and
+    "tokenizer" (None where the file says none), "config", "model_config" and "labels" ({} there), and "set_aside"
+    ({what of LEFT_OVER: its tensors}).
+    Raises InputError where the file is none of `kinds`, as the setting `setting` needs."""
+    file = read_file(path)
+    parts = [file[key] for key in ("model", "state_dict", "model_state_dict") if isinstance(file.get(key), dict)]
+    state = parts[0] if parts else file
+    strangers = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if strangers:
+        found = f"{shown(strangers[0])}, a {type(state[strangers[0]]).__name__}"
+        raise InputError(f"{path}: found {found}, expected names of parameters and tensors alone")
+    # torch.compile and DistributedDataParallel put these before names.
+    state = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in state.items()}
+
+    if "format" in file:
+        info = {"layout": "ours", "set_aside": {}, **{key: file.get(key) for key in ("kind", "task", "step")}}
+        info |= {key: file.get(key, {}) for key in ("config", "model_config", "labels")}
+        info["tokenizer"] = file.get("tokenizer")
+    else:
+        state, info = _with_our_names(path, state)
+        heads = _find(file.get("config"), "num_attention_heads")
+        info["model_config"] = {} if heads is None else {"num_attention_heads": heads}
+    if {DECODER, WORDS} <= state.keys() and not torch.equal(state[DECODER], state[WORDS]):
+        raise InputError(f"{path}: {DECODER} and {WORDS} differ, but are one tensor in the model")
+    if kinds and info["kind"] not in kinds:
+        raise InputError(f"{setting}: {path}: {info['kind']} weights, expected {' or '.join(kinds)}")
+    return state, info
+
+
+def _with_our_names(path, state):
+    """`read_weights` of a file that is not ours: the layout is recognised, and its names become ours."""
+    rows = [row for row in LAYOUTS if row[0] in state]
+    if not rows:
+        found = ", ".join(list(state)[:3]) or "no names"
+        raise InputError(f"{path}: found {found}, expected those of FashionViL, CSA-Net, BERT, ResNet or VQ-VAE")
+    _, layout, kind, names = rows[0]
+    set_aside = {}
+    for name in list(state):
+        found = re.match(LEFT_OVER, name)
+        if found:
+            set_aside.setdefault(found[1] or found[2], {})[name] = state.pop(name)
+    with reading(path, "cannot be loaded"):
+        state = rename(state, names)
+    if kind == "bert":
+        if any(name.startswith("heads.mlm.") for name in state):
+            state.setdefault(DECODER, state[WORDS])  # newer files leave the second name out
+        for table in ("position_embeddings", "token_type_embeddings"):  # the image side starts from the text's tables
+            if f"bert.embeddings.{table}.weight" in state:
+                state[f"bert.embeddings.{table}_visual.weight"] = state[f"bert.embeddings.{table}.weight"]
+    if kind == "resnet":
+        for name in [name for name in state if name.endswith("running_mean")]:  # files of before 2018 have no counters
+            state.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
+    info = {"kind": kind, "layout": layout, "set_aside": set_aside, "task": None, "step": None, "tokenizer": None}
+    return state, info | {"config": {}, "labels": {}}
+
+
+def rename(state, rows):
+    """`state` with the first of the rows (old beginning, new beginning) that fits applied to each name.
+
+    Old BERT files call LayerNorm's parameters gamma and beta. Raises ValueError where one tensor's two names differ."""
+    renamed = {}
+    for name, tensor in state.items():
+        old, new = next((row for row in rows if name.startswith(row[0])), ("", ""))
+        new_name = new + name.removeprefix(old)
+        new_name = new_name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if new_name in renamed and not tensor.is_meta and not torch.equal(renamed[new_name], tensor):
+            raise ValueError(f"{name} and another name of {new_name} differ, but are one tensor in the model")
+        renamed[new_name] = tensor
+    return renamed
+
+
+def _find(config, key):
+    """The value of `key` from wherever it stands in nested dicts, or None."""
+    if not isinstance(config, dict):
+        return None
+    if key in config:
+        return config[key]
+    return next((found for found in (_find(value, key) for value in config.values()) if found is not None), None)
+
+
+def check_names(path, own, found):
+    """Raise InputError that lists what `found` lacks, has too much or has in another shape than `own`."""
+
+    def shape(tensor):
+        return ("" if tensor.is_floating_point() else "integers ") + str(tuple(tensor.shape))
+
+    both = [(name, shape(found[name]), shape(own[name])) for name in own if name in found]
+    problems = {
+        "of other shapes": [f"{name} {theirs}, expected {ours}" for name, theirs, ours in both if theirs != ours],
+        "missing": [name for name in own if name not in found],
+        "left over": [name for name in found if name not in own],
+    }
+    said = [f"{len(names)} {what}: {', '.join(names)}" for what, names in problems.items() if names]
+    if said:
+        raise InputError(f"{path}: does not fit the model: {'; '.join(said)}")
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+# kind of file: the parts of a model that it has
+PARTS = {"fashionvil": ("image_encoder", "bert"), "csa_net": ("image_encoder",)}
+PARTS |= {"resnet": ("image_encoder",), "bert": ("bert",)}
+SIZE_OF = {  # field of ModelConfig: the tensor that tells it, and along which axis
+    "width": ("image_encoder.conv1.weight", 0),
+    "vocab_size": (WORDS, 0),
+    "hidden_size": (WORDS, 1),
+    "intermediate_size": ("bert.encoder.layer.0.intermediate.dense.weight", 0),
+    "max_position_embeddings": ("bert.embeddings.position_embeddings.weight", 0),
+    "type_vocab_size": ("bert.embeddings.token_type_embeddings.weight", 0),
+    "n_codes": ("heads.mpfc.decoder.weight", 0),
+    "n_attributes": ("heads.pac.projection", 1),
+    "n_classes": ("heads.recognition.decoder.weight", 0),
+}
+
+
+def read_sizes(path, state, info):
+    """{field of ModelConfig: value} of what `read_weights` gave. Raises InputError where no model has such sizes.
+
+    No tensor tells the number of attention heads. Of a BERT or a CSA-Net it is left out."""
+    with reading(path, "no model has these sizes"):
+        kind, sizes = info["kind"], {}
+        if "image_encoder" in PARTS[kind]:
+            stages = [f"image_encoder.layer{n}." for n in (1, 2, 3, 4)]
+            blocks = tuple(len({name.split(".")[2] for name in state if name.startswith(stage)}) for stage in stages)
+            bottleneck = "image_encoder.layer1.0.conv3.weight" in state
+            names = [name for name, resnet in RESNETS.items() if resnet == (blocks, bottleneck)]
+            sizes["resnet"] = names[0] if names else f"{blocks} blocks a stage"
+        if "bert" in PARTS[kind]:
+            sizes["num_hidden_layers"] = len({n.split(".")[3] for n in state if n.startswith("bert.encoder.layer.")})
+        for field, (name, axis) in SIZE_OF.items():
+            if name in state or name.startswith(PARTS[kind]):
+                sizes[field] = state[name].shape[axis]
+        if kind == "fashionvil":
+            heads = {name.split(".")[1] for name in state if name.startswith("heads.")} | {"contrastive"}
+            sizes["heads"] = tuple(h for h in HEADS if h in heads and (h != "contrastive" or "logit_scale" in state))
+            if "num_attention_heads" not in info["model_config"] and sizes["hidden_size"] % 64:
+                raise ValueError(f"nothing says the number of attention heads of {sizes['hidden_size']} units")
+            sizes["num_attention_heads"] = sizes["hidden_size"] // 64  # 64 is the width of BERT's attention heads
+            told = ("num_attention_heads", "dropout", "pac_scale")  # no tensor tells these three
+            sizes |= {key: info["model_config"][key] for key in told if key in info["model_config"]}
+        return sizes
+
+
+# ---- BERT and ResNet: where the files are ----------------------------------------------------------------------------
+
+TOKENIZER = ("tokenizer.json", "vocab.txt")
+# What config.json must say of the Transformer where it speaks of it. A file without one of these means the same.
+TRANSFORMER = {
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "layer_norm_eps": 1e-12,
+}
+
+
+def find_file(bert, *names, optional=False):
+    """Path of the first of `names` in the folder `bert`, else fetched from the Hugging Face hub ("": BERT-base).
+
+    None where there is no such file and it is optional, else InputError."""
+    bert = bert or "bert-base-uncased"
+    is_folder = Path(bert).is_dir() or bert.startswith(("/", ".", "~")) or bert.count("/") > 1
+    for name in names:
+        path = Path(bert, name) if is_folder else _from_hub(bert, name)
+        if path and path.is_file():
+            return path
+    if optional:
+        return None
+    raise InputError(f"bert: no {' or '.join(names)} in {bert}, expected a Hugging Face BERT folder with such a file")
+
+
+def _from_hub(repository, name):
+    """Path of a file that was fetched from the Hugging Face hub; None where the hub has the repository without it."""
+    import huggingface_hub  # only where something is fetched
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, name))
+    except Exception as error:  # of the network, the disk, the hub
+        if type(error).__name__ == "RemoteEntryNotFoundError":
+            return None
+        cure = f"put the files of https://huggingface.co/{repository} into a folder and set --bert=FOLDER"
+        cure += ", or start with --init=random and set --vocab=FILE to its vocab.txt"
+        raise InputError(f"bert: {name} of {repository!r} could not be fetched ({cause_of(error)}): {cure}") from None
+
+
+def read_bert(bert):
+    """(path, state dict, info) of a BERT's weights, and its sizes, of the folder or hub name `bert`.
+
+    Weights in several files (model.safetensors.index.json) are not read. Raises InputError where config.json tells of
+    another model than BERT."""
+    path = find_file(bert, "model.safetensors", "pytorch_model.bin")
+    state, info = read_weights(path, ("bert",), "bert")
+    sizes, config_path = read_sizes(path, state, info), find_file(bert, "config.json")
+    with reading(config_path, "cannot be read"):
+        config = json.loads(config_path.read_text(encoding="utf-8-sig"))
+        sizes["num_attention_heads"] = config["num_attention_heads"]
+    for key, expected in TRANSFORMER.items():
+        found = config.get(key, expected)
+        if found != expected:
+            raise InputError(f"{config_path}: {key}: found {shown(found)}, expected {expected!r}")
+    return (path, state, info), sizes
+
+
+def fetch_resnet(name):
+    """Path of torchvision's ImageNet file in torch.hub's folder; it is fetched where it is not there yet."""
+    from torchvision.models import get_model_weights  # only where something is fetched
+
+    url = get_model_weights(name).IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    try:
+        torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
+    except Exception as error:  # of the network, the disk, the hash
+        cure = f"put it at {path}, or anywhere and set --resnet_file=FILE, or start with --init=random"
+        raise InputError(f"{url} could not be fetched ({cause_of(error)}): {cure}") from None
+    return path
+
+
+# ---- the tokenizer of texts ------------------------------------------------------------------------------------------
+
+
+def find_tokenizer(config, own=None, rows=None):
+    """The `tokenizers.Tokenizer` that the settings mean: that of the first of these places that there is.
+
+    The file `config.vocab`; `own`, the text of the checkpoint's tokenizer (None: it has none); `config.bert`, a folder
+    or a hub name; DATA_ROOT/vocab.txt; the folder DATA_ROOT/../bert-base-uncased; bert-base-uncased on the hub.
+    rows: of the word table that it is for, None for a new one.
+    Raises InputError where `config.vocab` is not `own`, or the word table is not made for so many words."""
+    root = Path(config.data_root)
+    places = [root / "vocab.txt", *(root / ".." / "bert-base-uncased" / name for name in TOKENIZER)]
+    if config.vocab:
+        tokenizer = read_tokenizer(config.vocab)
+        if own is not None and tokenizer.to_str() != tokenizers.Tokenizer.from_str(own).to_str():
+            raise InputError(f"vocab: {config.vocab} is not the checkpoint's own tokenizer; leave --vocab out")
+    elif own is not None:
+        tokenizer = tokenizers.Tokenizer.from_str(own)
+    elif not config.bert and any(place.exists() for place in places):
+        tokenizer = read_tokenizer(next(place for place in places if place.exists()))
+    else:
+        find_file(config.bert, "tokenizer_config.json", optional=True)  # fetches what read_tokenizer looks for
+        tokenizer = read_tokenizer(find_file(config.bert, *TOKENIZER))
+    words = count_words(tokenizer)
+    # Some word tables have a few rows more than words, up to a multiple of 128. One with more is of another tokenizer.
+    if rows is not None and not words <= rows < words + 128:
+        cure = "set --vocab=FILE to the vocab.txt or tokenizer.json of its training"
+        raise InputError(f"tokenizer: found {words} words, but {rows} rows in the word table of the weights; {cure}")
+    return tokenizer
+
+
+def count_words(tokenizer):
+    """The number of rows that a word table needs for a tokenizer: its largest number + 1."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def read_tokenizer(path):
+    """The `tokenizers.Tokenizer` of a tokenizer.json, as it is, or of a vocab.txt, without padding and truncation.
+
+    Of a vocab.txt the tokenizer_config.json beside it says how it treats case, accents and Chinese characters.
+    Raises InputError for one that is no WordPiece or lacks one of BERT's special tokens."""
+    path = Path(path)
+    with reading(path, "no WordPiece vocabulary"):
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            tokenizer = tokenizers.Tokenizer.from_str(text)
+        else:
+            beside = path.with_name("tokenizer_config.json")
+            said = json.loads(beside.read_text(encoding="utf-8-sig")) if beside.exists() else {}
+            tokenizer = wordpiece(
+                text,
+                said.get("do_lower_case", True),
+                said.get("strip_accents"),
+                said.get("tokenize_chinese_chars", True),
+            )
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        if not isinstance(tokenizer.model, tokenizers.models.WordPiece):
+            raise ValueError(f"found {type(tokenizer.model).__name__}, expected BERT's WordPiece")
+        for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"):
+            if tokenizer.token_to_id(token) is None:
+                raise ValueError(f"token {token} is missing; expected a BERT vocab.txt, one token a line")
+    return tokenizer
+
+
+def wordpiece(vocab, lowercase=True, strip_accents=None, chinese=True):
+    """BERT's WordPiece tokenizer from the text of a vocab.txt, one token a line."""
+    ids = {token: number for number, token in enumerate(vocab.rstrip("\n").split("\n"))}
+    tokenizer = tokenizers.BertWordPieceTokenizer(
+        ids, lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=chinese
+    )
+    return tokenizers.Tokenizer.from_str(tokenizer.to_str())
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+def read_file(path):
+    """The dict in a file of torch.save or safetensors: what `read_weights` is made from. Nothing in it is run."""
+    if Path(path).suffix == ".safetensors":
+        return read_safetensors(path)
+    if Path(path).is_dir():
+        raise InputError(f"{path}: a folder, expected a checkpoint file (a BERT folder goes to --bert)")
+    with reading(path, "not a checkpoint (a file of torch.save), or damaged"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of unusual pickles
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # torch compares no checksums. They are 0 where it was told to write none.
+                if any(entry.CRC for entry in archive.infolist()) and archive.testzip():
+                    raise InputError(f"{path}: damaged, a checksum is wrong; copy or download it again")
+        try:
+            file = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if found is None:
+                raise
+            cure = f"python -m tools.weights --convert {path} OUT takes the tensors alone"
+            raise InputError(f"{path}: holds a pickled {found[1]}, expected tensors, numbers, text; {cure}") from None
+    if not isinstance(file, dict):
+        raise InputError(f"{path}: holds a {type(file).__name__}, expected a dict of tensors or a checkpoint")
+    if file.get("format", FORMAT) != FORMAT:
+        found = shown(file["format"])
+        raise InputError(f"{path}: checkpoint format {found}, expected {FORMAT}; read it with the code that wrote it")
+    if "format" in file and file.get("kind") not in KINDS:
+        raise InputError(f"{path}: kind {file.get('kind')!r}, expected {' or '.join(KINDS)}")
+    return file
+
+
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """{name: tensor} of a safetensors file: 8-byte length, JSON header, then the tensors' bytes.
+
+    Source: the format's description at github.com/huggingface/safetensors."""
+    tensors = {}
+    with reading(path, "not a safetensors file, or damaged"):
+        data = bytearray(Path(path).read_bytes())
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            dtype, n = SAFETENSORS[entry["dtype"]], math.prod(entry["shape"])
+            offset = start + entry["data_offsets"][0]
+            values = torch.frombuffer(data, dtype=dtype, count=n, offset=offset) if n else torch.empty(0, dtype=dtype)
+            tensors[name] = values.view(entry["shape"])
+    return tensors
