@@ -67,13 +67,10 @@ class Texts:
 
 
 def check_lengths(config, positions, max_tokens=MAX_TOKENS):
-    """Raise InputError where texts or images of these settings do not fit the model's number of positions."""
+    """Raise InputError where a text of these settings would be longer than the model's number of positions."""
     longest = config.max_tokens or max_tokens
     if not 3 <= longest <= positions:
         raise InputError(f"max_tokens: found {longest}, expected 3 to {positions}, the positions of the model")
-    if (config.image_size // STRIDE) ** 2 > positions:
-        most = math.isqrt(positions) * STRIDE
-        raise InputError(f"image_size: found {config.image_size}, expected at most {most} for {positions} positions")
 
 
 def check_candidates(config, processes=1):
@@ -230,10 +227,10 @@ def keep_most(n, share, rng):
 # ---- training samples and their order --------------------------------------------------------------------------------
 
 
-class Key(NamedTuple):  # of one sample
+class Key(NamedTuple):  # of one training sample
     epoch: int
-    index: int
-    objective: str
+    index: int  # of its item
+    objective: str  # its name; in fine-tuning the task's
 
 
 class Samples(Dataset):
@@ -250,19 +247,19 @@ class Samples(Dataset):
         return len(self.items)
 
     def __getitem__(self, index):
-        return self.read(index, self.items[index])
+        return self.read_item(index, self.items[index])
 
-    def read(self, index, item, rng=None):
+    def read_item(self, index, item, rng=None):
         """The sample of `item`, which has number `index`: pixels in place of paths, ids in place of the text."""
         sample = {key: value for key, value in item.items() if key not in ("text", "name")}
         for key in ("image", "image2"):
             if key in item:
-                sample[key] = self.open(index, item[key], rng)
+                sample[key] = self.read_image(index, item[key], rng)
         if "text" in item:
             sample["input_ids"] = self.texts[index].ids
         return sample
 
-    def open(self, index, path, rng):
+    def read_image(self, index, path, rng):
         """The pixels of an image of item `index`, uint8 (S, S, 3). InputError begins with the item's name."""
         try:
             return to_pixels(open_image(path), self.fit, self.config.image_size, rng)
@@ -295,7 +292,7 @@ class TrainingSamples(Samples):
     def sample(self, index, rng, objective):
         """The sample of item `index` for an objective; `rng` makes every random choice."""
         item = self.items[index]
-        return self.read(index, self.pick(item, rng) if self.pick else item, rng)
+        return self.read_item(index, self.pick(item, rng) if self.pick else item, rng)
 
 
 class Pretraining(TrainingSamples):
@@ -310,7 +307,7 @@ class Pretraining(TrainingSamples):
         ids, word_numbers = self.texts[index]
         # the first and the last of the shuffled images are two different ones wherever the product has two
         paths = rng.permutation(self.items[index]["image"])
-        sample = {"input_ids": ids, "product_id": index, "image": self.open(index, paths[0], rng)}
+        sample = {"input_ids": ids, "product_id": index, "image": self.read_image(index, paths[0], rng)}
         if objective == "itm":
             sample["itm_draws"] = np.float32(rng.random())
         elif objective == "mlm":
@@ -319,7 +316,7 @@ class Pretraining(TrainingSamples):
         elif objective == "mpfc":
             sample["patch_mask"] = mask_patches(self.side, rng)
         elif objective == "mvc":
-            sample["image2"] = self.open(index, paths[-1], rng)
+            sample["image2"] = self.read_image(index, paths[-1], rng)
             sample["text_keep"] = [True, *keep_most(len(ids) - 2, 0.25, rng), True]  # [CLS] and [SEP] always
             sample["patch_keep"] = keep_most(self.side**2, 0.25, rng)
         elif objective == "pac":
@@ -365,12 +362,6 @@ def to_device(batch, device):
     return {key: normalize(v) if v.dtype == torch.uint8 and v.ndim == 4 else v for key, v in batch.items()}
 
 
-class Update(NamedTuple):  # the samples of one update, over all processes and micro-batches
-    epoch: int
-    rows: np.ndarray  # (batch_size,) int64, indices into the data set
-    objective: str  # its name; in fine-tuning the task's
-
-
 class BatchSampler:
     """Lists of `Key`, one list for each of this process's micro-batches from update `start` on.
 
@@ -387,17 +378,14 @@ class BatchSampler:
         self.start, self.objective_at = start, objective_at
         self.epoch, self.permutation = None, None  # of the epoch that was used last
 
-    def __len__(self):
-        return (self.config.max_steps - self.start) * self.config.grad_accum
-
     def update_at(self, step):
-        """The `Update` number `step`."""
+        """(epoch, rows, objective) of update `step`. rows: (batch_size,) int64, items of the data set."""
         size = self.config.batch_size
         epoch, i = divmod(step, self.n // size)
         if epoch != self.epoch:
             self.permutation = np.random.default_rng([self.config.seed, epoch]).permutation(self.n)
             self.epoch = epoch
-        return Update(epoch, self.permutation[i * size : (i + 1) * size], self.objective_at(step))
+        return epoch, self.permutation[i * size : (i + 1) * size], self.objective_at(step)
 
     def __iter__(self):
         for step in range(self.start, self.config.max_steps):
@@ -445,25 +433,20 @@ def train_loader(dataset, sampler, config, device, ahead=4):
 # ---- what the stages train on ----------------------------------------------------------------------------------------
 
 
-class PretrainingData(NamedTuple):
-    products: list  # of annotations.Product, to train on
-    val_products: list  # of FashionGen, to validate with
-    n_attributes: int  # pseudo-attributes that PAC tells apart
-    labels: dict  # {what: names in the order of their numbers}, as annotations.label_names
-
-
 def pretraining_products(config):
-    """The `PretrainingData` of pre-training's settings. Raises InputError on bad files and on labels out of range."""
+    """(products to train on, FashionGen's to validate with, number of pseudo-attributes, their names) of pre-training.
+
+    The products are `annotations.Product`s. The names are as `annotations.label_names` gives them."""
     products = annotations.load_pretraining(config.data_root, config.sets)
     val_products = annotations.load_products(config.data_root, "FashionGen", "val")
     n_attributes = annotations.count_labels(products, "attributes", config.n_attributes)
     labels = annotations.label_names(config.data_root, "pretrain")
     val_products = leave_out_of_products(val_products, config, "FashionGen val")
-    return PretrainingData(products, val_products, n_attributes, labels)
+    return products, val_products, n_attributes, labels
 
 
 def image_tokenizer_products(config):
-    """(products to train on, paths of at most config.eval_images FashionGen-val images to measure on) of stage 0."""
+    """(products to train on, paths of config.eval_images FashionGen-val images at most to measure on) of stage 0."""
     products = annotations.load_pretraining(config.data_root, config.sets)
     val_products = annotations.load_products(config.data_root, "FashionGen", "val")
     paths = [path for product in val_products for path in product.images][: config.eval_images]
@@ -478,16 +461,15 @@ def image_tokenizer_products(config):
 def fashiongen_items(config):
     """One item per product of FashionGen. For recognition also its label and, for the model, the number of classes."""
     train, val = (annotations.load_products(config.data_root, "FashionGen", part) for part in ("train", "val"))
-    key = annotations.RECOGNITION_LABELS.get(config.task)
+    key, counts = annotations.RECOGNITION_LABELS.get(config.task), {}
     if key:
         counts = {"n_classes": annotations.count_labels([*train, *val], key)}
     else:
-        counts = {}
-        annotations.has_subcategories(val)
-    items = []
-    for product in leave_out_of_products(train, config, "FashionGen train"):
-        item = {"image": product.images, "text": product.text, "name": product.name}
-        items.append({**item, "label": getattr(product, key)} if key else item)
+        annotations.has_subcategories(val)  # retrieval is evaluated within them
+    train = leave_out_of_products(train, config, "FashionGen train")
+    items = [{"image": p.images, "text": p.text, "name": p.name} for p in train]
+    if key:
+        items = [{**item, "label": getattr(product, key)} for item, product in zip(items, train, strict=True)]
     return items, counts
 
 

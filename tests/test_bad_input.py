@@ -106,7 +106,6 @@ SETTINGS = [
     (dict(size="huge"), "size: found 'huge', expected one of ***"),
     (dict(resnet="resnet9"), "resnet: found 'resnet9', expected one of resnet18, resnet34, resnet50"),
     (dict(image_size=100), "image_size: found 100, expected a multiple of 32"),
-    (dict(image_size=736), "image_size: found 736, expected at most 704 for 512 positions"),
     (dict(max_tokens=2), "max_tokens: found 2, expected 3 to 512, the positions of the model"),
     (dict(max_tokens=513), "max_tokens: found 513, expected 3 to 512, the positions of the model"),
     (dict(sets=()), "sets: found (), expected some of FashionGen, BigFACAD, Fashion200k, PolyvoreOutfits, each once"),
