@@ -1,4 +1,4 @@
-"""Data: images and texts of the five fashion data sets, WordPiece, masks, and the order of training batches.
+"""What a training step eats: texts as ids, images as pixels, masks, samples, and batches in their order.
 
 Images leave the loader as uint8, and `to_device` normalises them. Every random choice of a sample follows from (seed,
 epoch, index), and every batch from (seed, step). So neither the number of processes nor a restart changes them."""
@@ -193,12 +193,12 @@ def mask_words(ids, word_numbers, tokenizer, rng, share=0.15):
 
 def mask_patches(side, rng):
     """BEiT's block-wise mask of a side x side grid: bool (side * side,), True = masked; docs/recipe.md "MPFC"."""
-    missing = max(1, round(8 * side * side / 49))  # patches that are still to be masked
-    smallest = max(1, missing // 2)
+    remaining = max(1, round(8 * side * side / 49))  # patches that are still to be masked: 8 of 49 at 224 pixels
+    smallest = max(1, remaining // 2)  # patches of a block
     mask = np.zeros((side, side), bool)
-    while missing > 0:
+    while remaining > 0:
         for _ in range(10):  # tries to place a block; the mask is done when all ten fail
-            area = smallest + (missing - smallest) * rng.random()  # between the two, whichever is smaller
+            area = smallest + (remaining - smallest) * rng.random()  # between the two, whichever is smaller
             aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
             h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if h >= side or w >= side:
@@ -206,9 +206,9 @@ def mask_patches(side, rng):
             top, left = rng.integers(side - h + 1), rng.integers(side - w + 1)
             block = mask[top : top + h, left : left + w]
             new = block.size - int(block.sum())
-            if 0 < new <= missing:
+            if 0 < new <= remaining:
                 block[:] = True
-                missing -= new
+                remaining -= new
                 break
         else:
             break
@@ -217,10 +217,10 @@ def mask_patches(side, rng):
     return mask.reshape(-1)
 
 
-def keep_most(n, share, rng):
-    """A list of n bools, True = kept: all but floor(share * n), drawn without replacement. docs/recipe.md "MVC"."""
+def keep_most(n, dropped, rng):
+    """A list of n bools, True = kept. The share `dropped` of them, rounded down, is False: docs/recipe.md "MVC"."""
     keep = np.ones(n, bool)
-    keep[rng.choice(n, int(share * n), replace=False)] = False
+    keep[rng.choice(n, int(dropped * n), replace=False)] = False
     return keep.tolist()
 
 
@@ -390,8 +390,8 @@ class BatchSampler:
     def __iter__(self):
         for step in range(self.start, self.config.max_steps):
             epoch, rows, objective = self.update_at(step)
-            micros = rows.reshape(self.config.grad_accum, self.processes.world_size, -1)
-            for micro in micros[:, self.processes.rank]:
+            shared = rows.reshape(self.config.grad_accum, self.processes.world_size, -1)  # (micro-batch, rank, B)
+            for micro in shared[:, self.processes.rank]:
                 yield [Key(epoch, int(index), objective) for index in micro]
 
 
@@ -425,8 +425,9 @@ def train_loader(dataset, sampler, config, device, ahead=4):
     workers = {"num_workers": config.workers, "worker_init_fn": init_worker, "pin_memory": device.type == "cuda"}
     if config.workers:
         workers |= {"prefetch_factor": ahead, "persistent_workers": True}
-        rows = config.batch_size // (config.grad_accum * sampler.processes.world_size)
-        check_shared_memory(config.workers * ahead + config.grad_accum, 2 * rows, config.image_size)
+        n_batches = config.workers * ahead + config.grad_accum  # read ahead, and in use
+        n_samples = config.batch_size // (config.grad_accum * sampler.processes.world_size)  # two images each at most
+        check_shared_memory(n_batches, 2 * n_samples, config.image_size)
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **workers)
 
 
