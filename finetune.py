@@ -77,13 +77,14 @@ def train(config, processes):
         data.check_candidates(config)
     torch.manual_seed(config.seed)  # every process starts from the same weights
 
-    # What the model starts from. A checkpoint brings its image size and text length where the settings have 0.
-    start = checkpoint.read_start(config, reads_text=bool(task.heads))  # a CSA-Net reads none
-    config = evaluate.as_trained(config, start.trained)
-
-    # The data and the model.
+    # The data come first: where they are missing, nothing is fetched.
     items, label_counts = task.load_items(config)  # {} or the number of classes or of outfit categories
     labels = annotations.label_names(config.data_root, config.task)
+
+    # What the model starts from, then the model. A checkpoint brings its image size and text length where the settings
+    # have 0.
+    start = checkpoint.read_start(config, reads_text=bool(task.heads))  # a CSA-Net reads none
+    config = evaluate.as_trained(config, start.trained)
     tokenizer = start.tokenizer
     model = build_model(config, start.sizes, task.heads, **label_counts)
     if task.heads:

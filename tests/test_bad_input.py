@@ -3,6 +3,7 @@
 And what looks odd but is fine: it trains. `***` in an expected message stands for anything."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -117,10 +118,6 @@ SETTINGS = [
     (dict(objectives={"itc": "much"}), "objectives: found probabilities ***, expected none below 0 and a sum of 1"),
     (dict(objectives={"itc": float("nan")}), "objectives: found probabilities {{'itc': nan}}, expected ***"),
     (dict(resume="gone.pt"), "gone.pt: ***: No such file or directory"),
-    (
-        dict(data_root="/nowhere"),
-        f"/nowhere/{TRAIN}: this file of the data set is missing; README***prepare.demo data/demo***",
-    ),
 ]
 
 
@@ -139,6 +136,14 @@ def test_an_image_tokenizer_of_another_grid(catalogue, tmp_path):
     message = f"{file}: 3 levels and unshuffle 4 make patches of 16 pixels, expected 32 as the ResNet's"
     refuse(lambda: pretrain.train(config, ONE), message, catalogue)
     assert os.listdir(tmp_path) == ["tokenizer.pt"]
+
+
+@pytest.mark.parametrize("stage", [pretrain, finetune])
+def test_missing_data_are_named_before_anything_is_fetched(stage, monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint, "read_start", None)  # it fetches BERT and the ResNet
+    small = small_pretrain if stage is pretrain else functools.partial(small_finetune, "fashioniq")
+    message = "/nowhere/***: this file of the data set is missing; README***prepare.demo data/demo***"
+    refuse(lambda: stage.train(small("/nowhere", tmp_path / "run", init="pretrained"), ONE), message, "")
 
 
 @pytest.mark.parametrize(
