@@ -8,6 +8,7 @@ outcomes: {set: tensor with a row for each query}, from which all metrics can be
 queries (Q, D), gallery (G, D) float32 or float64; query_* (Q,), gallery_* (G,) int64. A gallery item is correct if its
 id is the query's."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -109,11 +110,10 @@ def random_recall(positives, gallery, k):
 
 def chance_recalls(sizes, ks):
     """`recalls` of a random ranking; sizes {set: [(positives, gallery) of each query]}, as in `random_recall`."""
-
-    def chance(name, k):
-        return statistics.fmean(random_recall(*size, k) for size in sizes[name])
-
-    return with_mean({f"{name}_r@{k}": chance(name, k) for name in sizes for k in ks})
+    chance = {}
+    for name, k in itertools.product(sizes, ks):
+        chance[f"{name}_r@{k}"] = statistics.fmean(random_recall(*size, k) for size in sizes[name])
+    return with_mean(chance)
 
 
 def category_mean(values, category):

@@ -10,13 +10,13 @@ cosines; of an outfit they are means over its items. The images' vectors stay be
 checkpoint or files change."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import mimetypes
 import os
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,63 +77,38 @@ def list_images(folder):
     return dict(sorted(files.items()))
 
 
-def open_index(path, folder, fingerprint, embed, missing="stop"):
-    """(unit vectors (N, D) float32, mapped from the file `path`; the names of their images in `folder`).
-
-    `embed(items)` (N, D) makes them where that file is not there, damaged, or made from other images or with another
-    `fingerprint`. missing: as in SearchConfig. Raises InputError where they cannot be written, before the work."""
-    files = list_images(folder)
-    try:
-        index = torch.load(path, mmap=True, weights_only=True)
-        if (index["fingerprint"], index["files"]) == (fingerprint, files):
-            return index["vectors"].numpy(), index["names"]
-        why = "stale"
-    except Exception:  # torch.load raises nearly anything on a damaged file
-        why = "damaged" if Path(path).exists() else "not there yet"
-    place = Path(path).parent
-    if not place.is_dir() or not os.access(place, os.W_OK) or Path(path).is_dir():
-        raise InputError(f"{path}: cannot be written there; set --index=FILE to where it can")
-    names = [name for name in files if missing == "stop" or photos.is_readable(f"{folder}/{name}")]
-    if not names:
-        raise InputError(f"{folder}: none of {len(files)} images can be read")
-    numbers = f"embedding {len(names)} images; {len(files) - len(names)} cannot be read and are left out"
-    print(f"index {path}: {why}; {numbers}", file=sys.stderr)
-    vectors = F.normalize(embed([{"image": f"{folder}/{name}", "name": f"{folder}/{name}"} for name in names]), dim=-1)
-    with replacing(path) as file:
-        torch.save({"fingerprint": fingerprint, "files": files, "names": names, "vectors": vectors}, file)
-    return vectors.numpy(), names
-
-
 class PolyvoreCategories:
     """The fine categories of a PolyvoreOutfits folder, numbered as in training; `n`: how many the checkpoint knows."""
 
     def __init__(self, folder, n):
-        self.folder = Path(folder).resolve()
+        self.folder, self.names = Path(folder).resolve(), {}  # {a category's name or id: its numbers}
         self.metadata, self.number = annotations.load_polyvore_items(folder)
         if len(self.number) != n:
             found = f"{len(self.number)} categories, but the checkpoint's CSA-Net has {n}"
             raise InputError(f"{folder}: {found}; expected the folder of its training")
+        for row in self.metadata.values():
+            for name in (row["category_id"], str(row.get("semantic_category", row["category_id"]))):
+                self.names.setdefault(name, set()).add(self.number[int(row["category_id"])])
 
     def numbers(self, name):
         """The sorted numbers of a category's name or id. Polyvore's coarse names have several.
 
         "shoe" and "Shoes" are one name. Raises InputError, with all names, for a name that no item has."""
-        found, known = set(), set()
-        for row in self.metadata.values():
-            names = {row["category_id"], str(row.get("semantic_category", row["category_id"]))}
-            known |= names
-            if name.lower().removesuffix("s") in {alike.lower().removesuffix("s") for alike in names}:
-                found.add(self.number[int(row["category_id"])])
+        wanted = name.lower().removesuffix("s")
+        found = [numbers for known, numbers in self.names.items() if known.lower().removesuffix("s") == wanted]
         if not found:
-            shown = sorted(n for n in known if not n.isdigit()) or sorted(known, key=int)
+            shown = sorted(known for known in self.names if not known.isdigit()) or sorted(self.names, key=int)
             raise InputError(f"category: found {name!r}, expected one of {', '.join(shown)}, or an id of {self.folder}")
-        return sorted(found)
+        return sorted(set().union(*found))
 
     def of_image(self, path):
         """The number of the item whose photo a file of images/ is; -1 for other files."""
         folder, name = os.path.split(os.path.realpath(path))
         item = self.metadata.get(os.path.splitext(name)[0]) if folder == f"{self.folder}/images" else None
         return self.number[int(item["category_id"])] if item else -1
+
+
+# ---- the steps of a search -------------------------------------------------------------------------------------------
 
 
 def check_query(config):
@@ -176,11 +151,11 @@ def load_embedder(config):
 
 
 def find_categories(config, embedder, info):
-    """The `PolyvoreCategories` of the gallery's data set, or else of data_root. InputError if training had others."""
-    folder = Path(config.gallery).resolve()
-    places = [folder, folder.parent, Path(embedder.config.data_root, "PolyvoreOutfits")]
-    place = next((place for place in places if (place / annotations.POLYVORE_ITEMS).exists()), places[-1])
-    categories = PolyvoreCategories(place, embedder.model.n_categories)
+    """The `PolyvoreCategories` beside the gallery, or else of data_root. InputError where training had others."""
+    folder = Path(config.gallery).resolve().parent
+    if not (folder / annotations.POLYVORE_ITEMS).exists():
+        folder = Path(embedder.config.data_root, "PolyvoreOutfits")
+    categories = PolyvoreCategories(folder, embedder.model.n_categories)
     ours = {"Polyvore categories": [str(category) for category in categories.number]}
     checkpoint.check_labels(config.checkpoint, info["labels"], ours)
     return categories
@@ -201,26 +176,40 @@ def embed_outfit(config, embedder, categories, wanted):
 
 
 def embed_gallery(config, embedder):
-    """(unit vectors (N, D) float32, the names of their images below the gallery), as `open_index` has them."""
+    """(unit vectors (N, D) float32, the names of their images in the gallery), from the index file.
+
+    It is made anew where it is not there, damaged, or of another checkpoint or other images. Raises InputError where it
+    cannot be written, before the work."""
     folder = Path(config.gallery).resolve()
+    path, files = Path(config.index or f"{folder}.index.pt"), list_images(folder)
     digest = hashlib.sha256(np.memmap(config.checkpoint, mode="r")).hexdigest()
     fingerprint = f"{digest} {embedder.task.fit.__name__} {embedder.config.image_size}"
-    embed = partial(embedder.embed, progress=True)
-    return open_index(config.index or f"{folder}.index.pt", folder, fingerprint, embed, config.missing)
-
-
-def match_probability(model, batch):
-    """(B,) the ITM head's probability that text and image of a row belong together."""
-    pooled = model.encode_pair(batch["input_ids"], batch["attention_mask"], batch["image"])
-    return model.heads["itm"](pooled).float().softmax(-1)[:, 1]
+    with contextlib.suppress(Exception):  # torch.load raises nearly anything on a damaged file
+        index = torch.load(path, mmap=True, weights_only=True)
+        if (index["fingerprint"], index["files"]) == (fingerprint, files):
+            return index["vectors"].numpy(), index["names"]
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: cannot be written there; set --index=FILE to where it can")
+    names = [name for name in files if config.missing == "stop" or photos.is_readable(f"{folder}/{name}")]
+    left_out = f"{len(files) - len(names)} cannot be read and are left out"
+    print(f"index {path}: embedding {len(names)} images; {left_out}", file=sys.stderr)
+    items = [{"image": f"{folder}/{name}", "name": f"{folder}/{name}"} for name in names]
+    vectors = F.normalize(embedder.embed(items, progress=True), dim=-1)
+    with replacing(path) as file:
+        torch.save({"fingerprint": fingerprint, "files": files, "names": names, "vectors": vectors}, file)
+    return vectors.numpy(), names
 
 
 def rerank(text, paths, order, embedder):
     """(order with its first RERANKED places sorted by the ITM head, {place: the head's probability} of those)."""
-    first = order[:RERANKED]
-    pairs = [{"text": text, "image": paths[i]} for i in first]
-    found = embedder.embed(pairs, encode=partial(match_probability, embedder.model)).tolist()
-    itm = dict(zip(first, found, strict=True))
+    model, first = embedder.model, order[:RERANKED]
+
+    def match_probability(batch):  # (B,), that text and image of a row belong together
+        pooled = model.encode_pair(batch["input_ids"], batch["attention_mask"], batch["image"])
+        return model.heads["itm"](pooled).float().softmax(-1)[:, 1]
+
+    found = embedder.embed([{"text": text, "image": paths[i]} for i in first], encode=match_probability)
+    itm = dict(zip(first, found.tolist(), strict=True))
     return sorted(first, key=lambda i: -itm[i]) + order[RERANKED:], itm
 
 
@@ -286,8 +275,6 @@ def main(argv=None):
         itm = f"  itm {r['itm']:.2f}" if "itm" in r else ""
         lines.append(f"{r['rank']:3}  {r['score']:6.3f}{itm}  {r['id']:12}  {r['title'][:50]:50}  {r['path']}")
         cells.append(pictures.Cell([r["path"]], r["title"] or r["id"], f"{r['rank']}  {r['score']:.2f}{itm}"))
-    # The name of a file can hold whatever moves the cursor of a terminal.
-    lines = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines]
     print(json.dumps(rows, indent=1) if config.json else "\n".join(lines))
     if config.out:
         text = f"wanted: {config.category}" if config.outfit else config.text

@@ -3,7 +3,6 @@
 import math
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,37 +19,29 @@ DEEP = CELL + (TEXT_LINES + 2) * LINE + GAP  # pixels: height of a cell with its
 GREEN = (26, 150, 65)  # of the frame around a right result
 
 
-@dataclass
-class Cell:
-    """One cell of a page. Without images its text stands in the square, else below the label."""
-
+class Cell(NamedTuple):  # of a page
     images: list = ()  # paths; several share the square
-    text: str = ""
+    text: str = ""  # below the label; without images it stands in the square
     label: str = ""  # one line below the square
     right: bool = False  # a right result has a frame
 
 
 class Row(NamedTuple):  # of a page
     query: Cell
-    results: list
+    results: list  # of Cell
     failed: bool = False  # whether the results lack the right one
 
 
-@dataclass
-class Ranking:
+class Ranking(NamedTuple):
     """Queries that rank the items of a gallery.
 
     An item is a dict with "image" (a path, or a list of them) and "text" or "name", as far as it has them, and "id":
     the items of a query's id are right. Where items have a "category", a query ranks only those of its own."""
 
-    queries: list  # of Q items
-    gallery: list  # of G items
+    queries: list  # items
+    gallery: list  # G items
     scores: Callable  # scores(i) -> (G,) float, what query i gives to each item of the gallery
     n_shown: int = SHOWN  # results in view; a query failed if none of them is right
-
-    def __post_init__(self):
-        keys = [key for key in ("id", "category") if key in self.gallery[0]]
-        self.numbers = {key: torch.tensor([item[key] for item in self.gallery]) for key in keys}
 
 
 def dot_products(queries, gallery):
@@ -60,22 +51,21 @@ def dot_products(queries, gallery):
 
 def cell_of(item, label, right=False):
     """The Cell of an item of a `Ranking`."""
-    images = item.get("image", [])
-    text = item.get("text", item.get("name", ""))
+    images, text = item.get("image", []), item.get("text", item.get("name", ""))
     return Cell(images if isinstance(images, list) else [images], text, label, right)
 
 
 def ranked_row(ranking, i):
     """The Row of query i of a `Ranking`: its best gallery items, of equal ones the first."""
-    query, scores = ranking.queries[i], ranking.scores(i)
-    order = scores.sort(descending=True, stable=True).indices
+    query, gallery, scores = ranking.queries[i], ranking.gallery, ranking.scores(i)
+    order = scores.sort(descending=True, stable=True).indices.tolist()
     if "category" in query:
-        order = order[ranking.numbers["category"][order] == query["category"]]
-    right = (ranking.numbers["id"][order] == query["id"]).tolist()
+        order = [item for item in order if gallery[item]["category"] == query["category"]]
+    right = [gallery[item]["id"] == query["id"] for item in order]
     rank, results = 1 + right.index(True), []
-    for place, item in enumerate(order[: ranking.n_shown].tolist()):
+    for place, item in enumerate(order[: ranking.n_shown]):
         label = f"{place + 1}   {scores[item]:.2f}{'   right' if right[place] else ''}"
-        results.append(cell_of(ranking.gallery[item], label, right[place]))
+        results.append(cell_of(gallery[item], label, right[place]))
     return Row(cell_of(query, f"right one: rank {rank} of {len(order)}"), results, rank > ranking.n_shown)
 
 
