@@ -252,51 +252,50 @@ def png(width, height):
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-BOMB = "could be decompression bomb"
-IMAGES = [
-    (None, "No such file or directory"),
-    (b"", "cannot identify image file ***"),
-    (b"no image", "cannot identify image file ***"),
-    (lambda whole: whole[: len(whole) // 2], "image file is truncated***"),
-    (png(60_000, 60_000), f"Image size (3600000000 pixels) exceeds limit of *** pixels, {BOMB} ***"),
-    (png(12_000, 12_000), "12000 x 12000 pixels, expected at most 64,000,000"),
-    (png(9, 9), "***"),
+BROKEN = "{root}/***: image cannot be read: "
+MISSING = "{root}/FashionGen/***: image is missing; *** images of FashionGen ***--missing=skip***"
+BOMB = "Image size (3600000000 pixels) exceeds limit of *** pixels, could be decompression bomb ***"
+IMAGES = [  # stage, the content of all images of a product (None: no file), the message less the product's name
+    ("pretrain", None, BROKEN + "No such file or directory"),
+    ("pretrain", b"", BROKEN + "cannot identify image file ***"),
+    ("pretrain", b"no image", BROKEN + "cannot identify image file ***"),
+    ("pretrain", lambda whole: whole[: len(whole) // 2], BROKEN + "image file is truncated***"),
+    ("pretrain", png(60_000, 60_000), BROKEN + BOMB),
+    ("pretrain", png(12_000, 12_000), BROKEN + "12000 x 12000 pixels, expected at most 64,000,000"),
+    ("pretrain", png(9, 9), BROKEN + "***"),
+    *[(stage, b"no image", BROKEN + "cannot identify image file ***") for stage in ("finetune", "validate")],
+    # these two look for missing and empty files before they begin
+    *[(stage, content, MISSING) for stage in ("finetune", "validate") for content in (None, b"")],
 ]
 
 
-@pytest.mark.parametrize("content, cause", IMAGES, ids=["missing", "zero", "text", "cut", "bomb", "large", "no pixels"])
-@pytest.mark.parametrize("stage", ["pretrain", "finetune", "validate"])
-def test_images(stage, content, cause, root, tmp_path):
-    if stage == "validate":
-        config = small_pretrain(root, tmp_path / "run", objectives={"itc": 1.0}, max_steps=1)
-        product = annotations.load_products(root, "FashionGen", "val")[5]
-    elif stage == "pretrain":
-        config = small_pretrain(root, tmp_path / "run", objectives={"itc": 1.0}, sets=("Fashion200k",), batch_size=4)
-        products = annotations.load_products(root, "Fashion200k", "train")
-        product = products[data.BatchSampler(len(products), config, ONE).update_at(0)[1][2]]
+@pytest.mark.parametrize("stage, content, message", IMAGES)
+def test_images(stage, content, message, root, tmp_path):
+    source = "Fashion200k" if stage == "pretrain" else "FashionGen"
+    if stage == "finetune":
+        config = small_finetune(CATEGORY, root, tmp_path / "run")
     else:
-        config = small_finetune("fashiongen_category", root, tmp_path / "run")
-        products = annotations.load_products(root, "FashionGen", "train")
-        product = products[data.BatchSampler(len(products), config, ONE).update_at(0)[1][2]]
+        changes = dict(objectives={"itc": 1.0}, max_steps=1, batch_size=4, sets=(source,))
+        config = small_pretrain(root, tmp_path / "run", **changes)
+    products = annotations.load_products(root, source, "val" if stage == "validate" else "train")
+    first = 5 if stage == "validate" else data.BatchSampler(len(products), config, ONE).update_at(0)[1][2]
+    product = products[first]
     for path in map(Path, product.images):
         whole = path.read_bytes()
         path.unlink()
         if content is not None:
             path.write_bytes(content(whole) if callable(content) else content)
-    cure = "replace the file, or leave it out by --missing=skip"
-    message = f"{product.name}: {{root}}/***: image cannot be read: {cause}; {cure}"
     train = finetune.train if stage == "finetune" else pretrain.train
-    if not content and stage != "pretrain":  # these two stages look for missing and empty files before they begin
-        message = "{root}/FashionGen/***: image is missing; *** images of FashionGen ***--missing=skip***"
+    if message is MISSING:
         refuse(lambda: train(config, ONE), message, root)
         assert not (tmp_path / "run").exists()
         return
-    refuse(lambda: train(config, ONE), message, root)
+    cure = "replace the file, or leave it out by --missing=skip"
+    refuse(lambda: train(config, ONE), f"{product.name}: {message}; {cure}", root)
     files = {"lock", "run.json"} | ({"last.pt", "log.jsonl"} if stage == "validate" else set())
     assert set(os.listdir(tmp_path / "run")) == files  # a run saves before the validation that failed
-    assert [f"{product.name}: " in fault or f"(of {product.name})" in fault for fault in check_data.check(root)[1]] == (
-        [True] * len(product.images)
-    )
+    named = [f"{product.name}: " in fault or f"(of {product.name})" in fault for fault in check_data.check(root)[1]]
+    assert named == [True] * len(product.images)
 
 
 def test_a_data_set_without_any_image_that_can_be_read(root, tmp_path):
@@ -346,37 +345,26 @@ def test_odd_images_and_texts_train(root, tmp_path):
 def test_data_check_finds_all_faults_in_one_pass(root, monkeypatch, capsys):
     assert check_data.check(root)[1] == []
     image = Path(annotations.load_products(root, "BigFACAD", "train")[3].images[0])
-    image.unlink()
-    image.write_bytes(b"no image")
-    for spoil in (
-        edit(TRAIN, 1, title=None),
-        edit(TRAIN, 2, attributes_id=[-1]),
-        edit(VAL, 0, subcategory_id=None),
-        put("Fashion200k/train_info.json", "[1"),
-        edit(IQ, 2, captions=["a", 2]),
-        edit(IQ, 3, candidate="lost"),
-        edit(IQ, 4, target="/lost"),
-        edit(OCIR, 1, blank="lost"),
-        edit(OCIR, 2, question=None),
-    ):
+    image.unlink()  # it is a link to a file of other tests
+    faults = [
+        (edit(TRAIN, 1, title=None), "FashionGen/train_info.json: entry 1: key 'title'"),
+        (edit(TRAIN, 2, attributes_id=[-1]), "FashionGen/train_info.json: entry 2: key 'attributes_id'"),
+        (edit(VAL, 0, subcategory_id=None), ": no subcategory_id"),
+        (put("Fashion200k/train_info.json", "[1"), "Fashion200k/train_info.json: cannot be read as JSON"),
+        (edit(IQ, 2, captions=["a", 2]), "cap.shirt.val.json: entry 2: key 'captions'"),
+        (edit(IQ, 3, candidate="lost"), "FashionIQ/images/lost.jpg: missing (of "),
+        (edit(IQ, 4, target="/lost"), "cap.shirt.val.json: entry 4: image path '/lost.jpg' leaves"),
+        (edit(OCIR, 1, blank="lost"), "ocir_disjoint_train.json: entry 1: item ['lost']"),
+        (edit(OCIR, 2, question=None), "ocir_disjoint_train.json: entry 2: key 'question'"),
+        (lambda root: image.write_bytes(b"no image"), f"{image}: image cannot be read"),
+    ]
+    for spoil, _ in faults:
         spoil(root)
     monkeypatch.setattr("sys.argv", ["check_data.py", f"--data_root={root}", "--workers=2"])
     with pytest.raises(InputError, match=r"data: 10 faults, listed above"):
         check_data.main()
-    faults = capsys.readouterr().out.split("10 faults:\n")[1]
-    for part in (
-        "FashionGen/train_info.json: entry 1: key 'title'",
-        "FashionGen/train_info.json: entry 2: key 'attributes_id'",
-        ": no subcategory_id",
-        "Fashion200k/train_info.json: cannot be read as JSON",
-        "cap.shirt.val.json: entry 2: key 'captions'",
-        "FashionIQ/images/lost.jpg: missing (of ",
-        "cap.shirt.val.json: entry 4: image path '/lost.jpg' leaves",
-        "ocir_disjoint_train.json: entry 1: item ['lost']",
-        "ocir_disjoint_train.json: entry 2: key 'question'",
-        f"{image}: image cannot be read",
-    ):
-        assert faults.count(part) == 1, part
+    listed = capsys.readouterr().out.split("10 faults:\n")[1]
+    assert [listed.count(part) for _, part in faults] == [1] * 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -435,19 +423,15 @@ def test_a_setting_that_is_spelled_otherwise(argv, word):
 
 
 def test_names_may_have_spaces_between_them():
-    config = settings.load_config(
-        pretrain.PretrainConfig, ["--sets=FashionGen, BigFACAD", "--objectives=itc:0.5, mlm:0.5"]
-    )
+    argv = ["--sets=FashionGen, BigFACAD", "--objectives=itc:0.5, mlm:0.5"]
+    config = settings.load_config(pretrain.PretrainConfig, argv)
     assert config.sets == ("FashionGen", "BigFACAD") and config.objectives == {"itc": 0.5, "mlm": 0.5}
 
 
-def test_a_run_folder_that_was_named_keeps_its_name():
-    for argv, folder in (
-        (["--out_dir=runs/my_finetune"], "runs/my_finetune"),
-        ([], "runs/demo_finetune_fashioniq"),
-    ):
-        argv = [f"{Path(finetune.__file__).parent}/configs/demo_finetune.py", "--task=fashioniq", *argv]
-        assert settings.load_config(finetune.FinetuneConfig, argv).out_dir == folder
+@pytest.mark.parametrize("word, folder", [("--out_dir=runs/mine", "runs/mine"), ("", "runs/demo_finetune_fashioniq")])
+def test_a_run_folder_that_was_named_keeps_its_name(word, folder):
+    argv = [str(finetune.CONFIGS / "demo_finetune.py"), "--task=fashioniq", *word.split()]
+    assert settings.load_config(finetune.FinetuneConfig, argv).out_dir == folder
 
 
 def test_names_that_the_terminal_cannot_show():
@@ -530,72 +514,61 @@ def test_content_keys_tell_files_of_one_size_apart(tmp_path):
     assert by_name["a"] == by_name["c"] and len(set(by_name.values())) == 6
 
 
-def rename_label(root, what):
+def rename_label(what):
     """Another name for number 1 of labels.json."""
-    labels = json.loads((root / "labels.json").read_text())
-    old, labels[what][1] = labels[what][1], "something else"
-    (root / "labels.json").write_text(json.dumps(labels))
-    return old
+
+    def apply(root):
+        labels = json.loads((root / "labels.json").read_text())
+        labels[what][1] = "something else"
+        (root / "labels.json").write_text(json.dumps(labels))
+
+    return apply
 
 
-def test_a_checkpoint_whose_classes_mean_something_else_is_refused(root, tmp_path):
-    config = small_finetune("fashiongen_category", root, tmp_path / "run", max_steps=1, eval_interval=1)
-    finetune.train(config, ONE)
-    old = rename_label(root, "categories")
-    found = f"number 1 is '{old}' in the checkpoint, but 'something else' in the data"
-    message = f"{tmp_path}/run/***.pt: categories: {found}"
-    message += "; use the data (labels.json) of its training, or train anew"
-    again = dataclasses.replace(config, resume="auto", max_steps=2)
-    refuse(lambda: finetune.train(again, ONE), message, root)
-    path = str(tmp_path / "run" / "best.pt")
-    evaluation = evaluate.EvalConfig("fashiongen_category", path, data_root=str(root), workers=0)
-    refuse(lambda: evaluate.evaluate_checkpoint(path, evaluation, ONE), message, root)
-
-
-def test_a_resume_whose_attributes_codes_or_words_mean_something_else_is_refused(root, tmp_path):
-    config = small_pretrain(root, tmp_path / "run", max_steps=1, eval_interval=-1)
-    pretrain.train(config, ONE)
-    again, vocab = dataclasses.replace(config, resume="auto", max_steps=2), (root / "vocab.txt").read_text()
+def swap_words(root):
+    vocab = (root / "vocab.txt").read_text()
     (root / "vocab.txt").write_text(vocab.replace("[MASK]", "[X]").replace("[UNK]", "[MASK]").replace("[X]", "[UNK]"))
-    refuse(
-        lambda: pretrain.train(again, ONE),
-        "***last.pt: was trained with another tokenizer; set --vocab, --bert and --data_root as ***",
-        root,
-    )
-    (root / "vocab.txt").write_text(vocab)
-    tokenizer = pretrain.vqvae.random_image_tokenizer(pretrain.vqvae.ImageTokenizerConfig())
+
+
+def change_image_tokenizer(root):
+    tokenizer = vqvae.random_image_tokenizer(vqvae.ImageTokenizerConfig())
     with torch.no_grad():
         next(tokenizer.parameters()).add_(1)
-    original = vqvae.prepare_image_tokenizer
-    try:
-        vqvae.prepare_image_tokenizer = lambda config, device: tokenizer
-        says = "***last.pt: was trained with another image_tokenizer; set ***"
-        refuse(lambda: pretrain.train(again, ONE), says, root)
-    finally:
-        vqvae.prepare_image_tokenizer = original
-    rename_label(root, "attributes")
-    refuse(
-        lambda: pretrain.train(again, ONE),
-        "***last.pt: attributes: number 1 is ***'something else' in the data***",
-        root,
-    )
+    vqvae.prepare_image_tokenizer = lambda config, device: tokenizer
 
 
-def test_a_checkpoint_of_other_outfit_categories_is_refused(root, tmp_path):
-    config = small_finetune("polyvore", root, tmp_path / "run", max_steps=1, eval_interval=1)
-    finetune.train(config, ONE)
-    path = root / "PolyvoreOutfits" / "polyvore_item_metadata.json"
-    items = json.loads(path.read_text())
-    last = max(int(item["category_id"]) for item in items.values())
+def change_last_category(root):
+    items = json.loads((root / ITEMS).read_text())
+    last = str(max(int(item["category_id"]) for item in items.values()))
     for item in items.values():
-        item["category_id"] = item["category_id"].replace(str(last), str(last + 1))
-    path.write_text(json.dumps(items))
-    evaluation = evaluate.EvalConfig("polyvore", str(tmp_path / "run" / "best.pt"), data_root=str(root), workers=0)
-    refuse(
-        lambda: evaluate.evaluate_checkpoint(evaluation.checkpoint, evaluation, ONE),
-        f"***best.pt: Polyvore categories: number *** is '{last}' in the checkpoint, but '{last + 1}' in the data***",
-        root,
-    )
+        item["category_id"] = item["category_id"].replace(last, str(int(last) + 1))
+    put(ITEMS, items)(root)
+
+
+OTHER_NAME = "number 1 is '***' in the checkpoint, but 'something else' in the data; use the data (labels.json) of ***"
+OTHER_CATEGORY = "number *** is '***' in the checkpoint, but '***' in the data***"
+MEANINGS = [  # task ("": pre-training), what changes after training, what a resume and an evaluation say
+    ("", swap_words, "***last.pt: was trained with another tokenizer; set --vocab, --bert and --data_root as ***"),
+    ("", change_image_tokenizer, "***last.pt: was trained with another image_tokenizer; set ***"),
+    ("", rename_label("attributes"), f"***last.pt: attributes: {OTHER_NAME}"),
+    (CATEGORY, rename_label("categories"), f"***.pt: categories: {OTHER_NAME}"),
+    ("polyvore", change_last_category, f"***.pt: Polyvore categories: {OTHER_CATEGORY}"),
+]
+
+
+@pytest.mark.parametrize("task, change, message", MEANINGS)
+def test_numbers_that_mean_something_else_are_refused(task, change, message, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(vqvae, "prepare_image_tokenizer", vqvae.prepare_image_tokenizer)  # put back after the test
+    stage, changes = (finetune if task else pretrain), dict(max_steps=1, eval_interval=1 if task else -1)
+    small = functools.partial(small_finetune, task) if task else small_pretrain
+    config = small(root, tmp_path / "run", **changes)
+    stage.train(config, ONE)
+    change(root)
+    refuse(lambda: stage.train(dataclasses.replace(config, resume="auto", max_steps=2), ONE), message, root)
+    if task:
+        path = str(tmp_path / "run" / "best.pt")
+        evaluation = evaluate.EvalConfig(task, path, data_root=str(root), workers=0)
+        refuse(lambda: evaluate.evaluate_checkpoint(path, evaluation, ONE), message, root)
 
 
 def test_another_vocabulary_than_the_checkpoints_is_refused(root, tmp_path):
