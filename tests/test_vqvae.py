@@ -2,22 +2,21 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import inputs
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from fill import fill
-from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import pretrain
 import vqvae
 from model import ResNet
-from plumbing import checkpoint, photos, processes, runs, settings, weights
+from plumbing import annotations, checkpoint, photos, processes, runs, settings, weights
 
 HERE = Path(__file__).parent
 TINY = vqvae.ImageTokenizerConfig(ch=8, ch_mult=(1, 2, 4), n_blocks=1, latent_dim=16, n_codes=12, unshuffle=8)
@@ -32,8 +31,7 @@ def make_latents(n=40, seed=1):
     return torch.randn(n, TINY.latent_dim, generator=torch.Generator().manual_seed(seed))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the original's numbers and names
+# ---- the original's numbers and names --------------------------------------------------------------------------------
 
 
 def test_golden_latents_and_codes():
@@ -57,8 +55,7 @@ def test_names_and_shapes_are_the_released_encoders():
     assert {name: str(tuple(value.shape)) for name, value in state.items()} == expected
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# codes
+# ---- codes -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("amp", [False, True])
@@ -95,8 +92,7 @@ def test_wrong_image_shapes_are_refused(shape):
         vqvae.random_image_tokenizer(TINY).encode(torch.zeros(shape))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# learning
+# ---- learning --------------------------------------------------------------------------------------------------------
 
 
 def test_straight_through_and_commitment_gradients(monkeypatch):
@@ -229,8 +225,7 @@ def test_validate_counts_what_it_says():
     assert vqvae.usage(torch.tensor([0.0, 7.0])) == {"perplexity": pytest.approx(1.0), "codes_used": 1}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# files
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["ours", "bare", "inside", "inside multi-gpu", "model"])
@@ -272,29 +267,21 @@ def test_files_that_are_no_tokenizer_end_in_one_line(tmp_path):
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the stage
+# ---- the stage -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def data_root(tmp_path):
-    """A FashionGen of 12 + 3 products, noise pictures."""
-    rng = np.random.default_rng(0)
-    for split, n in (("train", 12), ("val", 3)):
-        folder = tmp_path / "data" / "FashionGen" / split
-        folder.mkdir(parents=True)
-        rows = []
-        for i in range(n):
-            Image.fromarray(rng.integers(0, 256, (80, 80, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-            rows.append({"images": [f"{i}.png"], "id": i, "title": "t", "description": "d", "attributes_id": []})
-        (folder.parent / f"{split}_info.json").write_text(json.dumps(rows))
+def data_root(catalogue, tmp_path):
+    """A FashionGen whose photos a test may break."""
+    shutil.copytree(catalogue / "FashionGen", tmp_path / "data" / "FashionGen")
     return tmp_path / "data"
 
 
 def make_config(data_root, out_dir, **changes):
     sizes = {name: getattr(TINY, name) for name in ("ch", "ch_mult", "n_blocks", "latent_dim", "n_codes", "unshuffle")}
-    settings = dict(image_size=64, batch_size=4, grad_accum=2, lr=1e-3, warmup=2, milestones=(4,), reseed_after=2)
-    settings |= dict(workers=0, device="cpu", log_interval=3, eval_interval=3, max_steps=6, sets=("FashionGen",))
+    settings = dict(sets=("FashionGen",), image_size=64, eval_images=3, workers=0, device="cpu")
+    settings |= dict(batch_size=4, grad_accum=2, lr=1e-3, warmup=2, milestones=(4,), reseed_after=2)
+    settings |= dict(max_steps=6, log_interval=3, eval_interval=3)
     return vqvae.VQVAEConfig(data_root=str(data_root), out_dir=str(out_dir), **{**settings, **sizes, **changes})
 
 
@@ -342,25 +329,26 @@ def test_the_stage_writes_a_tokenizer(data_root, tmp_path):
     assert torch.equal(vqvae.load_image_tokenizer(tmp_path / "run" / "last.pt").encode(images), model.encode(images))
     row = read_log(tmp_path / "run")[0]
     assert row["loss"] == pytest.approx(row["l1"] + 0.25 * row["commitment"])
-    _, held_out = vqvae.data.image_tokenizer_products(make_config(data_root, ""))
-    held_out = vqvae.data.load_pixels(held_out, 64)
+    _, held_out = data.image_tokenizer_products(make_config(data_root, ""))
+    held_out = data.load_pixels(held_out, 64)
     assert held_out.shape == (3, 3, 64, 64)
     assert metrics == vqvae.validate(model, held_out, torch.device("cpu"), chunk=64)
 
 
 def test_held_out_images_that_are_broken(data_root, tmp_path):
-    folder = data_root / "FashionGen" / "val"
-    (folder / "1.png").write_bytes(b"")
-    with pytest.raises(settings.InputError, match=r"1\.png: image is missing; 1 of 3 images of FashionGen val are"):
+    products = annotations.load_products(data_root, "FashionGen", "val")[:3]
+    first, *others = (Path(product.images[0]) for product in products)
+    first.write_bytes(b"")
+    with pytest.raises(settings.InputError, match=rf"{first}: image is missing; 1 of 3 images of FashionGen val are"):
         run_stage(make_config(data_root, tmp_path / "run"))
     config = make_config(data_root, tmp_path / "run", missing="skip", max_steps=2)
-    assert len(vqvae.data.image_tokenizer_products(config)[1]) == 2
+    assert len(data.image_tokenizer_products(config)[1]) == 2
     run_stage(config)
-    for i in range(3):
-        (folder / f"{i}.png").write_bytes(b"no image")
+    for photo in others:
+        photo.write_bytes(b"no image")
     photos.is_readable.cache_clear()
     with pytest.raises(settings.InputError, match="^FashionGen val: none of its 3 images can be read"):
-        vqvae.data.image_tokenizer_products(config)
+        data.image_tokenizer_products(config)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ import evaluate
 import finetune
 import pretrain
 from losses import OBJECTIVES
-from plumbing import annotations, ending, photos, runs, settings
+from plumbing import ending, photos, runs, settings
 from plumbing.files import write_json
 from plumbing.processes import start_processes
 from plumbing.settings import COUNT, FROM_0, InputError, setting
@@ -131,8 +131,7 @@ def measure_input(config, name, n_images=64):
     """A row: images as a loader worker makes and collates them, beside plain decoding and resizing of their files."""
     _, settings_class, argv = stage_of(config, "itc")
     own = settings.load_config(settings_class, argv)
-    products = annotations.load_pretraining(own.data_root, own.sets)
-    paths = [product.images[0] for product in products[:: max(1, len(products) // n_images)]][:n_images]
+    paths = [product.images[0] for product in data.pretraining_products(own)[0][:n_images]]
     items = [{"image": (path,)} for path in paths]
     dataset = data.TrainingSamples(items, None, data.resize_then_crop, own, 0, data.pick_image)
     side = round(own.image_size * photos.RESIZED / photos.CROPPED)  # pixels before the crop

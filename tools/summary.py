@@ -15,7 +15,7 @@ import tokenizers
 import data
 import vqvae
 from losses import OBJECTIVES
-from plumbing import annotations, checkpoint, ending
+from plumbing import annotations, ending, weights
 from tools.curves import read_curves
 
 SAMPLE = 5_000  # at most about so many texts, and a tenth as many photos, count for the frequencies
@@ -52,7 +52,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder of pretrain.py, as runs/demo")
     folder = Path(parser.parse_args(argv).run)
-    curves, info = read_curves(folder), checkpoint.read_weights(folder / "last.pt", ("fashionvil",), "run")[1]
+    curves, (_, info) = read_curves(folder), weights.read_weights(folder / "last.pt", ("fashionvil",), "run")
     tokenizer = tokenizers.Tokenizer.from_str(info["tokenizer"])
     print("objective   loss: first    last  trivial     accuracy: first    last  trivial")
     for name in OBJECTIVES:
