@@ -1,4 +1,4 @@
-"""The objectives, exact: at the top pure mathematics, below it one function per objective and the table of them.
+"""The losses, exact: the maths, then what is compared over all processes, then one function per objective.
 
 An objective is `(model, batch) -> (loss, metrics)`. Batches are dicts of tensors and are never edited. Metrics are
 detached scalars. With several processes each has its own rows of the global batch. DDP averages their gradients, so
@@ -11,6 +11,7 @@ from plumbing import processes
 from plumbing.settings import NO_LABEL
 
 
+# ---- the maths: these know other processes only by their arguments ---------------------------------------------------
 def info_nce(queries, candidates, rank=0):
     """One-way InfoNCE: row i of queries (B, D) should pick row `rank * B + i` of candidates (N >= B, D), both scaled.
 
@@ -25,29 +26,6 @@ def info_nce(queries, candidates, rank=0):
         logits = queries @ candidates.t()  # (B, N)
         target = torch.arange(rank * B, (rank + 1) * B, device=logits.device)
         return F.cross_entropy(logits, target), (logits.argmax(1) == target).float().mean()
-
-
-def one_way(queries, candidates):
-    """InfoNCE of queries (B, D) against the candidates of all processes, with gradient -> (loss, accuracy)."""
-    return info_nce(queries, processes.gather_with_gradient(candidates), processes.rank())
-
-
-def symmetric(a, b):
-    """Mean of both directions of `one_way`; a and b (B, D) are scaled. Source: FashionViL 3.2; docs/recipe.md "ITC"."""
-    loss_ab, acc_ab = one_way(a, b)
-    loss_ba, acc_ba = one_way(b, a)
-    return (loss_ab + loss_ba) / 2, (acc_ab + acc_ba) / 2
-
-
-def global_mean(values, weights=None):
-    """The mean of values (n,) over all processes, as a loss that DDP may average; weights (n,) 0 or 1 leave rows out.
-
-    n differs between processes. Each divides its own sum by the mean count per process, which is the count over all
-    processes divided by their number. The mean of these results over processes is sum / count over everything, so the
-    number of processes changes neither loss nor gradient. A count of 0 over all processes is taken as 1."""
-    weights = torch.ones_like(values) if weights is None else weights
-    count = weights.sum()
-    return (values * weights).sum() / processes.all_mean(count).clamp(min=1 / processes.world_size())
 
 
 def soft_cross_entropy(logits, labels):
@@ -68,9 +46,30 @@ def hardest_negatives(image, text, product_id, n_candidates=0):
     return similarity.masked_fill(excluded, float("-inf")).argmax(1), ~excluded.all(1)
 
 
+# ---- over all processes: only these three functions call the others --------------------------------------------------
+def one_way(queries, candidates):
+    """InfoNCE of queries (B, D) against the candidates of all processes, with gradient -> (loss, accuracy)."""
+    return info_nce(queries, processes.gather_with_gradient(candidates), processes.rank())
+
+
+def symmetric(a, b):
+    """Mean of both directions of `one_way`; a and b (B, D) are scaled. Source: FashionViL 3.2; docs/recipe.md "ITC"."""
+    loss_ab, acc_ab = one_way(a, b)
+    loss_ba, acc_ba = one_way(b, a)
+    return (loss_ab + loss_ba) / 2, (acc_ab + acc_ba) / 2
+
+
+def global_mean(values, weights=None):
+    """The mean of values (n,) over all processes, as a loss that DDP may average; weights (n,) 0 or 1 leave rows out.
+
+    n differs between processes, so each divides its own sum by the mean count of a process. The mean of their results
+    is then the sum over everything divided by the count over everything. A count of 0 over all is taken as 1."""
+    weights = torch.ones_like(values) if weights is None else weights
+    count = weights.sum()
+    return (values * weights).sum() / processes.all_mean(count).clamp(min=1 / processes.world_size())
+
+
 # ---- the six objectives of pre-training ------------------------------------------------------------------------------
-
-
 def itc(model, batch):
     """Image-text contrastive learning; also the loss of fine-tuning for retrieval.
 
@@ -118,6 +117,18 @@ def itm(model, batch):
     return match_pairs(model, features, batch, *mine_negatives(model, features, batch))
 
 
+def _loss_of_targets(head, hidden, labels, index, name):
+    """Cross-entropy and accuracy of head(hidden) at the n targets, over the n of all processes.
+
+    hidden (B, L, D), labels (B, L) int64, index (n,) int64: the places of the targets in the flattened labels. They
+    come with the batch: to find them in a mask on a GPU, the host would have to wait for it."""
+    if not len(index):
+        raise ValueError(f"{name}: no token or patch of the batch is a target")
+    logits, target = head(hidden.flatten(0, 1)[index]).float(), labels.flatten()[index]  # (n, classes), (n,)
+    loss = global_mean(F.cross_entropy(logits, target, reduction="none"))
+    return loss, {f"{name}_acc": global_mean((logits.argmax(1) == target).float())}
+
+
 def mlm(model, batch):
     """Masked language modelling on text + whole image.
 
@@ -125,10 +136,9 @@ def mlm(model, batch):
     mlm_targets (n,) int64: the places of the n targets in the flattened mlm_labels.
     Returns the mean loss in nats per target token of all processes, and {"mlm_acc"}.
     Raises ValueError where no token of the batch is a target. Source: FashionViL 3.2; docs/recipe.md "MLM"."""
-    labels, features = batch["mlm_labels"], model.patches(batch["image"])
-    needed = F.pad(labels != NO_LABEL, (0, features.shape[1]))  # (B, T + P), no patch
-    hidden = model.encode_joint(batch["masked_ids"], batch["attention_mask"], features, needed=needed)
-    return _loss_of_targets(model.heads["mlm"], hidden[:, : labels.shape[1]], labels, batch["mlm_targets"], "mlm")
+    labels, mask = batch["mlm_labels"], batch["attention_mask"]
+    text, _ = model.encode_joint(batch["masked_ids"], mask, batch["image"], read_text=labels != NO_LABEL)
+    return _loss_of_targets(model.heads["mlm"], text, labels, batch["mlm_targets"], "mlm")
 
 
 def mpfc(model, batch):
@@ -141,22 +151,9 @@ def mpfc(model, batch):
     masked, codes = batch["patch_mask"], batch["image_codes"]
     if masked.shape != codes.shape:
         raise ValueError(f"mpfc: patch_mask {tuple(masked.shape)}, codes {tuple(codes.shape)}")
-    T = batch["input_ids"].shape[1]
-    needed = F.pad(masked, (T, 0))  # (B, T + P), no token of the text
-    hidden = model.encode_joint(batch["input_ids"], batch["attention_mask"], batch["image"], masked, needed=needed)
-    return _loss_of_targets(model.heads["mpfc"], hidden[:, T:], codes, batch["mpfc_targets"], "mpfc")
-
-
-def _loss_of_targets(head, hidden, labels, index, name):
-    """Cross-entropy and accuracy of head(hidden) at the n targets, over the n of all processes.
-
-    hidden (B, L, D), labels (B, L) int64, index (n,) int64: the places of the targets in the flattened labels. They
-    come with the batch: to find them in a mask on a GPU, the host would have to wait for it."""
-    if not len(index):
-        raise ValueError(f"{name}: no token or patch of the batch is a target")
-    logits, target = head(hidden.flatten(0, 1)[index]).float(), labels.flatten()[index]  # (n, classes), (n,)
-    loss = global_mean(F.cross_entropy(logits, target, reduction="none"))
-    return loss, {f"{name}_acc": global_mean((logits.argmax(1) == target).float())}
+    features = model.patches(batch["image"]).masked_fill(masked.unsqueeze(-1), 0.0)  # before the projection
+    _, patches = model.encode_joint(batch["input_ids"], batch["attention_mask"], features, read_patches=masked)
+    return _loss_of_targets(model.heads["mpfc"], patches, codes, batch["mpfc_targets"], "mpfc")
 
 
 def mvc(model, batch):
@@ -196,8 +193,6 @@ OBJECTIVES = {"itc": itc, "itm": itm, "mlm": mlm, "mpfc": mpfc, "mvc": mvc, "pac
 
 
 # ---- fine-tuning -----------------------------------------------------------------------------------------------------
-
-
 def tgir(model, batch):
     """Text-guided image retrieval: the reference, changed by the text, against the targets of all processes, one way.
 

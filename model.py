@@ -3,7 +3,11 @@
 The same Transformer weights encode text, fuse text with an image, and compose an image with a change in words. Only
 what is fed in differs. Letters in shape comments: B batch, T text tokens, P image patches (7 x 7 = 49 at 224 px),
 L positions of a sequence (T, or T + P), C channels of the image encoder (2048), D hidden size (768), K image codes
-(1024), A pseudo-attributes (2232). Masks are named by what True or 1 means.
+(1024), A pseudo-attributes (2232).
+
+One rule for all masks: True or 1 marks what is kept. These are the tokens and patches that the Transformer sees
+(`attention_mask`, `*_keep`, `seen`) and the hidden states that the caller reads (`read*`). The only exception has its
+name from the original: in MPFC's `patch_mask` True marks a masked patch.
 
 Parameters are named as torchvision (image_encoder) and Hugging Face (bert) name them, so that loading is copying."""
 
@@ -50,12 +54,10 @@ class ModelConfig:
         self.heads = tuple(self.heads)
         if self.resnet not in RESNETS:
             raise ValueError(f"resnet: found {self.resnet!r}, expected one of {', '.join(RESNETS)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"size {self.hidden_size} does not divide into {self.num_attention_heads} attention heads")
         if not set(self.heads) <= set(HEADS):
             raise ValueError(f"heads: found {self.heads}, expected some of {', '.join(HEADS)}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden size {self.hidden_size} does not divide into {self.num_attention_heads} attention heads"
-            )
         if "recognition" in self.heads and self.n_classes < 1:
             raise ValueError("the recognition head needs n_classes, the number of classes of the data")
 
@@ -131,38 +133,38 @@ class Embeddings(nn.Module):
         self.projection = nn.Linear(image_channels, d)
         self.dropout = config.dropout
 
-    def text(self, input_ids):  # (B, T) int64 -> (B, T, D), before the shared LayerNorm
+    def text(self, input_ids):  # (B, T) int64 -> (B, T, D)
         positions = self.position_embeddings.weight[: input_ids.shape[1]]
         return self.word_embeddings(input_ids) + positions + self.token_type_embeddings.weight[0]
 
-    def image(self, features):  # (B, P, C) -> (B, P, D), before the shared LayerNorm
+    def image(self, features):  # (B, P, C) -> (B, P, D)
         positions = self.position_embeddings_visual.weight[: features.shape[1]]
         return self.projection(features) + positions + self.token_type_embeddings_visual.weight[0]
 
-    def forward(self, embedded):  # (..., D), what `text` and `image` give: LayerNorm and dropout are shared by both
+    def norm_and_dropout(self, embedded):  # (..., D) -> (..., D), for text and patches alike
         return F.dropout(self.LayerNorm(embedded), self.dropout, self.training)
 
 
-class Packing:
-    """Some positions of a padded batch: `pack` picks their vectors out of the grid, `unpack` puts them back.
+class Places:
+    """Where N tokens stand in the (B, L) grid of a padded batch: `pick` takes them out of it, `put` puts them back.
 
-    Texts differ in length, and padding is a third of a usual batch. "red dress" and "bag" make a grid of 2 x 4:
-        [CLS] red dress [SEP]     numbered 0 1 2 3
-        [CLS] bag [SEP] [PAD]              4 5 6 7
-    Linear layers, LayerNorm and dropout treat every token alone, so they get the 7 tokens at 0..6 packed as (7, D).
-    Attention compares the tokens of one row, so before it the vectors go back into the grid, with zeros at 7."""
+    A third of a usual batch of texts is padding. "red dress" and "bag" make this grid of 2 x 4 places:
+        0 [CLS]  1 red  2 dress  3 [SEP]
+        4 [CLS]  5 bag  6 [SEP]  7 [PAD]
+    Linear layers, LayerNorm and dropout treat every token alone. They get a list of the 7 tokens, (7, D), so padding
+    costs no time. Attention compares the tokens of a row. It gets the grid, (2, 4, D), with zeros at place 7."""
 
-    def __init__(self, chosen, device="cpu"):
-        """chosen (B, L) bool on the host, True = this position is one of the N. The vectors are on `device`."""
-        self.shape = chosen.shape
-        self.index = chosen.flatten().nonzero().squeeze(1).to(device, non_blocking=True)  # (N,)
+    def __init__(self, mask, device="cpu"):  # mask (B, L) bool on the CPU, True at the N tokens; device of the vectors
+        self.shape = mask.shape
+        self.index = mask.flatten().nonzero().squeeze(1).to(device, non_blocking=True)  # (N,) in the flattened grid
+        self.attention_mask = mask[:, None, None, :].to(device, non_blocking=True)  # (B, 1, 1, L)
 
-    def pack(self, grid):  # (B, L, D) -> (N, D)
+    def pick(self, grid):  # (B, L, D) -> (N, D)
         return grid.flatten(0, 1).index_select(0, self.index)
 
-    def unpack(self, packed):  # (N, D) -> (B, L, D), zeros elsewhere
-        grid = packed.new_zeros(self.shape.numel(), packed.shape[1])
-        return grid.index_copy(0, self.index, packed).view(*self.shape, -1)
+    def put(self, tokens):  # (N, D) -> (B, L, D), zeros elsewhere
+        grid = tokens.new_zeros(self.shape.numel(), tokens.shape[1])
+        return grid.index_copy(0, self.index, tokens).view(*self.shape, -1)
 
 
 class Layer(nn.Module):
@@ -181,25 +183,26 @@ class Layer(nn.Module):
     def _output(n_in, n_out):
         return nn.ModuleDict({"dense": nn.Linear(n_in, n_out), "LayerNorm": nn.LayerNorm(n_out, eps=1e-12)})
 
-    def _residual(self, module, x, residual):
-        return module["LayerNorm"](F.dropout(module["dense"](x), self.dropout, self.training) + residual)
-
-    def _project(self, name, x, positions):  # packed x (N, D) -> (B, attention heads, L, D / attention heads)
-        grid = positions.unpack(self.attention["self"][name](x))  # (B, L, D)
+    def _project(
+        self, name, tokens, places
+    ):  # tokens (N, D) -> (B, n_heads, L, D / n_heads); name: query, key or value
+        grid = places.put(self.attention["self"][name](tokens))  # (B, L, D)
         return grid.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
 
-    def forward(self, x, attended, inputs, outputs):
-        """x (N, D), the tokens at the Packing `inputs` -> (M, D), the layer's outputs at the Packing `outputs`.
+    def _add_and_norm(self, module, x, residual):
+        return module["LayerNorm"](F.dropout(module["dense"](x), self.dropout, self.training) + residual)
 
-        attended (B, 1, 1, L) bool, True = the other tokens of its row see this position."""
-        k, v = self._project("key", x, inputs), self._project("value", x, inputs)
-        if outputs is not inputs:
-            x = outputs.pack(inputs.unpack(x))  # (M, D)
-        q = self._project("query", x, outputs)
-        y = F.scaled_dot_product_attention(q, k, v, attended, dropout_p=self.dropout if self.training else 0.0)
-        y = outputs.pack(y.transpose(1, 2).flatten(2))  # (M, D)
-        x = self._residual(self.attention["output"], y, x)
-        return self._residual(self.output, F.gelu(self.intermediate["dense"](x)), x)
+    def forward(self, x, x_at, context, context_at):
+        """The layer's outputs (M, D) for the tokens x (M, D), which attend to the tokens `context` (N, D) of their row.
+
+        x_at and context_at are their Places. All layers but the last get the same tokens as x and as context."""
+        q = self._project("query", x, x_at)
+        k, v = self._project("key", context, context_at), self._project("value", context, context_at)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, context_at.attention_mask, dropout)  # (B, n_heads, L, D / n_heads)
+        y = x_at.pick(y.transpose(1, 2).flatten(2))  # (M, D)
+        x = self._add_and_norm(self.attention["output"], y, x)
+        return self._add_and_norm(self.output, F.gelu(self.intermediate["dense"](x)), x)
 
 
 class Bert(nn.Module):
@@ -216,26 +219,25 @@ class Bert(nn.Module):
                 nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-        # the image side's tables start as copies of the text side's
-        for table in ("position_embeddings", "token_type_embeddings"):
-            text, image = getattr(self.embeddings, table), getattr(self.embeddings, table + "_visual")
-            image.load_state_dict(text.state_dict())
+        tables = self.embeddings  # those of the image side start as copies of the text side's
+        tables.position_embeddings_visual.load_state_dict(tables.position_embeddings.state_dict())
+        tables.token_type_embeddings_visual.load_state_dict(tables.token_type_embeddings.state_dict())
 
-    def forward(self, embedded, attended, needed=None):
+    def forward(self, embedded, seen, read=None):
         """Embedded tokens (B, L, D), of `embeddings.text` and `.image` -> hidden states (B, L, D).
 
-        attended (B, L) bool, False = padding or left out. needed (B, L) bool, True = the caller uses this hidden state;
-        the others come out as 0; None: all are needed. Positions that are neither attended nor needed are not computed,
-        and the last layer computes only the needed ones."""
-        needed = torch.ones_like(attended) if needed is None else needed
-        # How many positions there are decides shapes, so the host waits for a GPU here. One copy makes it one wait.
-        inputs, outputs = (Packing(x, attended.device) for x in torch.stack([attended | needed, needed]).cpu())
-        seen = attended[:, None, None, :]  # (B, 1, 1, L)
-        x = self.embeddings(inputs.pack(embedded))  # (N, D)
+        seen (B, L) bool, False = padding or left out: nothing is computed for such a token, and its hidden state is 0.
+        read (B, L) bool, some of the seen: the caller reads only these hidden states. The last layer computes no others
+        and leaves them 0. None: all that are seen."""
+        # How many tokens there are decides shapes, so the host waits for a GPU here. One copy makes it one wait.
+        masks = torch.stack([seen, seen if read is None else read]).cpu()
+        seen_at, read_at = (Places(mask, embedded.device) for mask in masks)
+        x = self.embeddings.norm_and_dropout(seen_at.pick(embedded))  # (N, D)
         *layers, last = self.encoder["layer"]
         for layer in layers:
-            x = layer(x, seen, inputs, inputs)
-        return outputs.unpack(last(x, seen, inputs, outputs))
+            x = layer(x, seen_at, x, seen_at)
+        x_read = read_at.pick(seen_at.put(x))  # (M, D)
+        return read_at.put(last(x_read, read_at, x, seen_at))
 
     def pool(self, hidden):  # (B, L, D) -> (B, D): BERT's pooler on the first token
         return torch.tanh(self.pooler["dense"](hidden[:, 0]))
@@ -267,79 +269,14 @@ class CosineHead(nn.Module):
             return self.scale * (F.normalize(x.float(), dim=-1) @ F.normalize(self.projection, dim=0))
 
 
+# ---- the models ------------------------------------------------------------------------------------------------------
 def masked_mean(x, mask):  # x (B, L, D) -> (B, D), over the positions where mask (B, L) is 1 or True
     weights = mask.to(x.dtype).unsqueeze(-1)  # (B, L, 1)
     return (x * weights).sum(1) / weights.sum(1)
 
 
-class FashionViL(nn.Module):
-    """The whole model. An `image` argument is pixels (B, 3, H, W) or patch features (B, P, C) computed before.
-
-    In train mode every image forward is one BatchNorm batch, so views and sides go through one at a time."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.image_encoder = ResNet(config.resnet, config.width)
-        self.bert = Bert(config, self.image_encoder.out_channels)
-        d = config.hidden_size
-        build = {
-            "itm": lambda: nn.Linear(d, 2),  # class 1 = matched
-            "mlm": lambda: PredictionHead(d, config.vocab_size),
-            "mpfc": lambda: PredictionHead(d, config.n_codes),
-            "pac": lambda: CosineHead(d, config.n_attributes, config.pac_scale),
-            "recognition": lambda: PredictionHead(d, config.n_classes),
-        }
-        if "contrastive" in config.heads:
-            self.logit_scale = nn.Parameter(torch.full((1,), 4.0))
-        self.heads = nn.ModuleDict({name: build[name]() for name in config.heads if name in build})
-        if "mlm" in config.heads:
-            self.heads["mlm"].decoder.weight = self.bert.embeddings.word_embeddings.weight
-
-    def patches(self, image):  # pixels (B, 3, H, W) -> patch features (B, P, C); features pass through
-        return self.image_encoder(image) if image.ndim == 4 else image
-
-    def encode_image(self, image):  # image alone: projection only, no positions, no Transformer -> patches' mean (B, D)
-        return self.bert.embeddings.projection(self.patches(image).mean(1))
-
-    def encode_text(self, input_ids, attention_mask):
-        """Text alone, (B, T) int64 and (B, T) 0 = padding -> mean over tokens, [CLS] and [SEP] included, (B, D)."""
-        attended = attention_mask.bool()
-        return masked_mean(self.bert(self.bert.embeddings.text(input_ids), attended, attended), attention_mask)
-
-    def encode_joint(self, input_ids, attention_mask, image, patch_mask=None, patch_keep=None, needed=None):
-        """Text + patches through the Transformer -> hidden states (B, T + P, D).
-
-        patch_mask (B, P) bool, True = masked: the features of these patches are zero before the projection (MPFC).
-        patch_keep (B, P) bool, False = left out of attention, as tokens are by a 0 in attention_mask.
-        needed (B, T + P) bool, True = the caller uses this hidden state, as for `Bert.forward`."""
-        features, embeddings = self.patches(image), self.bert.embeddings
-        if patch_mask is not None:
-            features = features.masked_fill(patch_mask.unsqueeze(-1), 0.0)
-        if patch_keep is None:
-            patch_keep = features.new_ones(features.shape[:2], dtype=torch.bool)
-        embedded = torch.cat([embeddings.text(input_ids), embeddings.image(features)], 1)  # (B, T + P, D)
-        return self.bert(embedded, torch.cat([attention_mask.bool(), patch_keep], 1), needed)
-
-    def encode_pair(self, input_ids, attention_mask, image):
-        """Text + image -> BERT's pooler on [CLS] (B, D), for ITM and recognition."""
-        features = self.patches(image)
-        is_cls = torch.arange(input_ids.shape[1] + features.shape[1], device=features.device) == 0
-        needed = is_cls.expand(len(features), -1)  # (B, T + P)
-        return self.bert.pool(self.encode_joint(input_ids, attention_mask, features, needed=needed))
-
-    def encode_composed(self, input_ids, attention_mask, image, patch_keep=None):
-        """Image + change in words -> mean over the outputs of the kept patches (B, D), as the paper composes them."""
-        features, T = self.patches(image), input_ids.shape[1]
-        if patch_keep is None:
-            patch_keep = features.new_ones(features.shape[:2], dtype=torch.bool)
-        needed = F.pad(patch_keep, (T, 0))  # (B, T + P), no token of the text
-        hidden = self.encode_joint(input_ids, attention_mask, features, patch_keep=patch_keep, needed=needed)
-        return masked_mean(hidden[:, T:], patch_keep)
-
-    def classify(self, batch):  # image, input_ids and attention_mask -> recognition logits (B, n_classes)
-        pooled = self.encode_pair(batch["input_ids"], batch["attention_mask"], batch["image"])
-        return self.heads["recognition"](pooled).float()
+class ContrastiveModel(nn.Module):
+    """What FashionViL and CSA-Net share: the learned scale s, `logit_scale`, and the way into a loss."""
 
     def scaled(self, x):
         """Embeddings (B, D) -> `s * x / ||x||` float32. The dot product of two, `s^2 cos`, is a contrastive logit."""
@@ -350,7 +287,82 @@ class FashionViL(nn.Module):
         return objective(self, batch)
 
 
-class CSANet(nn.Module):
+class FashionViL(ContrastiveModel):
+    """The whole model. An `image` argument is pixels (B, 3, H, W) or patch features (B, P, C) computed before.
+
+    In train mode every image forward is one BatchNorm batch, so views and sides go through one at a time."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, d = config, config.hidden_size
+        self.image_encoder = ResNet(config.resnet, config.width)
+        self.bert = Bert(config, self.image_encoder.out_channels)
+        self.heads = nn.ModuleDict()
+        if "contrastive" in config.heads:
+            self.logit_scale = nn.Parameter(torch.full((1,), 4.0))
+        if "itm" in config.heads:
+            self.heads["itm"] = nn.Linear(d, 2)  # class 1 = matched
+        if "mlm" in config.heads:
+            self.heads["mlm"] = PredictionHead(d, config.vocab_size)
+            self.heads["mlm"].decoder.weight = self.bert.embeddings.word_embeddings.weight  # one tensor for both
+        if "mpfc" in config.heads:
+            self.heads["mpfc"] = PredictionHead(d, config.n_codes)
+        if "pac" in config.heads:
+            self.heads["pac"] = CosineHead(d, config.n_attributes, config.pac_scale)
+        if "recognition" in config.heads:
+            self.heads["recognition"] = PredictionHead(d, config.n_classes)
+
+    def patches(self, image):  # pixels (B, 3, H, W) -> patch features (B, P, C); features pass through
+        return self.image_encoder(image) if image.ndim == 4 else image
+
+    def encode_image(self, image):
+        """Image alone -> mean over its projected patches (B, D). There are no positions and no Transformer."""
+        return self.bert.embeddings.projection(self.patches(image).mean(1))
+
+    def encode_text(self, input_ids, attention_mask):
+        """Text alone, (B, T) int64 and (B, T) 0 = padding -> mean over tokens, [CLS] and [SEP] included, (B, D)."""
+        hidden = self.bert(self.bert.embeddings.text(input_ids), attention_mask.bool())  # (B, T, D)
+        return masked_mean(hidden, attention_mask)
+
+    def encode_joint(self, input_ids, attention_mask, image, patch_keep=None, read_text=None, read_patches=None):
+        """Text + patches through the Transformer -> hidden states of the text (B, T, D) and of the patches (B, P, D).
+
+        patch_keep (B, P) bool, False = left out of attention, as tokens are by a 0 in attention_mask.
+        read_text (B, T) bool, or read_patches (B, P) bool: the caller reads only these hidden states; others are 0."""
+        features, embeddings = self.patches(image), self.bert.embeddings
+        T, P = input_ids.shape[1], features.shape[1]
+        if patch_keep is None:
+            patch_keep = features.new_ones(features.shape[:2], dtype=torch.bool)
+        read = None
+        if read_text is not None:
+            read = F.pad(read_text, (0, P))  # (B, T + P), False at the patches
+        if read_patches is not None:
+            read = F.pad(read_patches, (T, 0))  # (B, T + P), False at the text
+        embedded = torch.cat([embeddings.text(input_ids), embeddings.image(features)], 1)  # (B, T + P, D)
+        seen = torch.cat([attention_mask.bool(), patch_keep], 1)  # (B, T + P)
+        return self.bert(embedded, seen, read).split([T, P], 1)
+
+    def encode_pair(self, input_ids, attention_mask, image):
+        """Text + image -> BERT's pooler on [CLS] (B, D), for ITM and recognition."""
+        is_cls = torch.zeros_like(input_ids, dtype=torch.bool)
+        is_cls[:, 0] = True
+        text, _ = self.encode_joint(input_ids, attention_mask, image, read_text=is_cls)
+        return self.bert.pool(text)
+
+    def encode_composed(self, input_ids, attention_mask, image, patch_keep=None):
+        """Image + change in words -> mean over the outputs of the kept patches (B, D), as the paper composes them."""
+        features = self.patches(image)
+        if patch_keep is None:
+            patch_keep = features.new_ones(features.shape[:2], dtype=torch.bool)
+        _, patches = self.encode_joint(input_ids, attention_mask, features, patch_keep, read_patches=patch_keep)
+        return masked_mean(patches, patch_keep)
+
+    def classify(self, batch):  # image, input_ids and attention_mask -> recognition logits (B, n_classes)
+        pooled = self.encode_pair(batch["input_ids"], batch["attention_mask"], batch["image"])
+        return self.heads["recognition"](pooled).float()
+
+
+class CSANet(ContrastiveModel):
     """Category-based subspace attention network (Lin et al. 2020) on the image encoder alone, for outfits (OCIR).
 
     All BatchNorms, statistics and weights, and the last stage of the image encoder are frozen."""
@@ -387,12 +399,10 @@ class CSANet(nn.Module):
         masks = self.fusion_module["masks"].weight  # (5, 256)
         return self.scaled((item * (weights @ masks)) / len(masks))  # the original divides, too; `scaled` undoes it
 
-    scaled = FashionViL.scaled
-    forward = FashionViL.forward
-
 
 def compile_parts(model):
-    """torch.compile the image encoder and each layer of the Transformer, whose sequences differ in length."""
+    """torch.compile the image encoder, and each layer of the Transformer for sequences of any length."""
     model.image_encoder.compile()
-    for layer in model.bert.encoder["layer"] if isinstance(model, FashionViL) else ():
-        layer.compile(dynamic=True)
+    if isinstance(model, FashionViL):  # a CSA-Net has no Transformer
+        for layer in model.bert.encoder["layer"]:
+            layer.compile(dynamic=True)

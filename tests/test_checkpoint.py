@@ -190,7 +190,7 @@ def golden_numbers(model, layout):
         return [(query, golden["csa_train"]["scores"]), (model.scaled(item), golden["csa_train"]["targets"])]
     features = model.patches(image)
     if layout == "classification":
-        pooled = model.bert.pool(model.encode_joint(ids, mask, features))
+        pooled = model.encode_pair(ids, mask, features)
         return [(heads["recognition"](pooled), golden["classification"]["logits"])]
     image_side = model.scaled(model.encode_image(features))
     text_side = model.scaled(model.encode_text(ids, mask))
@@ -201,9 +201,9 @@ def golden_numbers(model, layout):
         expected = golden["composition"]
         return [(model.scaled(composed), expected["comp"]), (model.scaled(target), expected["target"])]
     perm, masked_words, masked = golden["itm_given"]["perm"], batch["mlm_labels"] != -100, batch["patch_mask"]
-    words = model.encode_joint(batch["masked_ids"], mask, features)[:, : ids.shape[1]][masked_words]
-    patches = model.encode_joint(ids, mask, features, masked)[:, ids.shape[1] :][masked]
-    pairs = model.bert.pool(model.encode_joint(ids[perm], mask[perm], features))
+    words = model.encode_joint(batch["masked_ids"], mask, features)[0][masked_words]
+    patches = model.encode_joint(ids, mask, features.masked_fill(masked[:, :, None], 0.0))[1][masked]
+    pairs = model.encode_pair(ids[perm], mask[perm], features)
     return [
         (image_side, golden["itc"]["image"]),
         (text_side, golden["itc"]["text"]),

@@ -25,6 +25,7 @@ from golden_model import (
 from inputs import LABELS, csa
 
 import losses
+from model import Places
 from plumbing import optim
 from pretrain import PretrainConfig
 
@@ -60,6 +61,15 @@ def check_gradients(model, loss, reference):
     assert not wrong
 
 
+def states_of_all(bert, embedded, seen):
+    """Hidden states (B, L, D) as the original computes them: those of padding, too, which no token sees."""
+    everywhere, seen_at = Places(torch.ones_like(seen)), Places(seen)
+    x = everywhere.pick(bert.embeddings.norm_and_dropout(embedded))
+    for layer in bert.encoder["layer"]:
+        x = layer(x, everywhere, seen_at.pick(everywhere.put(x)), seen_at)
+    return everywhere.put(x)
+
+
 def test_backbone(model, batch):
     golden, keep = GOLDEN["backbone"], META["keep"]
     ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -68,10 +78,15 @@ def test_backbone(model, batch):
         features = model.patches(batch["image"])
         projected = embeddings.projection(features)
         tokens = torch.cat([embeddings.text(ids), embeddings.image(features)], 1)
-        joint = model.encode_joint(ids, mask, features)
-        text = model.bert(embeddings.text(ids), mask.bool())
-        alone = model.bert(embeddings.image(features), torch.ones(features.shape[:2], dtype=torch.bool))
-        embedded = embeddings(tokens)
+        patches_seen = torch.ones(features.shape[:2], dtype=torch.bool)
+        joint_seen = torch.cat([mask.bool(), patches_seen], 1)
+        joint = states_of_all(model.bert, tokens, joint_seen)
+        text = states_of_all(model.bert, embeddings.text(ids), mask.bool())
+        alone = model.bert(embeddings.image(features), patches_seen)
+        embedded = embeddings.norm_and_dropout(tokens)
+        ours = torch.cat(model.encode_joint(ids, mask, features), 1)
+    close(ours, joint * joint_seen[:, :, None])
+    close(model.bert(embeddings.text(ids), mask.bool()), text * mask[:, :, None])
     for name, ours in {
         "resnet_feat": features,
         "projected": projected,
@@ -116,7 +131,7 @@ def test_itm_with_mined_negatives(model, batch):
     assert torch.equal(target, golden["targets"])
     assert torch.equal(text, torch.where(target.bool(), torch.arange(B), golden["hard_text_index"]))
     assert torch.equal(batch["input_ids"][text], golden["input_ids"])
-    hidden = model.encode_joint(batch["input_ids"][text], batch["attention_mask"][text], batch["image"])
+    hidden, _ = model.encode_joint(batch["input_ids"][text], batch["attention_mask"][text], batch["image"])
     close(model.heads["itm"](model.bert.pool(hidden)), golden["logits"])
     loss, metrics = losses.itm(model, batch)
     close(loss, golden["loss"])
@@ -128,7 +143,7 @@ def test_itm_with_given_negatives(model, batch):
     golden = GOLDEN["itm_given"]
     features = model.patches(batch["image"])
     close(losses.match_pairs(model, features, batch, golden["perm"], golden["targets"])[0], golden["loss"])
-    hidden = model.encode_joint(
+    hidden, _ = model.encode_joint(
         batch["input_ids"][golden["perm"]], batch["attention_mask"][golden["perm"]], batch["image"]
     )
     close(model.heads["itm"](model.bert.pool(hidden)), golden["logits"])
@@ -139,8 +154,8 @@ def test_mlm(model, batch):
     asked = batch["mlm_labels"] != losses.NO_LABEL
     assert int(asked.sum()) == golden["n_masked"]
     assert torch.equal(batch["mlm_labels"][asked], golden["labels_masked"])
-    hidden = model.encode_joint(batch["masked_ids"], batch["attention_mask"], batch["image"])
-    close(model.heads["mlm"](hidden[:, : asked.shape[1]][asked]), golden["logits_masked"])
+    hidden, _ = model.encode_joint(batch["masked_ids"], batch["attention_mask"], batch["image"])
+    close(model.heads["mlm"](hidden[asked]), golden["logits_masked"])
     loss, metrics = losses.mlm(model, batch)
     close(loss, golden["loss"])
     right = (golden["logits_masked"].argmax(1) == golden["labels_masked"]).float().mean()
@@ -153,8 +168,9 @@ def test_mpfc(model, batch):
     mask = batch["patch_mask"]
     assert torch.equal(golden["image_masks"].bool(), mask)
     assert torch.equal(GOLDEN["vqvae"]["indices"][mask], golden["targets"])
-    hidden = model.encode_joint(batch["input_ids"], batch["attention_mask"], batch["image"], mask)
-    logits = model.heads["mpfc"](hidden[:, batch["input_ids"].shape[1] :][mask])
+    features = model.patches(batch["image"]).masked_fill(mask[:, :, None], 0.0)
+    _, hidden = model.encode_joint(batch["input_ids"], batch["attention_mask"], features)
+    logits = model.heads["mpfc"](hidden[mask])
     close(logits[:16], golden["logits_first16"])
     close(logits.logsumexp(1), golden["logsumexp"])
     loss, _ = losses.mpfc(model, {**batch, "image_codes": GOLDEN["vqvae"]["indices"]})
@@ -203,7 +219,7 @@ def test_composition(batch):
 def test_recognition(batch):
     golden, model = GOLDEN["classification"], build(("recognition",))
     assert torch.equal(batch["label"], golden["labels"]) and golden["logits"].shape[1] == LABELS
-    hidden = model.encode_joint(batch["input_ids"], batch["attention_mask"], batch["image"])
+    hidden, _ = model.encode_joint(batch["input_ids"], batch["attention_mask"], batch["image"])
     close(model.heads["recognition"](model.bert.pool(hidden)), golden["logits"])
     loss, _ = losses.recognition(model, batch)
     close(loss.view(1), golden["loss"])

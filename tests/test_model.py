@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data  # noqa: F401  (makes torchvision importable on a CPU-only torch)
-from model import RESNETS, SIZES, FashionViL, ModelConfig, Packing, ResNet, masked_mean
+from model import RESNETS, SIZES, FashionViL, ModelConfig, Places, ResNet, masked_mean
 
 
 def tiny(**changes):
@@ -49,9 +49,9 @@ def test_layers_equal_torchs_encoder_layers():
     model = FashionViL(config).eval()
     x, lengths = torch.randn(3, 9, config.hidden_size), torch.tensor([9, 4, 7])
     mask = torch.arange(9)[None] < lengths[:, None]
-    theirs, inputs = model.bert.embeddings(x), Packing(mask)
-    ours = inputs.pack(theirs)  # (20, D): padding is not computed
-    assert torch.equal(ours, theirs[mask]) and torch.equal(inputs.unpack(ours), theirs * mask[..., None])
+    theirs, seen_at = model.bert.embeddings.norm_and_dropout(x), Places(mask)
+    ours = seen_at.pick(theirs)  # (20, D): padding is not computed
+    assert torch.equal(ours, theirs[mask]) and torch.equal(seen_at.put(ours), theirs * mask[..., None])
     for layer in model.bert.encoder["layer"]:
         other = nn.TransformerEncoderLayer(
             config.hidden_size,
@@ -74,25 +74,28 @@ def test_layers_equal_torchs_encoder_layers():
         for to, source in pairs:
             to.load_state_dict(source.state_dict())
         theirs = other(theirs, src_key_padding_mask=~mask)
-        before, ours = ours, layer(ours, mask[:, None, None, :], inputs, inputs)
+        before, ours = ours, layer(ours, seen_at, ours, seen_at)
     assert (ours - theirs[mask]).abs().max() < 1e-5
     some = torch.zeros(3, 9, dtype=torch.bool)
     some[0, 0] = some[1, 0] = some[2, 1] = True  # the packed tokens 0, 9 and 14
-    found = layer(before, mask[:, None, None, :], inputs, Packing(some))
+    found = layer(before[[0, 9, 14]], Places(some), before, seen_at)
     assert (found - ours[[0, 9, 14]]).abs().max() < 1e-6
 
 
-def test_needed_hidden_states_are_those_of_all():
+def test_hidden_states_that_are_read_are_those_of_all():
     model = tiny()
     ids, image = torch.randint(5, 50, (3, 11)), torch.randn(3, 3, 64, 64)
     mask = torch.arange(11)[None] < torch.tensor([11, 4, 7])[:, None]
-    needed = torch.rand(3, 15, generator=torch.Generator().manual_seed(0)) < 0.3  # some of them padding
-    assert (needed[:, :11] & ~mask).any()
+    read_text, read_patches = torch.rand(3, 11) < 0.3, torch.rand(3, 4) < 0.3
+    read_text &= mask
     with torch.no_grad():
-        every, some = (model.encode_joint(ids, mask, image, needed=n) for n in (None, needed))
-        pooled = model.bert.pool(every)
-        assert (model.encode_pair(ids, mask, image) - pooled).abs().max() < 1e-6
-    assert (some - every)[needed].abs().max() < 1e-6 and not some[~needed].any()
+        text, patches = model.encode_joint(ids, mask, image)
+        assert not text[~mask].any()  # padding
+        some, none = model.encode_joint(ids, mask, image, read_text=read_text)
+        assert (some - text)[read_text].abs().max() < 1e-6 and not some[~read_text].any() and not none.any()
+        none, some = model.encode_joint(ids, mask, image, read_patches=read_patches)
+        assert (some - patches)[read_patches].abs().max() < 1e-6 and not some[~read_patches].any() and not none.any()
+        assert (model.encode_pair(ids, mask, image) - model.bert.pool(text)).abs().max() < 1e-6
 
 
 def test_padding_and_batch_do_not_change_an_embedding():
@@ -129,12 +132,9 @@ def test_four_ways_in_depend_on_what_they_should():
         features = model.patches(image)
         projected = F.linear(features, model.bert.embeddings.projection.weight, model.bert.embeddings.projection.bias)
         assert torch.allclose(model.encode_image(image), projected.mean(1), atol=1e-6)  # no positions, no Transformer
-        joint = model.encode_joint(ids, mask, image)
-        assert joint.shape == (2, 6 + 4, 64)
-        assert torch.allclose(model.encode_composed(ids, mask, features), joint[:, 6:].mean(1), atol=1e-6)
-        masked = model.encode_joint(ids, mask, image, torch.ones(2, 4, dtype=torch.bool))
-        blank = model.encode_joint(ids, mask, torch.zeros_like(features))
-        assert torch.allclose(masked, blank, atol=1e-6)  # features are zeroed before the projection
+        text, patches = model.encode_joint(ids, mask, image)
+        assert text.shape == (2, 6, 64) and patches.shape == (2, 4, 64)
+        assert torch.allclose(model.encode_composed(ids, mask, features), patches.mean(1), atol=1e-6)
     scaled = model.scaled(torch.randn(5, 64))
     assert torch.allclose(scaled.norm(dim=1), torch.full((5,), 4.0))
 
@@ -158,9 +158,9 @@ def test_pac_head_is_a_cosine():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"resnet": "resnet99"}, "resnet99"),
         ({"heads": ("itm", "itx")}, "itx"),
         ({"heads": ("recognition",)}, "n_classes"),
+        ({"resnet": "resnet99"}, "resnet99"),
         ({"hidden_size": 65}, "65"),
     ],
 )

@@ -243,7 +243,7 @@ def test_rerank_is_the_itm_head_s_order(files, gallery, monkeypatch):
     words = data.text_batch(tokenizers.Tokenizer.from_str(info["tokenizer"]), ["a red dress"])
     for r in found[:5]:
         with torch.no_grad():
-            hidden = model.encode_joint(**words, image=by_hand(r["path"]))
+            hidden, _ = model.encode_joint(**words, image=by_hand(r["path"]))
             logits = model.heads["itm"](model.bert.pool(hidden))
         assert r["itm"] == pytest.approx(logits.softmax(1)[0, 1].item(), abs=1e-5)
     assert [r["itm"] for r in found[:5]] == sorted((r["itm"] for r in found[:5]), reverse=True)
