@@ -73,16 +73,6 @@ def check_lengths(config, positions, max_tokens=MAX_TOKENS):
         raise InputError(f"max_tokens: found {longest}, expected 3 to {positions}, the positions of the model")
 
 
-def check_candidates(config, processes=1):
-    """Raise InputError where a contrastive loss has one candidate: it is 0, its accuracy 100 %, and nothing is learnt.
-
-    processes: how many share the products of a micro-batch before the loss compares them."""
-    least = 2 * config.grad_accum * processes
-    if config.batch_size < least:
-        found = f"found {config.batch_size} with grad_accum={config.grad_accum}"
-        raise InputError(f"batch_size: {found}, expected {least} or more, for one product alone has no negatives")
-
-
 def pad(rows, value=0):
     """Lists of unequal length -> tensor (B, longest), int64 or bool as they are; `value` fills the ends."""
     rows = [torch.from_numpy(np.asarray(row)) for row in rows]
@@ -360,6 +350,16 @@ def to_device(batch, device):
     """A new dict: the batch's tensors on the device, images (the uint8 ones) normalised to float32."""
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     return {key: normalize(v) if v.dtype == torch.uint8 and v.ndim == 4 else v for key, v in batch.items()}
+
+
+def check_candidates(config, processes=1):
+    """Raise InputError where a contrastive loss has one candidate: it is 0, its accuracy 100 %, and nothing is learnt.
+
+    processes: how many share the products of a micro-batch before the loss compares them."""
+    least = 2 * config.grad_accum * processes
+    if config.batch_size < least:
+        found = f"found {config.batch_size} with grad_accum={config.grad_accum}"
+        raise InputError(f"batch_size: {found}, expected {least} or more, for one product alone has no negatives")
 
 
 class BatchSampler:
