@@ -109,8 +109,8 @@ def column(items, key):
 
 
 # ---- the five tasks --------------------------------------------------------------------------------------------------
-# Each `evaluate_*` yields (protocol, Result). The first protocol selects the best checkpoint; a validation stops after
-# it. For retrieval and fashioniq the embedder may be an OtherModel, which has `embed`, too.
+# Each `evaluate_*` yields (name of a protocol, metrics.Result). The first protocol selects the best checkpoint, so a
+# validation stops after it. In retrieval and fashioniq the embedder may be an OtherModel, which has `embed`, too.
 
 
 def load_val_products(config):
@@ -123,9 +123,8 @@ def load_val_products(config):
 
 def product_items(products):
     """The items of all images of products, and those of their texts. A product's id is its place."""
-    numbered = list(enumerate(products))
-    images = [{"image": path, "id": i, "name": product.name} for i, product in numbered for path in product.images]
-    return images, [{"text": product.text, "id": i} for i, product in numbered]
+    images = [{"image": path, "id": i, "name": p.name} for i, p in enumerate(products) for path in p.images]
+    return images, [{"text": product.text, "id": i} for i, product in enumerate(products)]
 
 
 def embed_retrieval(embedder, products):
@@ -141,7 +140,7 @@ def evaluate_retrieval(embedder, config):
     result = full_gallery(*embeddings)
     result.counts |= left_out
     images, texts = product_items(products)
-    captioned = [{**item, "text": products[item["id"]].text} for item in images]  # below the images that a text finds
+    captioned = [{**item, "text": products[item["id"]].text} for item in images]  # what a page shows below an image
     result.rankings.append(Ranking(images, texts, dot_products(image, text)))
     result.rankings.append(Ranking(texts, captioned, dot_products(text, image)))
     yield "full gallery", result
@@ -153,12 +152,11 @@ def evaluate_retrieval(embedder, config):
 
 
 def load_garment(name, config):
-    """FashionIQ val of one of FASHIONIQ_CLASSES, as far as its images are there. An image's id is its gallery's place.
+    """FashionIQ val of one of FASHIONIQ_CLASSES: (items of its queries, of its gallery, counts of what is left out).
 
-    Returns (items of the queries, items of the gallery, counts of what is left out). Raises InputError without query.
-    """
+    An image's id is its place in the gallery. Raises InputError where no query has both its images."""
     listed, gallery = annotations.load_fashioniq(config.data_root, name, "val", config.gallery)
-    paths = [query[key] for query in listed for key in ("image", "image2")]  # of the reference and the target
+    paths = [query[key] for query in listed for key in ("image", "image2")]  # of references and targets
     broken = photos.leave_out([*gallery.values(), *paths], config, f"FashionIQ {name}")
     kept = [image for image, path in gallery.items() if path not in broken]
     gallery_items = [{"image": gallery[image], "id": i, "name": image} for i, image in enumerate(kept)]
@@ -222,8 +220,8 @@ def embed_outfits(embedder, outfits):
     encoded = embedder.embed(photo_items, encode=lambda batch: model.encode_item(batch["image"])).to(device)
     place, vectors = {path: i for i, path in enumerate(paths)}, []
     for outfit in outfits:
-        photos_of = zip(outfit["image"], outfit["categories"], strict=True)
-        rows = [(place[path], one, 1 / len(several)) for path, several in photos_of for one in several]
+        pairs = zip(outfit["image"], outfit["categories"], strict=True)
+        rows = [(place[path], one, 1 / len(several)) for path, several in pairs for one in several]
         row, category, share = (torch.tensor(values, device=device) for values in zip(*rows, strict=True))
         fused = model.fuse(encoded[row], category, torch.full_like(category, outfit["category"]))  # (len(rows), D)
         vectors.append((share[:, None] * fused).sum(0).cpu() / len(outfit["image"]))
@@ -238,31 +236,36 @@ def evaluate_polyvore(embedder, config):
     if n_categories != embedder.model.n_categories:
         expected = f"the {embedder.model.n_categories} of the checkpoint's CSA-Net"
         raise InputError(f"{config.data_root}: found {n_categories} categories, expected {expected}")
-    paths = [[path for path, _ in [*row["items"], row["blank_item"]]] for row in rows]  # of each row's photos
-    broken = photos.leave_out([path for some in paths for path in some], config, f"Polyvore {config.split} test")
+    photos_of = [[path for path, _ in [*row["items"], row["blank_item"]]] for row in rows]
+    broken = photos.leave_out([path for paths in photos_of for path in paths], config, f"Polyvore {config.split} test")
 
     # The gallery has every blank once, also the blanks of rows that are no queries. A blank's id is its place.
     blanks = {row["blank"]: row["blank_item"] for row in rows}
-    kept = {blank: item for blank, item in blanks.items() if item[0] not in broken}
-    place = {blank: i for i, blank in enumerate(kept)}
-    gallery = [{"image": p, "name": b, "id": place[b], "category": category} for b, (p, category) in kept.items()]
+    kept = [(name, path, category) for name, (path, category) in blanks.items() if path not in broken]
+    gallery = [{"image": path, "name": name, "category": c, "id": i} for i, (name, path, c) in enumerate(kept)]
+    place = {item["name"]: item["id"] for item in gallery}
 
     # A row is a query where all its photos are there and it is not marked as fake.
-    whole = [row for row, some in zip(rows, paths, strict=True) if broken.isdisjoint(some)]
-    outfits = []
-    for row in whole:
-        if not row["fake"]:
-            some, categories = zip(*row["items"], strict=True)
-            outfit = {"image": list(some), "categories": [[category] for category in categories], "name": row["name"]}
-            outfit |= {"category": row["blank_item"][1], "id": place[row["blank"]], "text": "what goes with these?"}
-            outfits.append(outfit)
+    whole = [row for row, paths in zip(rows, photos_of, strict=True) if broken.isdisjoint(paths)]
+    outfits = [
+        {
+            "image": [path for path, _ in row["items"]],
+            "categories": [[category] for _, category in row["items"]],
+            "category": row["blank_item"][1],
+            "id": place[row["blank"]],
+            "name": row["name"],
+            "text": "what goes with these?",
+        }
+        for row in whole
+        if not row["fake"]
+    ]
 
-    vectors = embed_outfits(embedder, outfits), embedder.embed(gallery)
-    wanted, ids, category = column(outfits, "id"), column(gallery, "id"), column(gallery, "category")
-    result = outfit_retrieval(vectors[0], wanted, vectors[1], ids, category)
+    queries, items = embed_outfits(embedder, outfits), embedder.embed(gallery)
+    gallery_id, category = column(gallery, "id"), column(gallery, "category")
+    result = outfit_retrieval(queries, column(outfits, "id"), items, gallery_id, category)
     result.counts["outfits_left_out"] = len(rows) - len(whole)  # rows marked as fake included
     result.counts["gallery_left_out"] = len(blanks) - len(gallery)
-    result.rankings.append(Ranking(outfits, gallery, dot_products(*vectors)))
+    result.rankings.append(Ranking(outfits, gallery, dot_products(queries, items)))
     yield f"{config.split}, same category", result
 
 
@@ -278,11 +281,6 @@ class Task:
     criterion: str = "mean_recall"  # the metric that selects the best checkpoint
     fit: Callable = data.resize_then_crop  # how an image gets the size of the model
     max_tokens: int = data.MAX_TOKENS  # the longest text, where the settings have 0
-
-    @property
-    def needs(self):
-        """What `checkpoint.load_model` must find in a checkpoint of the task."""
-        return self.heads or ("csa_net",)
 
 
 RECOGNITION = Task(
@@ -360,7 +358,7 @@ def evaluate_checkpoint(path, config, processes):
     task = TASKS[config.task]
     if str(path).endswith(".npz"):
         return dict(task.evaluate(OtherModel(path, list_items(config)), config))
-    model, info = checkpoint.load_model(path, processes.device, task.needs)
+    model, info = checkpoint.load_model(path, processes.device, task.heads or ("csa_net",))
     if task is RECOGNITION and info["task"] not in (None, config.task):
         raise InputError(f"{path}: was trained for {info['task']}; set --task={info['task']}, not {config.task}")
     checkpoint.check_labels(path, info["labels"], annotations.label_names(config.data_root, config.task))

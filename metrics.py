@@ -5,10 +5,9 @@ hit: a query is a hit at k if its rank is at most k. Recall at k (r@k) is the sh
 chance: what a random ranking, or a guess, reaches on average.
 outcomes: {set: tensor with a row for each query}, from which all metrics can be computed, also of resampled queries.
 
-queries (Q, D), gallery (G, D) float32 or float64; query_* (Q,), gallery_* (G,) int64. A gallery item is correct if its
-id is the query's."""
+queries (Q, D), gallery (G, D) float32 or float64; query_* (Q,), gallery_* (G,) int64. An item is correct if its id is
+the query's."""
 
-import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -24,9 +23,9 @@ def check_embeddings(queries, gallery):
 
     |q . g| <= |q| |g|, so the norms tell the last without a pass over the (Q, G) scores."""
     found = f"queries {tuple(queries.shape)} {queries.dtype}, gallery {tuple(gallery.shape)} {gallery.dtype}"
-    two_d = queries.dim() == gallery.dim() == 2
+    same_width = queries.dim() == gallery.dim() == 2 and queries.shape[1] == gallery.shape[1]
     same_dtype = queries.dtype == gallery.dtype and queries.dtype in (torch.float32, torch.float64)
-    if not two_d or not same_dtype or queries.shape[1] != gallery.shape[1] or not len(queries) * len(gallery):
+    if not same_width or not same_dtype or not len(queries) or not len(gallery):
         raise ValueError(f"{found}; expected (Q, D) and (G, D), neither empty, both float32 or both float64")
     for name, rows in (("query", queries), ("gallery", gallery)):
         fine = rows.norm(dim=1) < torch.finfo(rows.dtype).max ** 0.5  # false for NaN
@@ -111,8 +110,9 @@ def random_recall(positives, gallery, k):
 def chance_recalls(sizes, ks):
     """`recalls` of a random ranking; sizes {set: [(positives, gallery) of each query]}, as in `random_recall`."""
     chance = {}
-    for name, k in itertools.product(sizes, ks):
-        chance[f"{name}_r@{k}"] = statistics.fmean(random_recall(*size, k) for size in sizes[name])
+    for name, queries in sizes.items():
+        for k in ks:
+            chance[f"{name}_r@{k}"] = statistics.fmean(random_recall(*size, k) for size in queries)
     return with_mean(chance)
 
 
@@ -236,8 +236,8 @@ def recognition(logits, labels):
         raise ValueError(f"NaN logits in sample {logits.isnan().nonzero()[0, 0].item()}")
     outcomes = {"samples": torch.stack([logits.argmax(dim=1), labels], dim=1).cpu()}
     counts = {"samples": len(labels), "classes": len(labels.unique())}
-    # Accuracy of always naming the most frequent class; macro-F1 of guessing with the labels' own frequencies, where
-    # precision and recall of a class are its share: 1 / C over C classes (a ratio of expectations).
+    # Accuracy: always naming the most frequent class. Macro-F1: guessing with the labels' own frequencies, where
+    # precision and recall of a class are its share, so that their mean over C classes is 1 / C.
     chance = {"accuracy": labels.bincount().max().item() / len(labels), "macro_f1": 1 / counts["classes"]}
     return Result(recognition_scores, chance, counts, outcomes)
 
