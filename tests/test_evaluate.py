@@ -44,11 +44,6 @@ def line(scores):
 ONE = torch.ones(1, 1)
 
 
-def retrieval(*tensors):
-    """A class as `evaluate.composed_retrieval` takes it: the tensors of `metrics.best_ranks`."""
-    return tensors
-
-
 def first_rows(ids):
     """Index of the first row of each distinct id, in the order of the rows."""
     rows = ids.tolist()
@@ -85,12 +80,8 @@ def test_given_the_original_s_candidates_scores_are_the_original_s(name):
     got = []
     for way, queries, gallery in (("i2t", image, text), ("t2i", text, image)):
         candidates = torch.cat([drawn[f"{way}_pos"], drawn[f"{way}_neg"]], dim=1)
-        ranks = torch.tensor(
-            [
-                metrics.candidate_rank(queries[q], gallery, row)
-                for q, row in zip(drawn[f"{way}_query"].tolist(), candidates, strict=True)
-            ]
-        )
+        pairs = zip(drawn[f"{way}_query"].tolist(), candidates, strict=True)
+        ranks = torch.tensor([metrics.candidate_rank(queries[q], gallery, row) for q, row in pairs])
         top10 = drawn[f"{way}_top10"] == drawn[f"{way}_pos"]  # where the positive stands among the original's ten best
         expected = torch.where(top10.any(dim=1), top10.int().argmax(dim=1) + 1, 11)
         assert torch.equal(ranks.clamp(max=11), expected)
@@ -112,15 +103,14 @@ def test_seeded_draws_come_close_to_the_original_s_mean(name):
 
 
 def test_fashioniq_is_the_original_s():
-    scores, targets, target_id, fake, garment = arrays(
-        "fashioniq", "scores", "targets", "target_id", "fake_data", "garment_class"
-    )
+    keys = "scores", "targets", "target_id", "fake_data", "garment_class"
+    scores, targets, target_id, fake, garment = arrays("fashioniq", *keys)
     classes = {}
     for c, name in enumerate(("dress", "shirt", "toptee")):
         rows = garment == c
         keep = first_rows(target_id[rows])
         real = rows & ~fake
-        classes[name] = retrieval(scores[real], targets[rows][keep], target_id[real], target_id[rows][keep])
+        classes[name] = scores[real], targets[rows][keep], target_id[real], target_id[rows][keep]
     result = evaluate.composed_retrieval(classes)
     golden = dict(GOLDEN["fashioniq"]["result"])
     assert result.metrics.pop("mean_recall") == pytest.approx(golden.pop("avg"), abs=1e-6)
@@ -129,9 +119,8 @@ def test_fashioniq_is_the_original_s():
 
 
 def golden_ocir():
-    scores, targets, blank_id, category, fake = arrays(
-        "ocir", "scores", "targets", "blank_id", "blank_cat_id", "fake_data"
-    )
+    keys = "scores", "targets", "blank_id", "blank_cat_id", "fake_data"
+    scores, targets, blank_id, category, fake = arrays("ocir", *keys)
     keep = first_rows(blank_id)
     return scores[~fake], blank_id[~fake], targets[keep], blank_id[keep], category[keep]
 
@@ -174,9 +163,7 @@ def test_rank_by_hand(scores, ids, rank):
 def test_ranks_equal_brute_force_whatever_the_block():
     queries, gallery = small_integers(57, 4, seed=1), small_integers(90, 4, seed=2)
     generator = torch.Generator().manual_seed(3)
-    gallery_id = (
-        torch.randint(25, (90,), generator=generator) * 1_000_003 - 7
-    )  # gaps and a negative id: ids, not indices
+    gallery_id = torch.randint(25, (90,), generator=generator) * 1_000_003 - 7  # gaps, a negative one: no indices
     query_id = gallery_id[torch.randint(90, (57,), generator=generator)]
     scores = (queries @ gallery.t()).tolist()
     expected = [sorted_rank(s, gallery_id == i) for s, i in zip(scores, query_id, strict=True)]
@@ -210,7 +197,7 @@ def test_a_target_outside_the_gallery_is_an_error_with_its_id():
     with pytest.raises(ValueError, match="4711"):
         evaluate.full_gallery(ONE, ONE, torch.tensor([4711]), torch.tensor([5]))
     with pytest.raises(ValueError, match="4711"):
-        evaluate.composed_retrieval({"dress": retrieval(ONE, gallery, torch.tensor([4711]), gallery_id)})
+        evaluate.composed_retrieval({"dress": (ONE, gallery, torch.tensor([4711]), gallery_id)})
     with pytest.raises(ValueError, match="4711"):
         evaluate.outfit_retrieval(ONE, torch.tensor([4711]), gallery, gallery_id, torch.tensor([0, 0]))
 
@@ -350,8 +337,8 @@ def test_many_queries_are_sampled_and_few_are_all_asked():
 
 def test_composed_retrieval_keeps_galleries_apart():
     """The shirt that would win for the dress query is no rival of the dress."""
-    dress = retrieval(ONE, line([1, 2]), torch.tensor([5]), torch.tensor([5, 6]))  # rank 2
-    shirt = retrieval(torch.ones(2, 1), line([9, 8, 7]), torch.tensor([6, 7]), torch.tensor([6, 8, 7]))  # ranks 1, 3
+    dress = ONE, line([1, 2]), torch.tensor([5]), torch.tensor([5, 6])  # rank 2
+    shirt = torch.ones(2, 1), line([9, 8, 7]), torch.tensor([6, 7]), torch.tensor([6, 8, 7])  # ranks 1, 3
     result = evaluate.composed_retrieval({"dress": dress, "shirt": shirt}, ks=(1, 2))
     expected = {"dress_r@1": 0, "dress_r@2": 1, "shirt_r@1": 0.5, "shirt_r@2": 0.5, "mean_recall": 0.5}
     assert result.metrics == pytest.approx(expected)

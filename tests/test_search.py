@@ -1,8 +1,8 @@
 """search.py on a small made-up catalogue: four kinds of query, the index, reranking, the sheet, one-line errors."""
 
-import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,17 +22,10 @@ from plumbing.settings import InputError
 ROOT = Path(__file__).parent.parent
 
 
-def save(path, model, task, tokenizer, **more):
+def save(path, model, task, tokenizer=None, **config):
     """A checkpoint as pretrain.py and finetune.py write it, of random weights."""
-    config = {"image_size": 64, **more.pop("config", {})}
-    state = {"kind": "csa_net" if isinstance(model, CSANet) else "fashionvil", "task": task, "config": config}
-    state |= {
-        "model": model.state_dict(),
-        "model_config": dataclasses.asdict(model.config),
-        "tokenizer": tokenizer,
-        "step": 1,
-    }
-    checkpoint.save(path, {**state, **more})
+    state = {"model": model.state_dict(), "config": {"image_size": 64, **config}, "step": 1}
+    checkpoint.save(path, checkpoint.contents(model, task, {}, tokenizer) | state)
     return str(path)
 
 
@@ -45,8 +38,8 @@ def files(catalogue, tmp_path_factory):
     config = ModelConfig(resnet="resnet18", width=8, n_codes=4, n_attributes=4, **sizes)
     n = len(annotations.load_polyvore_items(catalogue / "PolyvoreOutfits")[1])
     return {
-        "C": save(out / "c.pt", FashionViL(config), "pretrain", tokenizer.to_str()),
-        "O": save(out / "o.pt", CSANet(config, n), "polyvore", None, config={"data_root": str(catalogue)}),
+        "C": save(out / "c.pt", FashionViL(config), "pretrain", tokenizer),
+        "O": save(out / "o.pt", CSANet(config, n), "polyvore", data_root=str(catalogue)),
     }
 
 
@@ -93,15 +86,14 @@ def test_scores_are_the_cosines_of_the_model(kind, files, gallery):
     model, info = checkpoint.load_model(files["C"])
     photo = gallery / "below" / sorted(p.name for p in (gallery / "below").iterdir())[0]
     words = data.text_batch(tokenizers.Tokenizer.from_str(info["tokenizer"]), ["a red dress"])
+    encode = {
+        "text": lambda: model.encode_text(**words),
+        "image": lambda: model.encode_image(by_hand(photo)),
+        "composed": lambda: model.encode_composed(**words, image=by_hand(photo)),
+    }[kind]
+    line = [*(["--image", str(photo)] if kind != "text" else []), *(["--text=a red dress"] if kind != "image" else [])]
     with torch.no_grad():
-        query, line = {
-            "text": lambda: (model.encode_text(**words), ["--text", "a red dress"]),
-            "image": lambda: (model.encode_image(by_hand(photo)), ["--image", str(photo)]),
-            "composed": lambda: (
-                model.encode_composed(**words, image=by_hand(photo)),
-                ["--image", str(photo), "--text", "a red dress"],
-            ),
-        }[kind]()
+        query = encode()
     expected = brute_force(query, gallery, model, model.encode_image)
     if kind != "text":
         del expected[str(photo)]  # the query itself is no result
@@ -113,19 +105,15 @@ def test_scores_are_the_cosines_of_the_model(kind, files, gallery):
 def test_outfit_ranks_the_wanted_category(files, catalogue, tmp_path):
     folder, model = catalogue / "PolyvoreOutfits", checkpoint.load_model(files["O"])[0]
     metadata, number = annotations.load_polyvore_items(folder)
-    outfit = [
-        folder / "images" / f"{item}.jpg"
-        for item in json.loads((folder / "ocir_disjoint_test.json").read_text())[0]["question"]
-    ]
+    question = json.loads((folder / "ocir_disjoint_test.json").read_text())[0]["question"]
+    outfit = [folder / "images" / f"{item}.jpg" for item in question]
     category = {item: number[int(row["category_id"])] for item, row in metadata.items()}
     name = metadata[outfit[0].stem]["semantic_category"]
     wanted = category[outfit[0].stem]
     with torch.no_grad():
-        parts = [
-            model.fuse(model.encode_item(by_hand(p, WHOLE)), *torch.tensor([[category[p.stem]], [wanted]])) / 4
-            for p in outfit
-        ]
-        query = torch.stack(parts).mean(0)
+        encoded = torch.cat([model.encode_item(by_hand(p, WHOLE)) for p in outfit])
+        numbers = torch.tensor([category[p.stem] for p in outfit]), torch.full((len(outfit),), wanted)
+        query = model.fuse(encoded, *numbers).mean(0, keepdim=True) / model.logit_scale
         expected = {}
         for path in (folder / "images").glob("*.jpg"):
             if category[path.stem] == wanted and path not in outfit:
@@ -153,16 +141,12 @@ def test_a_coarse_category_asks_each_image_as_its_own(files, catalogue, tmp_path
     """Polyvore's coarse names stand for several fine categories."""
     folder = tmp_path / "PolyvoreOutfits"
     (folder / "images").mkdir(parents=True)
-    metadata = {
-        item: {**row, "semantic_category": "anything"}
-        for item, row in annotations.load_polyvore_items(catalogue / "PolyvoreOutfits")[0].items()
-    }
+    listed, _ = annotations.load_polyvore_items(catalogue / "PolyvoreOutfits")
+    metadata = {item: {**row, "semantic_category": "anything"} for item, row in listed.items()}
     (folder / annotations.POLYVORE_ITEMS).write_text(json.dumps(metadata))
     some = list({row["category_id"]: item for item, row in metadata.items()}.values())[:4]
     for item in some:
-        (folder / "images" / f"{item}.jpg").write_bytes(
-            (catalogue / "PolyvoreOutfits" / "images" / f"{item}.jpg").read_bytes()
-        )
+        shutil.copy(catalogue / "PolyvoreOutfits" / "images" / f"{item}.jpg", folder / "images")
     outfit = str(folder / "images" / f"{some[0]}.jpg")
     coarse = rows(files["O"], folder / "images", "--category=anything", "--outfit", outfit)
     assert {r["id"] for r in coarse} == set(some[1:])
@@ -189,7 +173,7 @@ def test_index_is_reused_and_remade(files, gallery, capsys):
     torch.manual_seed(1)
     model, info = checkpoint.load_model(files["C"])
     torch.nn.init.normal_(model.bert.embeddings.projection.weight)
-    other = save(gallery.parent / "other.pt", model, "pretrain", info["tokenizer"])
+    other = save(gallery.parent / "other.pt", model, "pretrain", tokenizers.Tokenizer.from_str(info["tokenizer"]))
     rows(other, gallery, "--text=red")
     assert "embedding" in capsys.readouterr().err
     assert "embedding" in said()
