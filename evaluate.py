@@ -6,8 +6,8 @@ fashiongen_retrieval: image-to-text and text-to-image retrieval (ITR, TIR). fash
 (TGIR), where an image and a change in words rank images. fashiongen_category and fashiongen_subcategory: category and
 sub-category recognition (CR, SCR). polyvore: outfit complementary item retrieval (OCIR), where an outfit ranks items.
 
-An item is a dict of what a model reads, "image" (a path) and "text", and of what belongs to it: "name" (for messages)
-and "id" (a query's right items have its id). Items become vectors here, and metrics.py makes vectors into numbers."""
+An item is a dict. A model reads its "image" (a path), its "text", or both. Its "name" is for messages. Its "id" is a
+number: the right items of a query have the query's id. This file makes vectors of items; metrics.py makes the numbers."""
 
 import time
 from collections.abc import Callable
@@ -40,7 +40,7 @@ GALLERIES, SPLITS = ("original", "val"), ("disjoint", "nondisjoint")  # of Fashi
 class Embedder:
     """Makes vectors of items with a model, which must be in eval mode.
 
-    task: the row of TASKS that says how images are fitted and how long texts may be. tokenizer: None for a CSANet.
+    task: a row of TASKS; it says how images are fitted and how long texts may be. tokenizer: None for a CSANet.
     config has image_size, max_tokens, eval_batch_size, workers and dtype."""
 
     def __init__(self, model, task, tokenizer, config, processes):
@@ -71,7 +71,7 @@ class Embedder:
         return ordered
 
     def load(self, items):
-        """A DataLoader of the items."""
+        """A DataLoader of the items, in their order."""
         config, on_gpu = self.config, self.processes.device.type == "cuda"
         max_tokens = config.max_tokens or self.task.max_tokens
         dataset = data.Samples(items, self.tokenizer, self.task.fit, config, max_tokens)
@@ -95,7 +95,7 @@ class Embedder:
 
 
 def check_finite(vectors, items):
-    """Raise InputError, with the first such item's name, where a vector of vectors (len(items), ...) is not finite."""
+    """Raise InputError where the vector of an item is not finite, with its name. vectors: (len(items), ...) float."""
     broken = (~vectors.reshape(len(items), -1).isfinite().all(dim=1)).nonzero().flatten().tolist()
     if broken:
         found = f"its embedding is not finite ({len(broken)} of {len(items)} such)"
@@ -286,7 +286,7 @@ class Task:
 RECOGNITION = Task(
     evaluate_recognition, losses.recognition, data.fashiongen_items, data.pick_image, ("recognition",), "accuracy"
 )
-WHOLE = data.crop_then_resize  # in evaluation it crops nothing
+WHOLE = data.crop_then_resize  # in evaluation it keeps the whole image
 TASKS = {
     "fashiongen_retrieval": Task(evaluate_retrieval, losses.itc, data.fashiongen_items, data.pick_image),
     "fashioniq": Task(
@@ -307,7 +307,8 @@ def run_task(model, tokenizer, config, processes):
 def list_items(config):
     """The items whose vectors are all that `config.task` needs of a model. InputError for a task that needs more."""
     if config.task == "fashiongen_retrieval":
-        return sum(product_items(load_val_products(config)[0]), [])
+        images, texts = product_items(load_val_products(config)[0])
+        return images + texts
     if config.task == "fashioniq":
         garments = [load_garment(name, config) for name in annotations.FASHIONIQ_CLASSES]
         return [item for queries, gallery, _ in garments for item in queries + gallery]
@@ -391,7 +392,7 @@ def report(results, config, device, path, out, seconds, baseline=None, intervals
         lines.append(" ".join([f"{'%':>16} {'value':>7} {'chance':>7}", *(f"{x.replace('_', ' '):>19}" for x in more)]))
         for name, value in result.metrics.items():
             line = f"{name:>16} {100 * value:7.1f} {100 * result.chance[name]:7.1f}"
-            for x in (column[name] for column in more.values()):
+            for x in (values[name] for values in more.values()):
                 text = f"{100 * x[0]:.1f} to {100 * x[1]:.1f}" if isinstance(x, tuple) else f"{100 * x:+.1f}"
                 line += f" {text:>19}"
             lines.append(line)
