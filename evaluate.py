@@ -7,7 +7,7 @@ fashiongen_retrieval: image-to-text and text-to-image retrieval (ITR, TIR). fash
 sub-category recognition (CR, SCR). polyvore: outfit complementary item retrieval (OCIR), where an outfit ranks items.
 
 An item is a dict. A model reads its "image" (a path), its "text", or both. Its "name" is for messages. Its "id" is a
-number: the right items of a query have the query's id. This file makes vectors of items; metrics.py makes the numbers."""
+number: the right items of a query have its id. This file makes vectors of items, and metrics.py makes the numbers."""
 
 import time
 from collections.abc import Callable
