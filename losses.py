@@ -19,9 +19,7 @@ def info_nce(queries, candidates, rank=0):
     Raises ValueError where the shapes cannot belong together."""
     B = len(queries)
     if queries.shape[1] != candidates.shape[1] or len(candidates) < (rank + 1) * B:
-        raise ValueError(
-            f"queries {tuple(queries.shape)} and candidates {tuple(candidates.shape)} do not fit, rank {rank}"
-        )
+        raise ValueError(f"queries {tuple(queries.shape)}, candidates {tuple(candidates.shape)}: no fit at rank {rank}")
     with torch.autocast(queries.device.type, enabled=False):
         logits = queries @ candidates.t()  # (B, N)
         target = torch.arange(rank * B, (rank + 1) * B, device=logits.device)
@@ -187,8 +185,9 @@ def pac(model, batch):
     return loss, {"pac_recall": recall}
 
 
-# A new objective needs a function here, a share in --objectives, what `data.Pretraining.sample` adds to a sample, and
-# for a head: model.HEADS, `build` in FashionViL, weights.SIZE_OF. tools/summary.py reads its accuracy, NAME_acc.
+# A new objective needs a function here, a probability in --objectives, and what `data.Pretraining.sample` adds for it.
+# A new head needs its name in model.HEADS, its layers in FashionViL, and the tensor that tells its size in
+# weights.SIZE_OF. tools/summary.py reads an objective's accuracy as NAME_acc.
 OBJECTIVES = {"itc": itc, "itm": itm, "mlm": mlm, "mpfc": mpfc, "mvc": mvc, "pac": pac}
 
 

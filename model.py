@@ -229,14 +229,14 @@ class Bert(nn.Module):
         seen (B, L) bool, False = padding or left out: nothing is computed for such a token, and its hidden state is 0.
         read (B, L) bool, some of the seen: the caller reads only these hidden states. The last layer computes no others
         and leaves them 0. None: all that are seen."""
-        # How many tokens there are decides shapes, so the host waits for a GPU here. One copy makes it one wait.
+        # The numbers of tokens decide shapes, so the host waits for a GPU here. One copy of both masks makes it one wait.
         masks = torch.stack([seen, seen if read is None else read]).cpu()
         seen_at, read_at = (Places(mask, embedded.device) for mask in masks)
         x = self.embeddings.norm_and_dropout(seen_at.pick(embedded))  # (N, D)
         *layers, last = self.encoder["layer"]
         for layer in layers:
             x = layer(x, seen_at, x, seen_at)
-        x_read = read_at.pick(seen_at.put(x))  # (M, D)
+        x_read = read_at.pick(seen_at.put(x))  # (M, D), the tokens that are read
         return read_at.put(last(x_read, read_at, x, seen_at))
 
     def pool(self, hidden):  # (B, L, D) -> (B, D): BERT's pooler on the first token
