@@ -229,7 +229,7 @@ class Bert(nn.Module):
         seen (B, L) bool, False = padding or left out: nothing is computed for such a token, and its hidden state is 0.
         read (B, L) bool, some of the seen: the caller reads only these hidden states. The last layer computes no others
         and leaves them 0. None: all that are seen."""
-        # The numbers of tokens decide shapes, so the host waits for a GPU here. One copy of both masks makes it one wait.
+        # The numbers of tokens decide shapes, so the host waits for a GPU here. One copy of both masks is one wait.
         masks = torch.stack([seen, seen if read is None else read]).cpu()
         seen_at, read_at = (Places(mask, embedded.device) for mask in masks)
         x = self.embeddings.norm_and_dropout(seen_at.pick(embedded))  # (N, D)
