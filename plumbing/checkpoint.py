@@ -5,27 +5,18 @@ A checkpoint is a dict. Every one has "format" (weights.FORMAT), "kind" (one of 
 training data). A checkpoint of a model also has what `contents` gives. For a resume, last.pt adds what runs.py says."""
 
 import dataclasses
+import json
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import tokenizers
 import torch
 
-from model import SIZES, CSANet, FashionViL, ModelConfig
-from plumbing.files import checksum, reading, replacing, shown
+from model import HEADS, RESNETS, SIZES, CSANet, FashionViL, ModelConfig
+from plumbing.files import cause_of, checksum, reading, replacing, shown
 from plumbing.settings import InputError
-from plumbing.weights import (
-    FORMAT,
-    MODELS,
-    PARTS,
-    check_names,
-    count_words,
-    fetch_resnet,
-    find_tokenizer,
-    read_bert,
-    read_sizes,
-    read_weights,
-)
+from plumbing.weights import FORMAT, MODELS, WORDS, count_words, find_file, find_tokenizer, read_weights
 
 
 def save(path, state):
@@ -74,6 +65,67 @@ def load_model(path, device="cpu", needs=()):
         raise InputError(f"{path}: a checkpoint of {has}, expected one trained for a task with {', '.join(needs)}")
     model.load_state_dict(state)
     return model.to(device).eval(), info
+
+
+# kind of file: the parts of a model that it has
+PARTS = {"fashionvil": ("image_encoder", "bert"), "csa_net": ("image_encoder",)}
+PARTS |= {"resnet": ("image_encoder",), "bert": ("bert",)}
+SIZE_OF = {  # field of ModelConfig: the tensor that tells it, and along which axis
+    "width": ("image_encoder.conv1.weight", 0),
+    "vocab_size": (WORDS, 0),
+    "hidden_size": (WORDS, 1),
+    "intermediate_size": ("bert.encoder.layer.0.intermediate.dense.weight", 0),
+    "max_position_embeddings": ("bert.embeddings.position_embeddings.weight", 0),
+    "type_vocab_size": ("bert.embeddings.token_type_embeddings.weight", 0),
+    "n_codes": ("heads.mpfc.decoder.weight", 0),
+    "n_attributes": ("heads.pac.projection", 1),
+    "n_classes": ("heads.recognition.decoder.weight", 0),
+}
+
+
+def read_sizes(path, state, info):
+    """{field of ModelConfig: value} of what `read_weights` gave. Raises InputError where no model has such sizes.
+
+    No tensor tells the number of attention heads. Of a BERT or a CSA-Net it is left out."""
+    with reading(path, "no model has these sizes"):
+        kind, sizes = info["kind"], {}
+        if "image_encoder" in PARTS[kind]:
+            stages = [f"image_encoder.layer{n}." for n in (1, 2, 3, 4)]
+            blocks = tuple(len({name.split(".")[2] for name in state if name.startswith(stage)}) for stage in stages)
+            bottleneck = "image_encoder.layer1.0.conv3.weight" in state
+            names = [name for name, resnet in RESNETS.items() if resnet == (blocks, bottleneck)]
+            sizes["resnet"] = names[0] if names else f"{blocks} blocks a stage"
+        if "bert" in PARTS[kind]:
+            sizes["num_hidden_layers"] = len({n.split(".")[3] for n in state if n.startswith("bert.encoder.layer.")})
+        for field, (name, axis) in SIZE_OF.items():
+            if name in state or name.startswith(PARTS[kind]):
+                sizes[field] = state[name].shape[axis]
+        if kind == "fashionvil":
+            heads = {name.split(".")[1] for name in state if name.startswith("heads.")} | {"contrastive"}
+            sizes["heads"] = tuple(h for h in HEADS if h in heads and (h != "contrastive" or "logit_scale" in state))
+            if "num_attention_heads" not in info["model_config"] and sizes["hidden_size"] % 64:
+                raise ValueError(f"nothing says the number of attention heads of {sizes['hidden_size']} units")
+            sizes["num_attention_heads"] = sizes["hidden_size"] // 64  # 64 is the width of BERT's attention heads
+            told = ("num_attention_heads", "dropout", "pac_scale")  # no tensor tells these three
+            sizes |= {key: info["model_config"][key] for key in told if key in info["model_config"]}
+        return sizes
+
+
+def check_names(path, own, found):
+    """Raise InputError that lists what `found` lacks, has too much or has in another shape than `own`."""
+
+    def shape(tensor):
+        return ("" if tensor.is_floating_point() else "integers ") + str(tuple(tensor.shape))
+
+    both = [(name, shape(found[name]), shape(own[name])) for name in own if name in found]
+    problems = {
+        "of other shapes": [f"{name} {theirs}, expected {ours}" for name, theirs, ours in both if theirs != ours],
+        "missing": [name for name in own if name not in found],
+        "left over": [name for name in found if name not in own],
+    }
+    said = [f"{len(names)} {what}: {', '.join(names)}" for what, names in problems.items() if names]
+    if said:
+        raise InputError(f"{path}: does not fit the model: {'; '.join(said)}")
 
 
 # ---- what numbers mean -----------------------------------------------------------------------------------------------
@@ -125,7 +177,7 @@ def read_start(config, reads_text=True):
     config.init: "random"; "pretrained" (ResNet from torch.hub or the file `resnet_file`, "random" for none; BERT from
     the folder or hub name `bert`); or a checkpoint, ours or released. A checkpoint brings its sizes. Else they are
     those of the BERT folder, or model.SIZES[config.size]. reads_text: False for a CSANet.
-    The tokenizer is that of `weights.find_tokenizer`. A random start has a word for each of its numbers.
+    The tokenizer is that of `weights.find_tokenizer`. A new word table has a row for each of its words.
     Raises InputError where a file cannot be had, is of another kind, or is not what its config.json says."""
     files, trained, own, rows = [], {}, None, None
     if config.init not in ("random", "pretrained"):
@@ -150,6 +202,43 @@ def read_start(config, reads_text=True):
         tokenizer = find_tokenizer(config, own, rows)
         sizes["vocab_size"] = rows or count_words(tokenizer)
     return Start(sizes, tokenizer, trained, files)
+
+
+# What config.json may say of the Transformer. Where it says nothing, it means the same.
+TRANSFORMER = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
+TRANSFORMER["layer_norm_eps"] = 1e-12
+
+
+def read_bert(bert):
+    """(path, state dict, info) of a BERT's weights, and its sizes, of the folder or hub name `bert`.
+
+    Weights in several files (model.safetensors.index.json) are not read. Raises InputError where config.json tells of
+    another model than BERT."""
+    path = find_file(bert, "model.safetensors", "pytorch_model.bin")
+    state, info = read_weights(path, ("bert",), "bert")
+    sizes, config_path = read_sizes(path, state, info), find_file(bert, "config.json")
+    with reading(config_path, "cannot be read"):
+        config = json.loads(config_path.read_text(encoding="utf-8-sig"))
+        sizes["num_attention_heads"] = config["num_attention_heads"]
+    for key, expected in TRANSFORMER.items():
+        found = config.get(key, expected)
+        if found != expected:
+            raise InputError(f"{config_path}: {key}: found {shown(found)}, expected {expected!r}")
+    return (path, state, info), sizes
+
+
+def fetch_resnet(name):
+    """Path of torchvision's ImageNet file in torch.hub's folder; it is fetched where it is not there yet."""
+    from torchvision.models import get_model_weights  # only where something is fetched
+
+    url = get_model_weights(name).IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    try:
+        torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
+    except Exception as error:  # of the network, the disk, the hash
+        cure = f"put it at {path}, or anywhere and set --resnet_file=FILE, or start with --init=random"
+        raise InputError(f"{url} could not be fetched ({cause_of(error)}): {cure}") from None
+    return path
 
 
 NOT_IN_BERT = ("bert.embeddings.projection", "bert.pooler")  # parts of our Transformer that a file of BERT may lack

@@ -328,7 +328,7 @@ def find_resume(resume, folder, model):
         file = weights.read_file(path)
     if "format" not in file or "optimizer" not in file:
         raise InputError(f"{path}: holds no optimizer state, so it cannot be resumed; --init={path} starts from it")
-    weights.check_names(path, model.state_dict(), file["model"])
+    checkpoint.check_names(path, model.state_dict(), file["model"])
     return {**file, "path": path}
 
 

@@ -1,8 +1,8 @@
-"""Weights of other people and of ours, read from files: tensors under our names, their sizes, and BERT's tokenizer.
+"""Files of weights, ours and other people's: their tensors under our names. And BERT's tokenizer.
 
-`read_weights` gives the tensors of any file that we know: ours, the authors' released ones, BERT, ResNet, VQ-VAE.
-`read_sizes` says of which size a model with these tensors is. `find_tokenizer` finds the tokenizer of its texts.
-Reading a file never runs code from it. A damaged or foreign file ends in InputError, one line that names the file."""
+`read_weights` reads any file that we know: ours, the authors' released ones, BERT, ResNet, VQ-VAE. `find_tokenizer`
+finds what cuts the texts into words. No code of a file is ever run. A damaged or foreign file ends in InputError, one
+line that names the file. checkpoint.py makes models from what is read here."""
 
 import json
 import math
@@ -15,7 +15,6 @@ from pathlib import Path
 import tokenizers
 import torch
 
-from model import HEADS, RESNETS
 from plumbing.files import cause_of, reading, shown
 from plumbing.settings import InputError
 
@@ -86,14 +85,14 @@ def read_weights(path, kinds=None, setting=""):
     # torch.compile and DistributedDataParallel put these before names.
     state = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in state.items()}
 
+    info = {"kind": None, "layout": "ours", "task": None, "step": None, "tokenizer": None}
+    info |= {"config": {}, "model_config": {}, "labels": {}, "set_aside": {}}
     if "format" in file:
-        info = {"layout": "ours", "set_aside": {}, **{key: file.get(key) for key in ("kind", "task", "step")}}
-        info |= {key: file.get(key, {}) for key in ("config", "model_config", "labels")}
-        info["tokenizer"] = file.get("tokenizer")
+        info |= {key: file[key] for key in info if key in file}
     else:
-        state, info = _with_our_names(path, state)
-        heads = _find(file.get("config"), "num_attention_heads")
-        info["model_config"] = {} if heads is None else {"num_attention_heads": heads}
+        state = _with_our_names(path, state, info)
+        config = file.get("config")
+        info["model_config"] = config if isinstance(config, dict) else {}
     if {DECODER, WORDS} <= state.keys() and not torch.equal(state[DECODER], state[WORDS]):
         raise InputError(f"{path}: {DECODER} and {WORDS} differ, but are one tensor in the model")
     if kinds and info["kind"] not in kinds:
@@ -101,31 +100,29 @@ def read_weights(path, kinds=None, setting=""):
     return state, info
 
 
-def _with_our_names(path, state):
-    """`read_weights` of a file that is not ours: the layout is recognised, and its names become ours."""
+def _with_our_names(path, state, info):
+    """The state dict of a file that is not ours under our names. Fills "kind", "layout" and "set_aside" of info."""
     rows = [row for row in LAYOUTS if row[0] in state]
     if not rows:
         found = ", ".join(list(state)[:3]) or "no names"
         raise InputError(f"{path}: found {found}, expected those of FashionViL, CSA-Net, BERT, ResNet or VQ-VAE")
-    _, layout, kind, names = rows[0]
-    set_aside = {}
+    _, info["layout"], info["kind"], names = rows[0]
     for name in list(state):
         found = re.match(LEFT_OVER, name)
         if found:
-            set_aside.setdefault(found[1] or found[2], {})[name] = state.pop(name)
+            info["set_aside"].setdefault(found[1] or found[2], {})[name] = state.pop(name)
     with reading(path, "cannot be loaded"):
         state = rename(state, names)
-    if kind == "bert":
+    if info["kind"] == "bert":
         if any(name.startswith("heads.mlm.") for name in state):
             state.setdefault(DECODER, state[WORDS])  # newer files leave the second name out
         for table in ("position_embeddings", "token_type_embeddings"):  # the image side starts from the text's tables
             if f"bert.embeddings.{table}.weight" in state:
                 state[f"bert.embeddings.{table}_visual.weight"] = state[f"bert.embeddings.{table}.weight"]
-    if kind == "resnet":
+    if info["kind"] == "resnet":
         for name in [name for name in state if name.endswith("running_mean")]:  # files of before 2018 have no counters
             state.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
-    info = {"kind": kind, "layout": layout, "set_aside": set_aside, "task": None, "step": None, "tokenizer": None}
-    return state, info | {"config": {}, "labels": {}}
+    return state
 
 
 def rename(state, rows):
@@ -143,88 +140,9 @@ def rename(state, rows):
     return renamed
 
 
-def _find(config, key):
-    """The value of `key` from wherever it stands in nested dicts, or None."""
-    if not isinstance(config, dict):
-        return None
-    if key in config:
-        return config[key]
-    return next((found for found in (_find(value, key) for value in config.values()) if found is not None), None)
-
-
-def check_names(path, own, found):
-    """Raise InputError that lists what `found` lacks, has too much or has in another shape than `own`."""
-
-    def shape(tensor):
-        return ("" if tensor.is_floating_point() else "integers ") + str(tuple(tensor.shape))
-
-    both = [(name, shape(found[name]), shape(own[name])) for name in own if name in found]
-    problems = {
-        "of other shapes": [f"{name} {theirs}, expected {ours}" for name, theirs, ours in both if theirs != ours],
-        "missing": [name for name in own if name not in found],
-        "left over": [name for name in found if name not in own],
-    }
-    said = [f"{len(names)} {what}: {', '.join(names)}" for what, names in problems.items() if names]
-    if said:
-        raise InputError(f"{path}: does not fit the model: {'; '.join(said)}")
-
-
-# ---- sizes -----------------------------------------------------------------------------------------------------------
-
-# kind of file: the parts of a model that it has
-PARTS = {"fashionvil": ("image_encoder", "bert"), "csa_net": ("image_encoder",)}
-PARTS |= {"resnet": ("image_encoder",), "bert": ("bert",)}
-SIZE_OF = {  # field of ModelConfig: the tensor that tells it, and along which axis
-    "width": ("image_encoder.conv1.weight", 0),
-    "vocab_size": (WORDS, 0),
-    "hidden_size": (WORDS, 1),
-    "intermediate_size": ("bert.encoder.layer.0.intermediate.dense.weight", 0),
-    "max_position_embeddings": ("bert.embeddings.position_embeddings.weight", 0),
-    "type_vocab_size": ("bert.embeddings.token_type_embeddings.weight", 0),
-    "n_codes": ("heads.mpfc.decoder.weight", 0),
-    "n_attributes": ("heads.pac.projection", 1),
-    "n_classes": ("heads.recognition.decoder.weight", 0),
-}
-
-
-def read_sizes(path, state, info):
-    """{field of ModelConfig: value} of what `read_weights` gave. Raises InputError where no model has such sizes.
-
-    No tensor tells the number of attention heads. Of a BERT or a CSA-Net it is left out."""
-    with reading(path, "no model has these sizes"):
-        kind, sizes = info["kind"], {}
-        if "image_encoder" in PARTS[kind]:
-            stages = [f"image_encoder.layer{n}." for n in (1, 2, 3, 4)]
-            blocks = tuple(len({name.split(".")[2] for name in state if name.startswith(stage)}) for stage in stages)
-            bottleneck = "image_encoder.layer1.0.conv3.weight" in state
-            names = [name for name, resnet in RESNETS.items() if resnet == (blocks, bottleneck)]
-            sizes["resnet"] = names[0] if names else f"{blocks} blocks a stage"
-        if "bert" in PARTS[kind]:
-            sizes["num_hidden_layers"] = len({n.split(".")[3] for n in state if n.startswith("bert.encoder.layer.")})
-        for field, (name, axis) in SIZE_OF.items():
-            if name in state or name.startswith(PARTS[kind]):
-                sizes[field] = state[name].shape[axis]
-        if kind == "fashionvil":
-            heads = {name.split(".")[1] for name in state if name.startswith("heads.")} | {"contrastive"}
-            sizes["heads"] = tuple(h for h in HEADS if h in heads and (h != "contrastive" or "logit_scale" in state))
-            if "num_attention_heads" not in info["model_config"] and sizes["hidden_size"] % 64:
-                raise ValueError(f"nothing says the number of attention heads of {sizes['hidden_size']} units")
-            sizes["num_attention_heads"] = sizes["hidden_size"] // 64  # 64 is the width of BERT's attention heads
-            told = ("num_attention_heads", "dropout", "pac_scale")  # no tensor tells these three
-            sizes |= {key: info["model_config"][key] for key in told if key in info["model_config"]}
-        return sizes
-
-
-# ---- BERT and ResNet: where the files are ----------------------------------------------------------------------------
+# ---- a BERT folder ---------------------------------------------------------------------------------------------------
 
 TOKENIZER = ("tokenizer.json", "vocab.txt")
-# What config.json must say of the Transformer where it speaks of it. A file without one of these means the same.
-TRANSFORMER = {
-    "model_type": "bert",
-    "hidden_act": "gelu",
-    "position_embedding_type": "absolute",
-    "layer_norm_eps": 1e-12,
-}
 
 
 def find_file(bert, *names, optional=False):
@@ -254,38 +172,6 @@ def _from_hub(repository, name):
         cure = f"put the files of https://huggingface.co/{repository} into a folder and set --bert=FOLDER"
         cure += ", or start with --init=random and set --vocab=FILE to its vocab.txt"
         raise InputError(f"bert: {name} of {repository!r} could not be fetched ({cause_of(error)}): {cure}") from None
-
-
-def read_bert(bert):
-    """(path, state dict, info) of a BERT's weights, and its sizes, of the folder or hub name `bert`.
-
-    Weights in several files (model.safetensors.index.json) are not read. Raises InputError where config.json tells of
-    another model than BERT."""
-    path = find_file(bert, "model.safetensors", "pytorch_model.bin")
-    state, info = read_weights(path, ("bert",), "bert")
-    sizes, config_path = read_sizes(path, state, info), find_file(bert, "config.json")
-    with reading(config_path, "cannot be read"):
-        config = json.loads(config_path.read_text(encoding="utf-8-sig"))
-        sizes["num_attention_heads"] = config["num_attention_heads"]
-    for key, expected in TRANSFORMER.items():
-        found = config.get(key, expected)
-        if found != expected:
-            raise InputError(f"{config_path}: {key}: found {shown(found)}, expected {expected!r}")
-    return (path, state, info), sizes
-
-
-def fetch_resnet(name):
-    """Path of torchvision's ImageNet file in torch.hub's folder; it is fetched where it is not there yet."""
-    from torchvision.models import get_model_weights  # only where something is fetched
-
-    url = get_model_weights(name).IMAGENET1K_V1.url
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
-    try:
-        torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
-    except Exception as error:  # of the network, the disk, the hash
-        cure = f"put it at {path}, or anywhere and set --resnet_file=FILE, or start with --init=random"
-        raise InputError(f"{url} could not be fetched ({cause_of(error)}): {cure}") from None
-    return path
 
 
 # ---- the tokenizer of texts ------------------------------------------------------------------------------------------
@@ -336,13 +222,7 @@ def read_tokenizer(path):
             tokenizer = tokenizers.Tokenizer.from_str(text)
         else:
             beside = path.with_name("tokenizer_config.json")
-            said = json.loads(beside.read_text(encoding="utf-8-sig")) if beside.exists() else {}
-            tokenizer = wordpiece(
-                text,
-                said.get("do_lower_case", True),
-                said.get("strip_accents"),
-                said.get("tokenize_chinese_chars", True),
-            )
+            tokenizer = wordpiece(text, **(json.loads(beside.read_text("utf-8-sig")) if beside.exists() else {}))
         tokenizer.no_padding()
         tokenizer.no_truncation()
         if not isinstance(tokenizer.model, tokenizers.models.WordPiece):
@@ -353,12 +233,13 @@ def read_tokenizer(path):
     return tokenizer
 
 
-def wordpiece(vocab, lowercase=True, strip_accents=None, chinese=True):
-    """BERT's WordPiece tokenizer from the text of a vocab.txt, one token a line."""
+def wordpiece(vocab, do_lower_case=True, strip_accents=None, tokenize_chinese_chars=True, **others):
+    """BERT's WordPiece tokenizer from the text of a vocab.txt, one token a line, and what tokenizer_config.json says.
+
+    others: what that file says of other things."""
     ids = {token: number for number, token in enumerate(vocab.rstrip("\n").split("\n"))}
-    tokenizer = tokenizers.BertWordPieceTokenizer(
-        ids, lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=chinese
-    )
+    chars = {"lowercase": do_lower_case, "handle_chinese_chars": tokenize_chinese_chars}
+    tokenizer = tokenizers.BertWordPieceTokenizer(ids, strip_accents=strip_accents, **chars)
     return tokenizers.Tokenizer.from_str(tokenizer.to_str())
 
 

@@ -56,7 +56,7 @@ def describe(path):
     for what, tensors in info["set_aside"].items():
         print(f"set aside: {len(tensors)} names of {what}")
     if info["kind"] in ("bert", "resnet"):
-        print("sizes:", weights.read_sizes(path, state, info))
+        print("sizes:", checkpoint.read_sizes(path, state, info))
         print("loads: with --bert=ITS FOLDER" if info["kind"] == "bert" else "loads: with --resnet_file=FILE")
         return
     model = vqvae.load_image_tokenizer(path) if info["kind"] == "image_tokenizer" else checkpoint.load_model(path)[0]
