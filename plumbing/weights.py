@@ -157,7 +157,8 @@ def find_file(bert, *names, optional=False):
             return path
     if optional:
         return None
-    raise InputError(f"bert: no {' or '.join(names)} in {bert}, expected a Hugging Face BERT folder with such a file")
+    expected = "expected a Hugging Face BERT folder (weights in several files are not read)"
+    raise InputError(f"bert: no {' or '.join(names)} in {bert}, {expected}")
 
 
 def _from_hub(repository, name):

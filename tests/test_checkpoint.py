@@ -988,7 +988,7 @@ def test_bad_bert_folders(tmp_path):
     check_refusal(tmp_path, wrong, says, lambda: start_from("pretrained", tmp_path / "bert", wrong))
     # only one file of weights is read
     wrong.rename(wrong.with_name("pytorch_model-00001-of-00002.bin"))
-    says = "no model.safetensors or pytorch_model.bin in .*such a file"
+    says = "no model.safetensors or pytorch_model.bin in .*weights in several files are not read"
     check_refusal(tmp_path, tmp_path / "bert", says, lambda: sizes_of(tmp_path / "bert"))
 
 
