@@ -21,7 +21,12 @@ def not_the_file(path):
         return "a git-lfs pointer, not the file itself; run `git lfs pull` where it came from"
     if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<meta", b"<script", b"<!--")):
         return "a web page, not the file itself; download it again, perhaps by hand in a browser"
-    if head.startswith((b"<?xml", b"<error", b"entry not found", b"404: not found")):
+    if head.startswith((b"<?xml", b"<!doctype svg", b"<svg")) and b"<svg" in head:
+        return "a drawing (SVG), no photo; export it as PNG"
+    if head[:12].partition(b"ftyp")[2][:3] in (b"hei", b"hev", b"mif"):
+        return "a HEIC photo, as phones take them; save it as JPEG (heif-convert does that)"
+    xml_error = head.startswith(b"<?xml") and b"<error" in head
+    if xml_error or head.startswith((b"<error", b"entry not found", b"404: not found")):
         return "what a server answered, not the file itself; see what stands in it, and download it again"
     if head.startswith(b"\x1f\x8b"):
         return "packed by gzip; unpack it first (gunzip)"

@@ -1,4 +1,4 @@
-"""Your own products: CSV, JSON lines or parquet -> the FashionGen layout, with pseudo-attributes mined from the texts.
+"""Your own products: CSV, JSON, XML, Excel or parquet -> the FashionGen layout, with pseudo-attributes from the texts.
 
     python -m prepare.catalogue --products=products.csv --out=data/mine --title=name --images=photos
     python -m prepare.catalogue --products=data/raw --out=data/kagl --id=item_ID --title=text --images=image  # parquet
@@ -14,19 +14,25 @@ tagger: `phrases` and `mine` are all there is to it, and head and tail of the vo
 import os
 import re
 import tempfile
+import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tokenizers.pre_tokenizers import BertPreTokenizer
 from tqdm import tqdm
 
 from plumbing import annotations, ending, settings
 from plumbing.photos import CROPPED, RESIZED, open_image
 from plumbing.settings import FROM_0, InputError, setting
-from prepare.layout import content_keys, number_labels, place, read_labels, write_together, written_aside
-from prepare.rows import COLUMNS, FIELD, clear_cells, image_file, image_names, read_row, read_tables
+from prepare import layout
+from prepare.cells import image_columns, image_file, image_names, is_no_value, read_row
+from prepare.rows import COLUMNS, read_tables
+
+CUT = BertPreTokenizer()
+JOINT = "\u00ad"  # a hyphen inside of a word while words are cut: to BERT it is a part of the word
 
 # Words that tell nothing of how a garment looks; no phrase crosses them. --stop_words adds those of a shop.
 STOP_WORDS = frozenset(
@@ -50,25 +56,25 @@ class CatalogueConfig:
 
     products: str = setting(
         "",
-        "file of products: CSV (first line: column names), JSON lines or parquet; or a folder or pattern of .parquet",
+        "file of products: CSV (first line: column names), JSON, XML, Excel or parquet; or a folder of .parquet",
     )
     root: str = setting("", "instead of --products: an existing data root whose attributes_id are mined anew")
     out: str = setting("", "data root to make; empty with --root: in place")
     id: str = setting("id", "column of the product's id; where there is none, rows are numbered")
-    images: str = setting(
-        "images", "column of image paths: text with --separator between them, or a list; or a template"
-    )
+    images: str = setting("images", "column of images: text with --separator, or a list; or a template: a/{id:.3}.jpg")
     title: str = setting("title", "column of the title")
     description: str = setting("description", "column of the description; may be absent, as the next two")
     category: str = setting("category", "column of the category's name")
     subcategory: str = setting("subcategory", "column of the sub-category's name")
+    language: str = setting("", "the language to take where a text stands in several, such as en")
     separator: str = setting(";", "between the image paths of a row")
-    image_folder: str = setting("", "where relative image paths start; empty: the folder of --products")
+    photos: str = setting("", "folder of the photos, also of downloaded ones; empty: the folder of --products")
     image_size: int = setting(
         0, "write photos no larger than training at this --image_size needs; 0: as they are", FROM_0
     )
     link: bool = setting(False, "link the image files instead of copying them")
     skip_faulty: bool = setting(False, "list faulty rows and leave them out instead of stopping")
+    keep_shared: bool = setting(False, "keep photos of ten and more titles, such as a size chart or a logo")
     val_share: float = setting(0.1, "share of the products that goes to val")
     seed: int = setting(0, "the split follows from it")
     vocabulary: int = setting(2232, "at most so many pseudo-attributes, the most frequent ones (the paper's number)")
@@ -84,13 +90,20 @@ class CatalogueConfig:
 
 
 def phrases(text, stop_words=STOP_WORDS, max_words=2):
-    """The set of words and phrases of a text, in lower case; none crosses punctuation, a stop word or a number."""
-    found = set()
-    for clause in re.split(r"[^\w\s-]+", re.sub(r"['’](s\b)?", "", text.lower())):
-        run = []
-        for word in re.findall(r"[^\W_]+(?:-[^\W_]+)*", clause):
-            run = [] if word in stop_words or word.isdigit() else [*run, word][-max_words:]
-            found.update(" ".join(run[i:]) for i in range(len(run)))
+    """The set of words and phrases of a text, in lower case; none crosses punctuation, a stop word or a number.
+
+    Words end where BERT's do, so that marks are parts of them (Thai, Hindi), but hyphens join: v-neck. An apostrophe
+    goes with what it stands for: dress's, d'été."""
+    text = re.sub(r"\b[cdjlmnst]['’](?=\w)|['’](s\b)?", "", unicodedata.normalize("NFC", text.lower()))
+    if not text.isascii():  # BERT's words may end in a sign, as nike® and 5€ do
+        text = "".join("," if unicodedata.category(character)[0] == "S" else character for character in text)
+    text = re.sub(r"(?<=\S)-(?=\S)", JOINT, text).replace("-", " ").replace("_", " ")
+    found, run = set(), []
+    for word, _ in CUT.pre_tokenize_str(text):
+        word = word.strip(JOINT).replace(JOINT, "-")
+        is_word = re.search(r"\w", word) and word not in stop_words and not word.isdigit()
+        run = [*run, word][-max_words:] if is_word else []
+        found.update(" ".join(run[i:]) for i in range(len(run)))
     return {phrase for phrase in found if len(phrase) > 1}
 
 
@@ -139,7 +152,8 @@ def label(root, out, config):
             found = phrases(text, ignored, config.max_words)
             item["attributes_id"] = sorted(number[phrase] for phrase in found & number.keys())
         values[Path(out, source, annotations.SETS[source].files[split])] = part
-    write_together({**values, Path(out, "labels.json"): {**read_labels(root), "attributes": list(number)}})
+    values[Path(out, "labels.json")] = {**layout.read_labels(root), "attributes": list(number)}
+    layout.write_together(values)
     counts = [len(item["attributes_id"]) for part in items.values() for item in part]
     print(f"{len(number)} pseudo-attributes, {np.mean(counts):.1f} a product, {counts.count(0)} products without any")
     for name, rows in (("most frequent", vocabulary[:40]), ("least frequent", vocabulary[-40:])):
@@ -151,24 +165,28 @@ def label(root, out, config):
 
 
 def check_columns(table, config):
-    """Raise InputError where the settings name a column that the `Table` lacks.
+    """{name: name in the `Table`} of the columns that the settings name. They may differ in Unicode's form.
 
-    A column of a default's name may be absent, except images and title, but not stand there in another spelling."""
+    A column of a default's name may be absent, except images and title, but not stand there in another spelling.
+    Raises InputError on other columns that are not there."""
+    names, used = {unicodedata.normalize("NFC", column): column for column in table.columns}, {}
 
     def plain(column):
         return column.strip("\ufeff ").casefold()
 
     for name in COLUMNS:
         value = getattr(config, name)
-        fields = re.findall(FIELD, value) if name == "images" and value not in table.columns else []
-        for column in [column for column in fields or [value] if column not in table.columns]:
-            similar = [other for other in table.columns if plain(other) == plain(column)]
-            if similar:
-                value = value.replace(f"{{{column}}}", f"{{{similar[0]}}}") if fields else similar[0]
+        for column in image_columns(value, names) if name == "images" else [value]:
+            similar = [other for other in names if plain(other) == plain(column)]
+            if column in names:
+                used[column] = names[column]
+            elif similar:
+                value = value.replace(f"{{{column}", f"{{{similar[0]}") if value != column else similar[0]
                 raise InputError(f"{table.path}: no column {column!r}, but {similar[0]!r}; set --{name}={value!r}")
-            if name in ("images", "title") or value != name:
+            elif name in ("images", "title") or value != name:
                 cure = f"set --{name}=COLUMN" + " or --images='images/{COLUMN}.jpg'" * (name == "images")
                 raise InputError(f"{table.path}: no column {column!r}, found {', '.join(table.columns)}; {cure}")
+    return used
 
 
 def check_photo(path, photos, image_size):
@@ -199,21 +217,30 @@ def read_products(config, photos):
     """(items, faults) of the files of products: rows of one id joined, images as paths, labels still names.
 
     photos: an empty folder for photos that lie in parquet files and for smaller copies."""
-    items, faults, first_rows, checked, n_rows, n_no_value = {}, [], {}, {}, 0, 0
+    items, faults, first_rows, checked, addresses, n_rows, n_no_value, n_failed = {}, [], {}, {}, {}, 0, 0, 0
     needs = "a product needs an id, a title and images"
+    config = replace(config, **{name: unicodedata.normalize("NFC", getattr(config, name)) for name in COLUMNS})
     for table in read_tables(config, photos):
-        check_columns(table, config)
-        folder = Path(config.image_folder or table.path.parent)
-        for number, row in enumerate(tqdm(table.rows, desc="reading", unit="row", disable=None), 1):
+        used = check_columns(table, config)
+        folder = Path(config.photos or table.path.parent)
+        for number, cells in enumerate(tqdm(table.rows, desc="reading", unit="row", disable=None), 1):
             n_rows += 1
-            n_no_value += clear_cells(row)
+            if str(cells.get("status")).startswith("failed_to_"):  # as img2dataset says it of a download
+                n_failed += 1
+                continue
+            row = {name: cells.get(column) for name, column in used.items()}
+            no_value = {name: "" for name, cell in row.items() if is_no_value(cell)}
+            row, n_no_value = row | no_value, n_no_value + len(no_value)
             try:
+                if None in cells:
+                    cure = "put quotes around a cell that holds the separator"
+                    raise ValueError(f"{len(cells[None])} more cells than columns; {cure}")
                 key, texts = read_row(row, config)
                 if config.id not in table.columns:
                     key = str(n_rows)
                 if not key:
                     raise ValueError(f"id: empty; {needs}")
-                paths = [image_file(name, folder, config.separator) for name in image_names(row, config)]
+                paths = [image_file(names, folder, config, addresses) for names in image_names(row, config)]
                 old = items.get(key, texts)
                 for name in ("title", "category", "subcategory"):
                     if old[name] and texts[name] and old[name].casefold() != texts[name].casefold():
@@ -237,6 +264,8 @@ def read_products(config, photos):
         raise InputError(f"{config.products}: found no product, expected products")
     if n_no_value:
         print(f"{n_no_value} cells such as 'nan' or 'NULL' count as empty")
+    if n_failed:
+        print(f"{n_failed} rows whose download failed, as their column 'status' says, are left out")
     return list(items.values()), faults
 
 
@@ -254,34 +283,6 @@ def join_spellings(items, key):
         item[key] = best[item[key].casefold()]
 
 
-def choose_val(items, n_val, seed):
-    """The numbers of the items for val, `n_val` or a few less: products that share a photo stay on one side.
-
-    They may share it under two names, and by way of a third product. Raises InputError where all stay together."""
-    keys = content_keys({path for item in items for path in item["images"]})
-    parent, first = list(range(len(items))), {}
-
-    def find(i):
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]  # shorter for the next search
-            i = parent[i]
-        return i
-
-    for i, item in enumerate(items):
-        for path in item["images"]:
-            parent[find(i)] = find(first.setdefault(keys[path], i))
-    groups, val = {}, []
-    for i in np.random.default_rng(seed).permutation(len(items)).tolist():
-        groups.setdefault(find(i), []).append(i)
-    if len(groups) == 1:
-        raise InputError("images: all products share photos, so val cannot be another's; give each photos of its own")
-    for group in groups.values():
-        if len(val) + len(group) <= n_val:
-            val += group
-    print(f"{len(items)} products, {len(groups)} groups that share no photo")
-    return val or min(groups.values(), key=len)
-
-
 def write_layout(root, photos, config):
     """Write config.products as FashionGen/ and labels.json under `root`. Raises InputError on faults, all printed.
 
@@ -292,22 +293,28 @@ def write_layout(root, photos, config):
         raise InputError(f"{config.products}: {len(faults)} faulty rows, listed above; mend them or set --skip_faulty")
     if not items:
         raise InputError(f"{config.products}: no product is left, as all rows are faulty; mend those listed above")
+    keys = layout.content_keys({path for item in items for path in item["images"]})
+    items = items if config.keep_shared else layout.leave_out_shared(items, keys)
     n_val = max(1, round(config.val_share * len(items)))
     if not 0 < config.val_share < 1 or n_val >= len(items):
         raise InputError(f"val_share: found {config.val_share} of {len(items)} products; both splits need products")
-    for key in ("category", "subcategory"):
+    names = {}
+    for key, plural in (("category", "categories"), ("subcategory", "subcategories")):
         join_spellings(items, key)
-    names = {"categories": number_labels(items, "category"), "subcategories": number_labels(items, "subcategory")}
-    val = set(choose_val(items, n_val, config.seed))
+        n_none = sum(not item[key] for item in items)
+        if 0 < n_none < len(items):
+            print(f"{n_none} products have no {key}; recognition of it leaves them out")
+        names[plural] = layout.number_labels(items, key)
+    val = set(layout.choose_val(items, keys, n_val, config.seed))
     for split in ("train", "val"):
         part = [item for i, item in enumerate(items) if (i in val) == (split == "val")]
         for i, item in enumerate(tqdm(part, desc=f"{split} images", unit="product", disable=None)):
             # numbered, as an id need not be a file name and two folders may hold files of one name
             files = [f"{i:06}_{view}{path.suffix.lower()}" for view, path in enumerate(item["images"])]
             for file, path in zip(files, item["images"], strict=True):
-                place(path, root / "FashionGen" / split / file, config.link and not path.is_relative_to(photos))
+                layout.place(path, root / "FashionGen" / split / file, config.link and not path.is_relative_to(photos))
             item["images"] = files
-        write_together({root / "FashionGen" / f"{split}_info.json": part, root / "labels.json": names})
+        layout.write_together({root / "FashionGen" / f"{split}_info.json": part, root / "labels.json": names})
         print(f"{split}: {len(part)} products, {sum(len(item['images']) for item in part)} images")
 
 
@@ -321,16 +328,16 @@ def main():
     if not config.out:
         label(config.root, config.root, config)
     else:
-        with written_aside(config.out) as aside:
+        with layout.written_aside(config.out) as aside:
             if config.products:
-                with tempfile.TemporaryDirectory(prefix=f"{aside.name}.", dir=aside.parent) as photos:
+                with tempfile.TemporaryDirectory(dir=aside) as photos:
                     write_layout(aside, Path(photos), config)
             label(config.root or aside, aside, config)
             for folder, _, names in os.walk(config.root, followlinks=True) if config.root else ():
                 for name in names:
                     target = aside / Path(folder, name).relative_to(config.root)
                     if not target.exists():
-                        place(Path(folder, name), target, config.link)
+                        layout.place(Path(folder, name), target, config.link)
     root = config.out or config.root
     print(f"next: python -m prepare.check_data --data_root={root}, and train with --n_attributes=0")
 

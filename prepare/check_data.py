@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import BertWordPieceTokenizer
 from tqdm import tqdm
 
 from plumbing import annotations
@@ -22,6 +23,7 @@ fashiongen_subcategory   FashionGen: train, val, with subcategory_id
 fashioniq                FashionIQ: captions/, image_splits/, images/
 polyvore                 PolyvoreOutfits: ocir_*.json, polyvore_item_metadata.json, images/"""
 
+MANY_UNKNOWN = 0.02  # share of word pieces that are [UNK], from which on the report says so
 MANY = 10  # names of one and the same image file, from which on the report says so
 
 
@@ -34,32 +36,34 @@ class DataConfig:
 
 
 # Each of these three reads one annotation file and returns a line of counts. It adds the file's images to the dict
-# `images`, {path: product or row that names it}, and the file's faults to the list `faults`.
+# `images`, {path: product or row that names it}, its texts to the list `texts`, and its faults to the list `faults`.
 
 
-def check_products(root, source, part, images, faults):
+def check_products(root, source, part, images, texts, faults):
     products = annotations.load_products(root, source, part, faults)
     images |= {path: product.name for product in products for path in product.images}
     attributes = {attribute for product in products for attribute in product.attributes}
     counts = f"{sum(len(product.images) for product in products)} images, {len(attributes)} attributes"
     for key in ("category", "subcategory") if source == "FashionGen" else ():
-        counts += f", {len({getattr(product, key) for product in products} - {None})} {key} labels"
-    if part == "val":
-        with annotations.collecting(faults):
-            annotations.has_subcategories(products)
+        labels = [getattr(product, key) for product in products]
+        n_none = labels.count(None)
+        without = f" ({n_none} products without)" if 0 < n_none < len(labels) else ""
+        counts += f", {len({*labels} - {None})} {key} labels{without}"
+    texts.extend(product.text for product in products)
     return f"{len(products)} products, {counts}"
 
 
-def check_fashioniq(root, garment, part, images, faults):
+def check_fashioniq(root, garment, part, images, texts, faults):
     gallery = "original" if part == "val" else "val"  # training needs no split file
     queries, found = annotations.load_fashioniq(root, garment, part, gallery, faults)
     images |= {query[key]: query["name"] for query in queries for key in ("image", "image2")}
+    texts.extend(query["text"] for query in queries)
     for path in found.values():
         images.setdefault(path, f"split.{garment}.{part}.json")
     return f"{garment}: {len(queries)} queries, gallery {len(found)}"
 
 
-def check_polyvore(root, split, part, images, faults):
+def check_polyvore(root, split, part, images, texts, faults):
     outfits, n_categories = annotations.load_polyvore(root, split, part, faults)
     images |= {path: row["name"] for row in outfits for path, _ in [*row["items"], row["blank_item"]]}
     return f"{split}: {len(outfits)} outfits, {n_categories} categories"
@@ -75,13 +79,38 @@ def image_fault(path, name):
         return f"{name}: {error}"
 
 
+def text_lines(root, texts):
+    """Lines on texts that several products share, and on words that the vocabulary ROOT/vocab.txt lacks.
+
+    texts: {(data set, is it of train): list of texts}."""
+    lines, vocabulary = [], Path(root, "vocab.txt")
+    tokenizer = BertWordPieceTokenizer(str(vocabulary)) if vocabulary.exists() else None
+    for (name, is_train), part in texts.items():
+        where = f"{name} {'train' if is_train else 'val'}"
+        if name in annotations.SETS:
+            count = collections.Counter(part)
+            same, train = sum(n for n in count.values() if n > 1), {*texts[name, True]} if not is_train else ()
+            both = sum(text in train for text in part)
+            if same:
+                lines.append(f"{where}: {same} of {len(part)} products share their text with others of it")
+            if both:
+                lines.append(f"{where}: {both} of {len(part)} products have a text that stands in train, too")
+        encodings = tokenizer.encode_batch(part, add_special_tokens=False) if tokenizer else ()
+        pieces = [piece for encoding in encodings for piece in encoding.tokens]
+        share = pieces.count("[UNK]") / max(1, len(pieces))
+        if share > MANY_UNKNOWN:
+            lines.append(f"{where}: {share:.1%} of the word pieces are unknown to {vocabulary}")
+    return lines
+
+
 def check(root, workers=1, open_images=True):
     """(report lines, faults) of all that is under `root`: counts of every file, and every fault with file and entry.
 
     Every image is opened once, by `workers` threads. An id in train and in val is a fault. The same image in both is
     only reported: Polyvore's nondisjoint split and the classes of FashionIQ were published so. So is an image of
     val that pre-training reads from another set."""
-    report, faults, checks, images = [], [], [], collections.defaultdict(dict)
+    report, faults, checks = [], [], []
+    images, texts = collections.defaultdict(dict), collections.defaultdict(list)
     for source, data_set in annotations.SETS.items():
         checks += [(check_products, source, part, f"{source}/{file}") for part, file in data_set.files.items()]
     for name in annotations.FASHIONIQ_CLASSES:
@@ -91,10 +120,10 @@ def check(root, workers=1, open_images=True):
     for check_file, name, part, file in checks:
         folder, counts = Path(file).parts[0], f"no {Path(file).name}"
         # images of the classes of FashionIQ are counted together, as one model is trained on all of them
-        set_name = f"{folder} {name}" if check_file is check_polyvore else folder
+        key = f"{folder} {name}" if check_file is check_polyvore else folder, part == "train"
         if Path(root, file).exists():
             with annotations.collecting(faults):
-                counts = check_file(root, name, part, images[set_name, part == "train"], faults)
+                counts = check_file(root, name, part, images[key], texts[key], faults)
         report.append(f"{folder:16} {part:5}  {counts}")
     names = {path: name for named in images.values() for path, name in named.items()}
     if open_images:
@@ -118,6 +147,7 @@ def check(root, workers=1, open_images=True):
                 pair = dict.fromkeys([both[0], twins[keys.get(both[0], both[0])]])  # often one and the same file
                 where = "train, too" if source == name else f"{source}/train_info.json, which pre-training reads"
                 report.append(f"{name}: {len(both)} images of val stand in {where}, such as {' = '.join(pair)}")
+    report += text_lines(root, texts)
     return report, list(dict.fromkeys(faults))
 
 

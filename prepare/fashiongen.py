@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from plumbing.ending import run
 from plumbing.settings import InputError, load_config, setting
+from prepare.cells import plain_text
 from prepare.layout import number_labels, read_labels, write_together, written_aside
-from prepare.rows import plain_text
 
 TEXTS = {  # our key: the release's
     "title": "input_name",

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from plumbing.annotations import need, read_json
 from plumbing.ending import run
 from plumbing.settings import InputError, check_limits, load_config, setting
+from prepare.cells import plain_text
 from prepare.layout import place, write_together, written_aside
-from prepare.rows import plain_text
 
 SPLITS = ("disjoint", "nondisjoint")
 

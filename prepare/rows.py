@@ -2,27 +2,30 @@
 
 prepare/catalogue.py makes products of them."""
 
-import ast
+import bz2
 import codecs
 import csv
 import glob
-import html
+import gzip
 import io
+import itertools
 import json
+import lzma
 import os
 import re
+import zipfile
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
-from plumbing.files import not_the_file
+from plumbing.files import cause_of, not_the_file, reading
 from plumbing.settings import InputError
-from prepare.layout import check_printable
+from prepare.cells import image_columns
 
 COLUMNS = ("id", "images", "title", "description", "category", "subcategory")  # settings that name a column
-FIELD = r"\{([^{}]+)\}"  # a column in a template of --images
-NO_VALUE = ("nan", "null", "none", "n/a", "#n/a")  # what pandas, databases and spreadsheets write into empty cells
+PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by a file's first bytes
+EXCEL = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods")
 BATCH = 32  # rows of a parquet file that are in memory at a time, with their photos
 
 
@@ -34,90 +37,76 @@ class Table(NamedTuple):
     rows: object  # dicts {column: cell}, which can be read once
 
 
-class _Text(HTMLParser):
-    """The text of a piece of HTML, without styles and scripts; a tag separates words."""
-
-    def __init__(self):
-        super().__init__(convert_charrefs=True)
-        self.parts, self.hidden = [], False
-
-    def handle_starttag(self, tag, attributes):
-        self.parts.append(" ")
-        self.hidden = tag in ("style", "script")  # which hold no other tag
-
-    def handle_endtag(self, tag):
-        self.parts.append(" ")
-        self.hidden = False
-
-    def handle_data(self, text):
-        if not self.hidden:
-            self.parts.append(text)
-
-
-def plain_text(text):
-    """Text without HTML's tags and entities, its white space as single spaces."""
-    text = text.encode("utf-8", "replace").decode()  # half an emoji, which JSON may hold, cannot be written to a file
-    text = re.sub(r"(\\+[rnt])+", " ", text)  # WooCommerce writes the end of a line as a backslash and an n
-    for _ in range(3):  # feeds escape their HTML once or twice
-        text = re.sub(r"<!\[CDATA\[|\]\]>|<[a-zA-Z]+\s[^<>]*=[^<>]*$", " ", text)  # the last: a tag that is cut off
-        if re.search(r"<[a-zA-Z/!][^<>]*>", text):
-            parser = _Text()
-            parser.feed(text)
-            parser.close()
-            text = "".join(parser.parts)
-        else:
-            text = re.sub(r"&#?\w+;", lambda entity: html.unescape(entity[0]), text)
-    return " ".join(text.split())
+def open_packed(path):
+    """An open binary file, unpacked where it is packed. Raises InputError on a zip of several files."""
+    file = open(path, "rb")
+    head = file.read(6)
+    file.seek(0)
+    for mark, opener in PACKED.items():
+        if head.startswith(mark):
+            return opener(file)
+    if not head.startswith(b"PK\x03\x04"):
+        return file
+    archive = zipfile.ZipFile(file)
+    names = [name for name in archive.namelist() if not re.search(r"/$|^__MACOSX/", name)]
+    if len(names) == 1:
+        return archive.open(names[0])
+    if "[Content_Types].xml" in names:
+        raise InputError(f"{path}: an Excel workbook; give its name the ending .xlsx")
+    raise InputError(f"{path}: a zip of {len(names)} files; unpack it, and name the file of products that was in it")
 
 
-def read_text(path):
-    """The text of a file in UTF-8, or in UTF-16 with its mark, as Excel writes it. Raises InputError on others."""
-    cure, problem = "save it as UTF-8 text (in Excel: CSV UTF-8)", not_the_file(path)
-    try:
-        content = Path(path).read_bytes()
-        marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = content.decode("utf-16" if marked else "utf-8-sig")
-        if "\0" in text:
-            problem = f"found a zero character, which no text has; {cure}"
-    except OSError as error:
-        problem = f"cannot be read: {error.strerror}"
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        problem = problem or f"line {line}: {content[error.start : error.end]} is no UTF-8; {cure}"
-    if problem:
-        raise InputError(f"{path}: {problem}")
-    return text.lstrip("\ufeff")  # a file that was saved twice may have the mark of UTF-8 twice
+def read_lines(path):
+    """The lines of a text file in UTF-8, or in UTF-16 with its mark, as Excel writes it. Raises InputError on others.
+
+    The file may be packed by gzip, bzip2, xz or zip."""
+    cure, number = "save it as UTF-8 text (in Excel: CSV UTF-8)", 0
+    with reading(path, "cannot be read"), open_packed(path) as file:
+        marked = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        file.seek(0)
+        text = io.TextIOWrapper(file, "utf-16" if marked else "utf-8-sig", newline="")
+        try:
+            for number, line in enumerate(text, 1):
+                if "\0" in line:
+                    raise InputError(f"{path}: found a zero character, which no text has; {cure}")
+                yield line if number > 1 else line.lstrip("\ufeff")  # a file that was saved twice has two marks
+        except UnicodeDecodeError as error:
+            line = number + error.object.count(b"\n", 0, error.start) + 1
+            found = error.object[error.start : error.end]
+            raise InputError(f"{path}: line {line}: {found} is no UTF-8; {cure}") from None
 
 
 def read_csv(path, config):
-    """The `Table` of a CSV file; cells beyond the columns stand under None. Empty rows are left out.
+    """The `Table` of a CSV file, read row by row; cells beyond the columns stand under None. Empty rows are left out.
 
-    Raises InputError where a quote is not closed or closes in another row."""
-    text = read_text(path)
-    excel = re.match(r'"?sep=([^\w"\r\n])"?[\r\n]+', text)  # Excel's own first line
-    if excel:
-        text = text[excel.end() :]
-    first_row = re.match(r'("[^"]*"|[^"\r\n])*', text.lstrip())[0]
+    Raises InputError, also while the rows are read, where a quote is not closed or closes in another row."""
+    head = "".join(itertools.islice(read_lines(path), 20))
+    excel = re.match(r'"?sep=([^\w"\r\n])"?[\r\n]+', head)  # Excel's own first line
+    first_row = re.match(r'("[^"]*"|[^"\r\n])*', head.lstrip())[0]
     # without Excel's line it is the mark that stands most often in the first row, outside of quotes
     separator = excel[1] if excel else max(",;\t|", key=re.sub(r'"[^"]*"', "", first_row).count)
     csv.field_size_limit(2**31 - 1)  # descriptions can be longer than csv's own limit
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)
-    columns, rows, begin = [], [], 1
-    try:
-        for cells in reader:
-            if not any(columns):  # the first row that is not blank
-                columns = [" ".join(name.split()) for name in cells]
-            elif any(cells):
-                if any(holds_row(cell, columns, separator, config.images) for cell in cells):
-                    raise csv.Error("a cell holds other rows")
-                row = dict(zip(columns, cells, strict=False))
-                if len(cells) > len(columns):
-                    row[None] = cells[len(columns) :]
-                rows.append(row)
-            begin = reader.line_num + 1
-    except csv.Error as error:
-        cure = 'double each quote (") inside a cell, and close each cell that begins with one'
-        raise InputError(f"{path}: the row of line {begin + bool(excel)}: {error}; {cure}") from None
+    lines = itertools.islice(read_lines(path), bool(excel), None)
+    reader = csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=True)
+
+    def read():
+        begin = 1
+        try:
+            for cells in reader:
+                if any(cells):
+                    if any("\n" in cell and holds_row(cell, columns, separator, config.images) for cell in cells):
+                        raise csv.Error("a cell holds other rows")
+                    more = {None: cells[len(columns) :]} if len(cells) > len(columns) else {}
+                    yield dict(zip(columns, cells, strict=False)) | more
+                begin = reader.line_num + 1
+        except csv.Error as error:
+            cure = 'double each quote (") inside a cell, and close each cell that begins with one'
+            raise InputError(f"{path}: the row of line {begin + bool(excel)}: {error}; {cure}") from None
+
+    columns = []  # all cells of the first row stand beyond them
+    rows = read()
+    first = next((row[None] for row in rows), [])
+    columns = [" ".join(name.split()) for name in first]
     return Table(path, columns, rows)
 
 
@@ -129,17 +118,26 @@ def holds_row(cell, columns, separator, images):
 
 
 def find_products(value, config):
-    """The products of a JSON value: a list, one product, the only list in an object, or an object with ids as keys."""
-    if isinstance(value, dict) and config.title not in value:
-        lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
-        if len(lists) == 1:
-            return lists[0]
-        parts = {key: part for key, part in value.items() if isinstance(part, dict)}
-        if any(config.title in part for part in parts.values()) or len(parts) == len(value) > 1:
-            return [{config.id: key, **part} for key, part in parts.items()]
-        if len(parts) == 1:
-            return find_products(*parts.values(), config)
-    return value if isinstance(value, list) else [value]
+    """The products of a JSON value: a list, one product, the only list in an object, or an object with ids as keys.
+
+    So is what pandas writes: its orient "split", and columns that are lists or objects of one length."""
+    if not isinstance(value, dict):
+        return value if isinstance(value, list) else [value]
+    if {"columns", "data"} <= value.keys():
+        return [dict(zip(value["columns"], cells, strict=False)) for cells in value["data"]]
+    if config.title in value:
+        columns = list(value.values())
+        if len(columns) > 1 and all(isinstance(column, (list, dict)) for column in columns):
+            columns = [list(column.values()) if isinstance(column, dict) else column for column in columns]
+            return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
+        return [value]
+    lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
+    if len(lists) == 1:
+        return lists[0]
+    parts = {key: part for key, part in value.items() if isinstance(part, dict)}
+    if any(config.title in part for part in parts.values()) or len(parts) == len(value) > 1:
+        return [{config.id: key, **part} for key, part in parts.items()]
+    return find_products(*parts.values(), config) if len(parts) == 1 else [value]
 
 
 def read_json(path, config):
@@ -147,21 +145,64 @@ def read_json(path, config):
 
     def load(text, where=""):
         try:
-            return json.loads(text, parse_constant=lambda name: None)  # NaN is no text
+            return json.loads(text.strip().removesuffix(","), parse_constant=lambda name: None)  # NaN is no text
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: {where}{error}; expected UTF-8, a .csv or one JSON object a line") from None
 
-    text = read_text(path).strip()
+    lines = ((number, line) for number, line in enumerate(read_lines(path), 1) if line.strip())
+    _, first = next(lines)
     try:
-        rows = find_products(load(text), config)
-    except InputError:
-        if text.startswith("["):
-            raise
-        lines = [line.strip().removesuffix(",") for line in text.split("\n")]  # they may be cut out of a list
-        rows = [load(line, f"line {number}: ") for number, line in enumerate(lines, 1) if line]
+        values = [load(first)]
+    except InputError:  # one value on several lines
+        values = [load(first + "".join(line for _, line in lines))]
+    values += [load(line, f"line {number}: ") for number, line in lines]  # they may be cut out of a list
+    with reading(path, "its columns differ in length"):
+        rows = values if len(values) > 1 else find_products(values[0], config)
     if not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: found a line that is no object, expected products")
     return Table(path, list(dict.fromkeys(column for row in rows for column in row)), rows)
+
+
+def read_xml(path, config):
+    """The `Table` of an XML file, such as a feed for Google Merchant. Prefixes of names are left out: image_link.
+
+    A product is each element of the kind that holds a title and images. What stands in it several times is a list.
+    Raises InputError on another file."""
+    with reading(path, "cannot be read as XML"), open_packed(path) as file:
+        elements = list(ElementTree.parse(file).iter())
+
+    def read_row(element):
+        row = {key: [value] for key, value in element.attrib.items()}
+        for child in element:
+            parts = child if len(child) and not (child.text or "").strip() else [child]
+            values = row.setdefault(str(child.tag).rpartition("}")[2], [])
+            values += ["".join(part.itertext()).strip() for part in parts]
+        return {key: values if len(values) > 1 else "".join(values) for key, values in row.items()}
+
+    def is_product(row):
+        return config.title in row and any(column in row for column in image_columns(config.images, row))
+
+    parents = [element for element in elements if len(element)]
+    found = [element.tag for element in parents if is_product(read_row(element))]
+    found += [tag for tag, _ in Counter(element.tag for element in parents).most_common(1)]  # to name its columns
+    rows = [read_row(element) for element in parents if element.tag in found[:1]]
+    return Table(path, list(dict.fromkeys(column for row in rows for column in row)), rows)
+
+
+def read_excel(path):
+    """The `Table` of a spreadsheet's first sheet. Raises InputError without pandas and the package that it asks for."""
+    try:
+        import pandas
+
+        frame = pandas.read_excel(path, dtype=object)  # so that 007 stays a text
+    except ImportError as error:
+        cure = f"pip install pandas {'openpyxl' if path.suffix.lower() == '.xlsx' else ''}".strip()
+        raise InputError(
+            f"{path}: a spreadsheet needs more packages; {cure} ({error}), or save it as CSV UTF-8"
+        ) from None
+    except Exception as error:  # pandas' readers raise nearly anything on broken files
+        raise InputError(f"{path}: cannot be read as a spreadsheet ({cause_of(error)}); save it as CSV UTF-8") from None
+    return Table(path, [str(column) for column in frame.columns], frame.where(frame.notna(), None).to_dict("records"))
 
 
 def read_parquet(path, config, photos):
@@ -240,9 +281,9 @@ def find_files(products):
 
 
 def read_tables(config, photos):
-    """The `Table`s of config.products, which all have the same columns. The suffix tells CSV, parquet and JSON apart.
+    """The `Table`s of config.products, which all have the same columns. Raises InputError on what cannot be read.
 
-    photos: an empty folder for the photos that lie in parquet files. Raises InputError on what cannot be read."""
+    photos: an empty folder for the photos that lie in parquet files."""
     tables = []
     for i, path in enumerate(find_files(config.products)):
         suffix = path.suffix.lower()
@@ -250,10 +291,14 @@ def read_tables(config, photos):
             folder = Path(photos, str(i))  # as files in two folders may have one name
             folder.mkdir()
             tables.append(read_parquet(path, config, folder))
-        elif suffix in (".csv", ".tsv", ".txt"):
-            tables.append(read_csv(path, config))
+        elif suffix in EXCEL:
+            tables.append(read_excel(path))
         else:
-            tables.append(read_json(path, config))
+            with reading(path, "cannot be read"), open_packed(path) as file:
+                start = file.read(2048).replace(b"\0", b"").lstrip(b"\xff\xfe\xef\xbb\xbf \r\n\t")[:1]
+            is_csv = start not in (b"{", b"[") or ".csv" in path.suffixes  # SQL Server writes columns as [id],[title]
+            read = read_xml if start == b"<" else read_csv if is_csv else read_json
+            tables.append(read(path, config))
     first = tables[0]
     for table in tables:
         if not any(table.columns):
@@ -266,82 +311,3 @@ def read_tables(config, photos):
             if count > 1:
                 raise InputError(f"{table.path}: found {count} columns {name!r}, expected one; rename the others")
     return tables
-
-
-def clear_cells(row):
-    """Empty the cells of a row that hold one of NO_VALUE alone, and return how many they are."""
-    columns = [column for column, cell in row.items() if cell is not None and str(cell).strip().lower() in NO_VALUE]
-    row.update(dict.fromkeys(columns, ""))
-    return len(columns)
-
-
-def get_text(row, name, config):
-    """The plain text of the column that the setting `name` names, "" where there is none. Raises ValueError."""
-    value = row.get(getattr(config, name))
-    if not isinstance(value, (str, int, float, type(None))):
-        raise ValueError(f"{name}: found {value!r:.60}, expected text")
-    return "" if value is None else plain_text(str(value))
-
-
-def read_row(row, config):
-    """(id, {setting: text}) of a row. Raises ValueError on what no product has."""
-    if None in row:
-        raise ValueError(f"{len(row[None])} more cells than columns; put quotes around a cell that holds the separator")
-    texts = {name: get_text(row, name, config) for name in ("title", "description", "category", "subcategory")}
-    key = get_text(row, "id", config)
-    if re.fullmatch(r"\d([.,]\d+)?E[+]\d+", key, re.IGNORECASE):
-        raise ValueError(f"id {key} was shortened by a spreadsheet; export this column as text")
-    check_printable(key, "id")
-    return key, texts
-
-
-def read_list(text):
-    """A list that stands in a cell, as JSON or Python write it. Raises ValueError on another text."""
-    for read in (json.loads, ast.literal_eval):
-        try:
-            return read(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    raise ValueError(f"images: found {text!r:.60}, expected a list of file names")
-
-
-def split_names(cell, separator):
-    """The names in a cell: text with separators between them, or a list, also as text. Raises ValueError on others."""
-    if isinstance(cell, str) and re.fullmatch(r"\s*\[.*\]\s*", cell, re.S):
-        cell = read_list(cell.strip())
-    names = cell.split(separator) if isinstance(cell, str) else cell or []
-    names = names if isinstance(names, list) else [names]
-    names = [name.get("src") if isinstance(name, dict) else name for name in names]  # as Shopify's programs give them
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"images: found {cell!r:.60}, expected file names")
-    return [name.strip() for name in names if name.strip()]
-
-
-def image_names(row, config):
-    """The names of a row's images, from its column or by a template such as images/{id}.jpg. Raises ValueError.
-
-    A template is filled with each name of a cell. It gives none where its cell is empty."""
-    if config.images in row or "{" not in config.images:
-        return split_names(row.get(config.images), config.separator)
-    names = config.images.split(config.separator)
-    for column in re.findall(FIELD, config.images):
-        field, cell = f"{{{column}}}", row.get(column)
-        values = split_names(str(cell) if isinstance(cell, (int, float)) else cell, config.separator)
-        names = [name.replace(field, value) for name in names for value in (values if field in name else [""])]
-    return [name.strip() for name in names]
-
-
-def image_file(name, folder, separator):
-    """The path of an image that a row names. Raises ValueError on an address and where it says more than open_image."""
-    check_printable(name, "images")
-    path, unix = folder / name, name.replace("\\", "/")  # Windows writes backslashes
-    for place in (path, folder / unix, folder / unix.lstrip("/")):  # Magento begins a path in its folder with a slash
-        if os.path.exists(place):
-            return place
-    if re.match(r"([a-z]+:)?//|data:", name, re.I):
-        raise ValueError(f"images: {name!r:.80} is an address; download first, and write the name of the file there")
-    if re.match(r"[a-z]:[\\/]", name, re.I):
-        raise ValueError(f"images: {name!r:.80} is a path of another computer; write it as seen from --image_folder")
-    if re.search(r"[,;|]", name):
-        raise ValueError(f"images: no file {str(path)!r}; between several images stands --separator ({separator!r})")
-    return path

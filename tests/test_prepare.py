@@ -16,8 +16,8 @@ from PIL import Image
 from plumbing import annotations
 from plumbing.settings import InputError
 from prepare import catalogue as products  # `catalogue` is a fixture
-from prepare import check_data, fashiongen, polyvore
-from prepare.rows import plain_text
+from prepare import check_data, fashiongen, layout, polyvore
+from prepare.cells import plain_text
 
 
 def write_json(path, value):
@@ -843,15 +843,15 @@ def test_command_line_errors(tmp_path, monkeypatch):
 
 
 def test_written_aside(tmp_path):
-    with pytest.raises(KeyError), products.written_aside(tmp_path / "out") as aside:
+    with pytest.raises(KeyError), layout.written_aside(tmp_path / "out") as aside:
         (aside / "half").write_text("x")
         raise KeyError
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out").mkdir()
-    with products.written_aside(tmp_path / "out") as aside:
+    with layout.written_aside(tmp_path / "out") as aside:
         (aside / "whole").write_text("x")
     assert files_under(tmp_path) == ["out/whole"]
-    with pytest.raises(InputError, match="is there already"), products.written_aside(tmp_path / "out"):
+    with pytest.raises(InputError, match="is there already"), layout.written_aside(tmp_path / "out"):
         pass
 
 
