@@ -6,8 +6,8 @@
 
 A row trains for some updates with the stage's own program, from random weights, and reads its log:
 seconds, samples/s     of an update, the median of all but the first
-GFLOP                  10^9 multiplications and additions in matrix products and convolutions of an update; torch
-                       counts them in another run of the stage, with the same batches
+GFLOP                  10^9 multiplications and additions in matrix products and convolutions of an update. torch counts
+                       them in another run of the stage, with the same batches
 GFLOP/s                GFLOP divided by seconds
 of_matmul, of_conv     GFLOP/s as a share of what a plain matrix product and a plain convolution reach on this machine.
                        Both run just before the row, in the same dtype
@@ -64,17 +64,15 @@ class BenchConfig:
 
 
 def timed(function):
-    """Seconds of function(), the GPU's work included: the best of five calls after one that warms up."""
-
-    def once():
+    """Seconds of function(), the GPU's work included: the best of six calls, of which the first warms up."""
+    seconds = []
+    for _ in range(6):
         start = time.perf_counter()
         function()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    once()
-    return min(once() for _ in range(5))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def count_flop(function):
