@@ -455,8 +455,9 @@ def image_tokenizer_products(config):
     return products, [path for path in paths if path not in broken]
 
 
-# The next three functions return (training items, label counts that the model takes from the data). Each also reads the
-# validation data once, so that a fault in it ends the run now and not at the first validation.
+# The next three functions return the training items; {"n_classes" or "n_categories": n}, a size of the model that the
+# data decide; and the names of the labels, as `annotations.label_names` gives them. Each also reads the validation data
+# once, so that a fault in it ends the run now and not at the first validation.
 
 
 def fashiongen_items(config):
@@ -471,7 +472,7 @@ def fashiongen_items(config):
     items = [{"image": p.images, "text": p.text, "name": p.name} for p in train]
     if key:
         items = [{**item, "label": getattr(product, key)} for item, product in zip(items, train, strict=True)]
-    return items, counts
+    return items, counts, annotations.label_names(config.data_root, config.task)
 
 
 def fashioniq_items(config):
@@ -482,7 +483,7 @@ def fashioniq_items(config):
         queries, _ = annotations.load_fashioniq(config.data_root, garment, "train", gallery="val")
         items += [{key: query[key] for key in ("image", "image2", "text", "name")} for query in queries]
     broken = leave_out([item[key] for item in items for key in ("image", "image2")], config, "FashionIQ train")
-    return [item for item in items if not {item["image"], item["image2"]} & broken], {}
+    return [item for item in items if not {item["image"], item["image2"]} & broken], {}, {}
 
 
 def polyvore_items(config):
@@ -492,7 +493,8 @@ def polyvore_items(config):
     whole = {frozenset([*o["items"], o["blank_item"]]): o["name"] for o in outfits}
     broken = leave_out([path for items in whole for path, _ in items], config, f"Polyvore {config.split} train")
     whole = {items: name for items, name in whole.items() if not {path for path, _ in items} & broken}
-    return [{"items": sorted(items), "name": name} for items, name in whole.items()], {"n_categories": n_categories}
+    items = [{"items": sorted(items), "name": name} for items, name in whole.items()]
+    return items, {"n_categories": n_categories}, annotations.label_names(config.data_root, "polyvore")
 
 
 def pick_image(item, rng):

@@ -275,7 +275,7 @@ class Task:
 
     evaluate: Callable  # (embedder, config) -> (protocol, Result) pairs
     objective: Callable  # the loss, one of losses.py
-    load_items: Callable  # (config) -> (training items, label counts), one of data.py
+    load_items: Callable  # (config) -> (training items, sizes, labels), one of data.py
     pick: Callable | None = None  # what a visit in training takes of an item; None: all of it
     heads: tuple = ("contrastive",)  # of the FashionViL; none: the model is a CSANet
     criterion: str = "mean_recall"  # the metric that selects the best checkpoint

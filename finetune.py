@@ -18,7 +18,7 @@ import data
 import evaluate
 import losses
 from model import RESNETS, SIZES, CSANet, FashionViL, ModelConfig, compile_parts
-from plumbing import annotations, checkpoint, runs, settings
+from plumbing import checkpoint, runs, settings
 from plumbing.processes import allow_tf32, copy_from_main
 from plumbing.settings import COUNT, FROM_0, MISSING, SHARE, setting
 
@@ -62,7 +62,9 @@ class FinetuneConfig(runs.RunConfig):
 
 
 def build_model(config, sizes, heads, n_classes=0, n_categories=0):
-    """The task's model. sizes: {field of ModelConfig: value} of what it starts from."""
+    """The model of a task. sizes: {field of ModelConfig: value} of what it starts from. No heads: a CSA-Net, for OCIR.
+
+    n_classes, n_categories: of the data, for recognition and for OCIR."""
     own = {"heads": heads, "n_classes": n_classes, "dropout": config.dropout}
     model_config = ModelConfig(**{**sizes, **own})
     return FashionViL(model_config) if heads else CSANet(model_config, n_categories)
@@ -78,21 +80,20 @@ def train(config, processes):
     torch.manual_seed(config.seed)  # every process starts from the same weights
 
     # The data come first: where they are missing, nothing is fetched.
-    items, label_counts = task.load_items(config)  # {} or the number of classes or of outfit categories
-    labels = annotations.label_names(config.data_root, config.task)
+    items, data_sizes, labels = task.load_items(config)
 
-    # What the model starts from, then the model. A checkpoint brings its image size and text length where the settings
-    # have 0.
+    # What the model starts from. A checkpoint brings its image size and text length where the settings have 0.
     start = checkpoint.read_start(config, reads_text=bool(task.heads))  # a CSA-Net reads none
     config = evaluate.as_trained(config, start.trained)
-    tokenizer = start.tokenizer
-    model = build_model(config, start.sizes, task.heads, **label_counts)
+
+    # The model and its first weights.
+    model, tokenizer = build_model(config, start.sizes, task.heads, **data_sizes), start.tokenizer
     if task.heads:
         data.check_lengths(config, model.config.max_position_embeddings, task.max_tokens)
     report = checkpoint.initialise(model, start)
     model.to(device)
 
-    # The bookkeeping, which resumes an earlier run where config.resume says so.
+    # The bookkeeping: log, checkpoints, stops. It resumes an earlier run where config.resume says so.
     contents = checkpoint.contents(model, config.task, labels, tokenizer)
     run = runs.Run(config, processes, model, contents)
 

@@ -9,7 +9,7 @@ needs) and best.pt (the model with the best FashionGen-val mean recall)."""
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ import vqvae
 from losses import OBJECTIVES
 from model import PRETRAINING_HEADS, RESNETS, SIZES, FashionViL, ModelConfig, compile_parts
 from plumbing import checkpoint, runs, settings
-from plumbing.processes import world_size
 from plumbing.settings import COUNT, FROM_0, MISSING, SHARE, InputError, setting
 
 PAPER_MIX = {"itm": 0.15, "pac": 0.15, "itc": 0.20, "mvc": 0.20, "mlm": 0.15, "mpfc": 0.15}
@@ -66,7 +65,7 @@ class PretrainConfig(runs.RunConfig):
     milestones: tuple = setting((45_000, 90_000), "updates at which the learning rate falls to a tenth")
 
 
-def check_config(config):
+def check_config(config, world_size=1):
     """Raise InputError for a setting out of its limits, an unknown objective, a sum of probabilities that is not 1, or
     too few products to compare."""
     settings.check_limits(config)
@@ -80,7 +79,7 @@ def check_config(config):
     used = {name for name, share in config.objectives.items() if share}
     if used & {"itc", "mvc", "itm"}:
         # ITC and MVC compare the products of all processes, ITM those of its own.
-        data.check_candidates(config, world_size() if "itm" in used else 1)
+        data.check_candidates(config, world_size if "itm" in used else 1)
     if "itm" in used and config.itm_candidates == 1:
         raise InputError("itm_candidates: found 1, expected 0 or at least 2, for the only candidate is the text itself")
     if not 0 < config.mask_share < 1:
@@ -94,45 +93,50 @@ def objective_at(step, objectives, seed):
     return list(objectives)[min(int(np.searchsorted(ends, uniform, side="right")), len(ends) - 1)]
 
 
-def build_model(config, sizes, **data_sizes):
-    """FashionViL with the pre-training heads. sizes, data_sizes: {field of ModelConfig: value}; data_sizes win."""
-    own = {name: getattr(config, name) for name in ("dropout", "pac_scale", "itm_candidates")}
-    return FashionViL(ModelConfig(**{**sizes, **own, **data_sizes, "heads": PRETRAINING_HEADS, "n_classes": 0}))
-
-
 def train(config, processes):
     """The whole stage on this process. Returns the metrics of the last validation."""
-    check_config(config)
+    check_config(config, processes.world_size)
     device = processes.device
     torch.manual_seed(config.seed)  # every process starts from the same weights
 
-    # The data: products to train on and to validate with.
+    # The data come first: where they are missing, nothing is fetched.
     products, val_products, n_attributes, labels = data.pretraining_products(config)
 
     # The image tokenizer is frozen, so it is a variable here and no part of what is trained and saved.
     image_tokenizer = vqvae.prepare_image_tokenizer(config, device)
     n_codes = image_tokenizer.config.n_codes if image_tokenizer else ModelConfig.n_codes
 
-    # What the model starts from, with the tokenizer of the texts; then the model and its first weights.
+    # What the model starts from decides the sizes of ResNet and Transformer. The data and the image tokenizer decide
+    # those of two heads.
     start = checkpoint.read_start(config)
-    tokenizer, n_words = start.tokenizer, start.tokenizer.get_vocab_size()
-    model = build_model(config, start.sizes, n_attributes=n_attributes, n_codes=n_codes)
+    model_config = replace(
+        ModelConfig(**start.sizes),
+        heads=PRETRAINING_HEADS,
+        n_attributes=n_attributes,
+        n_codes=n_codes,
+        dropout=config.dropout,
+        pac_scale=config.pac_scale,
+        itm_candidates=config.itm_candidates,
+    )
+    model, tokenizer = FashionViL(model_config), start.tokenizer
+    data.check_lengths(config, model_config.max_position_embeddings)
     report = checkpoint.initialise(model, start)
     model.to(device)
 
-    # The bookkeeping, which resumes an earlier run where config.resume says so.
+    # The bookkeeping: log, checkpoints, stops. It resumes an earlier run where config.resume says so.
     contents = checkpoint.contents(model, "pretrain", labels, tokenizer, image_tokenizer)
     run = runs.Run(config, processes, model, contents)
 
-    # The order of the samples, and their batches for the updates that are left.
-    data.check_lengths(config, model.config.max_position_embeddings)
+    # The samples, and the order of their batches in the updates that are left.
     objective_of = functools.partial(objective_at, objectives=config.objectives, seed=config.seed)
     sampler = data.BatchSampler(len(products), config, processes, run.start, objective_of)
     dataset = data.Pretraining(products, tokenizer, n_attributes, config)
     loader = iter(data.train_loader(dataset, sampler, config, device))
 
     # What the user sees at the start.
-    report.append(f"{len(products)} products, {len(val_products)} for validation, {n_words} word pieces")
+    report.append(
+        f"{len(products)} products, {len(val_products)} for validation, {tokenizer.get_vocab_size()} word pieces"
+    )
     for group in run.optimizer.param_groups:
         n = sum(p.numel() for p in group["params"])
         rates = f"learning rate {group['base_lr']:.2e}, weight decay {group['weight_decay']:.0e}"

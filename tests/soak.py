@@ -240,12 +240,9 @@ def mutate(folder, seconds, rng):
     images = list((root / "FashionGen" / "val").iterdir())
     weights = [folder / "tokenizer.pt"]
     for name, kind in (("model.pt", {}), ("old.pt", {"_use_new_zipfile_serialization": False})):
-        import pretrain
-        from model import SIZES
+        from model import SIZES, FashionViL, ModelConfig
 
-        model = pretrain.build_model(
-            pretrain.PretrainConfig(resnet="resnet18", width=8), {**SIZES["tiny"], "vocab_size": 90}
-        )
+        model = FashionViL(ModelConfig("resnet18", 8, **SIZES["tiny"], vocab_size=90))
         state = {"format": 2, "kind": "fashionvil", "task": "pretrain", "model": model.state_dict(), "step": 3}
         optimizer = {"state": {}, "param_groups": []}
         torch.save({**state, "config": {}, "optimizer": optimizer}, folder / name, **kind)

@@ -303,13 +303,12 @@ def test_weights_that_are_nan_find_nothing(trained, catalogue, tmp_path):
         ({"mlm": 0.5, "pac": 0.5, "itc": 0.0}, 1, 8, None),  # no candidates
     ],
 )
-def test_one_candidate_teaches_nothing(monkeypatch, objectives, processes, grad_accum, least):
+def test_one_candidate_teaches_nothing(objectives, processes, grad_accum, least):
     """jiawei-ren/BalancedMSE#19, UrbanCLIP#5: the loss is 0 and the accuracy 100 % where there is one candidate."""
-    monkeypatch.setattr(pretrain, "world_size", lambda: processes)
     config = pretrain.PretrainConfig(objectives=objectives, batch_size=8, grad_accum=grad_accum)
     line = f"^batch_size: found 8 with grad_accum={grad_accum}, expected {least} or more, for one product alone"
     with pytest.raises(InputError, match=line) if least else contextlib.nullcontext():
-        pretrain.check_config(config)
+        pretrain.check_config(config, processes)
 
 
 def test_one_candidate_of_itm_teaches_nothing():
