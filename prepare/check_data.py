@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from plumbing import annotations
 from plumbing.ending import run
+from plumbing.files import reading
 from plumbing.photos import open_image
 from plumbing.settings import InputError, load_config, setting
 from prepare.layout import content_keys
@@ -84,7 +85,8 @@ def text_lines(root, texts):
 
     texts: {(data set, is it of train): list of texts}."""
     lines, vocabulary = [], Path(root, "vocab.txt")
-    tokenizer = BertWordPieceTokenizer(str(vocabulary)) if vocabulary.exists() else None
+    with reading(vocabulary, "is no vocabulary of WordPiece"):
+        tokenizer = BertWordPieceTokenizer(str(vocabulary)) if vocabulary.exists() else None
     for (name, is_train), part in texts.items():
         where = f"{name} {'train' if is_train else 'val'}"
         if name in annotations.SETS:
