@@ -78,7 +78,7 @@ def list_images(folder):
 
 
 class PolyvoreCategories:
-    """The fine categories of a PolyvoreOutfits folder, numbered as in training; `n`: how many the checkpoint knows."""
+    """The fine categories of a PolyvoreOutfits folder, numbered as in training. n: how many the checkpoint knows."""
 
     def __init__(self, folder, n):
         self.folder, self.names = Path(folder).resolve(), {}  # {a category's name or id: its numbers}
@@ -201,7 +201,9 @@ def embed_gallery(config, embedder):
 
 
 def rerank(text, paths, order, embedder):
-    """(order with its first RERANKED places sorted by the ITM head, {place: the head's probability} of those)."""
+    """Let the ITM head order the first RERANKED of `order` again, which are numbers of paths, best first.
+
+    Returns the new order, and {number: the head's probability} of those that it has seen."""
     model, first = embedder.model, order[:RERANKED]
 
     def match_probability(batch):  # (B,), that text and image of a row belong together
