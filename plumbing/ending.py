@@ -1,13 +1,11 @@
-"""How a program ends: in one line for the user, after a save, and for all processes together."""
+"""How a program ends: in one line for the user, with an exit code that says why."""
 
 import contextlib
 import errno
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-import threading
 import time
 
 from tqdm import tqdm
@@ -18,11 +16,6 @@ EXIT_STOPPED = 75  # exit code of a run that was stopped and has saved: "try aga
 WORKER_DIED = "a data loader worker was lost, perhaps for lack of memory, /dev/shm or `ulimit -n`; set fewer --workers"
 
 
-_stores = []  # of the process group, where its processes leave notes for each other
-_watchers = []  # the thread of `watch_others`
-_ended = threading.Event()  # this process needs its watcher no more
-
-
 class Stopped(Exception):
     """The run was asked to stop, and has saved. Its text is the one line that the user sees."""
 
@@ -30,83 +23,66 @@ class Stopped(Exception):
 def run(main):
     """Call `main()`. InputError and Stopped print their one line and exit with 2 and EXIT_STOPPED; a bug traces.
 
-    Where one of several processes fails, the others leave within seconds, and its line is the last one."""
+    torchrun ends the other processes of one that fails, and repeats its error in a report."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # `>&-` makes it None
-        # A file's name can hold bytes that the terminal's encoding refuses.
-        stream.reconfigure(errors="backslashreplace")
-    code = 0
+        stream.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that the terminal refuses
+    code, line, others_failed = 0, "", False
     try:
         main()
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Stopped as stopped:
-        tqdm.write(str(stopped), file=sys.stderr)
-        code = EXIT_STOPPED
+        code, line = EXIT_STOPPED, str(stopped)
     except KeyboardInterrupt:
-        tqdm.write("interrupted", file=sys.stderr)
-        code = 130  # as a shell says it of Ctrl-C
-        if _stores:
-            os._exit(code)  # to close the process group would wait for the others
+        code, line = 130, "interrupted"  # as a shell says it of Ctrl-C
     except (InputError, RuntimeError, OSError, EOFError) as error:
-        if getattr(error, "errno", 0) == errno.ENOSPC:
-            error = InputError("what is printed cannot be written: the disk is full")
-        if not isinstance(error, InputError) and not is_dead_worker(error):
-            if _stores and _stores[-1].check(["failed"]):  # it is the lost connection to the process that failed
-                os._exit(2)
-            raise
         # An error of a loader worker arrives inside that worker's traceback. Its last line is ours.
-        line = str(error).strip().splitlines()[-1].removeprefix("plumbing.settings.InputError: ")
-        line = f"error: {line if isinstance(error, InputError) else WORKER_DIED}"
-        if _stores:
-            end_group(line)
-        tqdm.write(line, file=sys.stderr)
-        code = 2
+        code, text = 2, str(error).strip() or type(error).__name__
+        others_failed = "gloo" in text or "NCCL" in text  # this process has only lost its connection to them
+        if isinstance(error, InputError):
+            line = "error: " + text.splitlines()[-1].removeprefix("plumbing.settings.InputError: ")
+        elif is_dead_worker(error):
+            line = f"error: {WORKER_DIED}"
+        elif getattr(error, "errno", 0) == errno.ENOSPC:
+            line = "error: what is printed cannot be written: the disk is full"
+        elif others_failed:
+            line = f"error: lost the other processes, of which one says why: {text.splitlines()[0]}"
+        else:
+            raise
     finally:
         # Loader workers ignore the first SIGTERM, and Python waits for them when it ends. torch's handler would raise.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()
-        _ended.set()
-        for watcher in _watchers:  # a thread that still runs when Python ends aborts it
-            watcher.join()
-    if _stores:
-        import torch.distributed as dist  # here, for programs that prepare data do without torch
-
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if line:
+        tqdm.write(line, file=sys.stderr)
+    if others_failed:
+        time.sleep(3)  # torchrun reports the process that ends first, and that is the one that failed
+    elif code == 2:
+        tell_torchrun(line)
+    torch = sys.modules.get("torch")  # programs that prepare data do without it
+    if torch and torch.distributed.is_initialized():
+        if code:
+            os._exit(code)  # to close the group would wait for the others
+        torch.distributed.destroy_process_group()
     if code:
         sys.exit(code)
 
 
 def is_dead_worker(error):
     """Whether an error is how torch says that a data loader worker was killed or cannot send any more."""
-    if isinstance(error, (ConnectionError, EOFError)):
-        return True
     signs = ("DataLoader worker", "Pin memory thread", "Too many open files", "received 0 items of ancdata")
-    return any(sign in str(error) for sign in signs)
+    return isinstance(error, (ConnectionError, EOFError)) or any(sign in str(error) for sign in signs)
 
 
-def watch_others(store):
-    """In a thread: leave soon after another process has failed. This one may wait for that one's gradient forever."""
+def tell_torchrun(line):
+    """Put the line into torchrun's last report, if this process is one of torchrun's."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import record
 
-    def watch():
-        with contextlib.suppress(RuntimeError):  # the store is gone
-            while not _ended.wait(1):
-                if store.check(["failed"]):
-                    time.sleep(3)  # torchrun reports the process that ends first, and that is the one that failed
-                    os._exit(2)
+        @record
+        def fail():
+            raise InputError(line)
 
-    _stores.append(store)
-    _watchers.append(threading.Thread(target=watch, daemon=True))
-    _watchers[-1].start()
-
-
-def end_group(line):
-    """End this process and tell the others, which end within seconds. To close the group would wait for them.
-
-    torchrun's own report follows `line`, so a small process prints it once more when torchrun has ended."""
-    _stores[-1].set("failed", "")
-    tqdm.write(line, file=sys.stderr)
-    wait = 'while kill -0 "$0" 2>/dev/null; do sleep 0.1; done; echo "$1" >&2'
-    subprocess.Popen(["timeout", "60", "sh", "-c", wait, str(os.getppid()), line], start_new_session=True)
-    os._exit(2)
+        with contextlib.suppress(InputError):
+            fail()

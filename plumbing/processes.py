@@ -1,4 +1,4 @@
-"""The processes of a run: their start, the device, collectives, precision."""
+"""The processes of a run: their start, their device, and what they do together."""
 
 import contextlib
 import ctypes
@@ -11,10 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from plumbing import ending
 from plumbing.settings import InputError
-
-# ---- processes and collectives ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -71,17 +68,15 @@ def start_processes(device="auto", deterministic=False, tf32=False):
 
     device: "auto", "cpu" or "cuda". Returns Processes. Raises InputError for a device that is not there."""
     allow_tf32(tf32)
-    torch.backends.cudnn.benchmark = (
-        not deterministic
-    )  # images have one size, so the fastest kernels are worth a search
+    # Images have one size, so a search for the fastest kernels is worth it. Its result may differ between runs.
+    torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without it
         torch.use_deterministic_algorithms(True)
-    local_rank, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: found cuda, but torch sees no GPU; use --device=cpu")
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     elif platform.libc_ver()[0] == "glibc":
@@ -89,40 +84,27 @@ def start_processes(device="auto", deterministic=False, tf32=False):
         # step. M_MMAP_MAX (-4) = 0 and M_TRIM_THRESHOLD (-1) = -1 keep it for the next tensor.
         for option, value in ((-4, 0), (-1, -1)):
             ctypes.CDLL(None).mallopt(option, value)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1:
-        try:
-            store, own_rank, _ = next(dist.rendezvous("env://"))
-        except ValueError as error:  # another launcher has set WORLD_SIZE alone
-            cause = str(error).rpartition(": ")[2]
-            raise InputError(f"WORLD_SIZE={processes}: {cause}; start by torchrun, or unset WORLD_SIZE") from None
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun keeps one store over its restarts. Without a prefix a new group waits for dead addresses.
-            store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):  # some launchers set WORLD_SIZE alone
+            if name not in os.environ:
+                raise InputError(
+                    f"WORLD_SIZE={processes}, but {name} is not set; start by torchrun, or unset WORLD_SIZE"
+                )
         # On GPUs there are both backends: tensors on the CPU, as in `any_process`, go through gloo and wait for no GPU.
         backend, own_device = ("cpu:gloo,cuda:nccl", device) if on_gpu else ("gloo", None)
-        try:
-            dist.init_process_group(backend, store=store, rank=own_rank, world_size=processes, device_id=own_device)
-        except RuntimeError as error:
-            cause = str(error).partition("\n")[0]
-            cure = "set GLOO_SOCKET_IFNAME to the network interface that the machines share, as eth0"
-            raise InputError(f"the processes cannot connect: {cause}; {cure} (`ip address` lists them)") from None
-        ending.watch_others(store)
+        dist.init_process_group(backend, device_id=own_device)
     return Processes(rank(), processes, device)
 
 
 def world_size():
     """Number of processes in the group; 1 where there is no group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank():
     """This process's place in the group, from 0; 0 where there is no group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def on_several_machines():
-    """Whether torchrun has started processes on other machines, too."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < world_size()
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def in_group():
@@ -182,11 +164,3 @@ def copy_from_main(tensors):
     if in_group():
         for tensor in tensors:
             dist.broadcast(tensor.data, 0)
-
-
-def same_everywhere(what, value, cure):
-    """Raise InputError naming the rank where `value` is not that of rank 0."""
-    values = gather_objects(value)
-    for other_rank, other in enumerate(values):
-        if other != values[0]:
-            raise InputError(f"{what}: rank {other_rank} has {other}, rank 0 {values[0]}; {cure}")

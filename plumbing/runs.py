@@ -6,6 +6,7 @@ resume needs), best.pt (the best model by the metric that selects) and lock."""
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import math
 import os
@@ -21,20 +22,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from plumbing import checkpoint, ending, health, optim, settings, weights
+from plumbing import checkpoint, ending, optim, settings, weights
 from plumbing.files import reading, replacing, shown, write_json, writing
-from plumbing.processes import (
-    all_mean,
-    any_process,
-    gather_objects,
-    in_group,
-    on_several_machines,
-    same_everywhere,
-    start_processes,
-)
+from plumbing.processes import all_mean, any_process, copy_from_main, gather_objects, in_group, start_processes
 from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, setting
 
-ASK_EVERY = 10  # updates
 VALIDATION = {"data_root", "missing", "image_size", "max_tokens", "split", "gallery"}  # settings that change its values
 # SIGHUP is a closed terminal. SLURM sends SIGTERM, or before the end of the time what its --signal says, often SIGUSR1.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -79,33 +71,32 @@ def main(config_class, train, description, files=None):
 class Run:
     """One training run of this process. `start` is the number of updates that were done before.
 
-    After `end_update`, `done` is the number of finished updates; `log_due`, `save_due` and `validation_due` say what
-    is due.
-    A resumed run may begin with a validation that is due. `metrics` are those of the last validation.
-    `skipped_images` counts images that the loader left out. `lasting` holds tensors to sum over the whole run."""
+    After `end_update`, `done` is the number of finished updates; `log_due`, `save_due` and `validation_due` say what is
+    due. A resumed run may begin with a validation that is due. `metrics` are those of the last validation.
+    `skipped_images` counts images that the loader left out. This count, that of updates skipped under float16, and the
+    sums of the next log line begin anew after a resume."""
 
-    def __init__(self, config, processes, model, contents, lasting=None):
+    def __init__(self, config, processes, model, contents):
         """Resume from the checkpoint that config.resume means, if any.
 
         contents: what every checkpoint holds beside weights and progress, as `checkpoint.contents`."""
-        self.config, self.processes, self.model = config, processes, model
+        self.config, self.processes, self.model, self.contents = config, processes, model, contents
         lr_factor = getattr(config, "lr_factor", 1.0)  # the image tokenizer has no parts that learn faster
         self.optimizer = optim.make_optimizer(model, config.lr, config.weight_decay, lr_factor)
-        self.contents, self.lasting = contents, lasting or {}
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.dtype == "float16")
         self.folder = Path(config.out_dir)
         self.start, self.best, self.metrics, self.validation_due = 0, -1.0, {}, False
-        self.skipped_images, self.stop_asked, self.report, self.older_best = 0, False, [], None
+        self.goes_on, self.n_items, self.report = False, None, []
+        self.skipped_images, self.stop_asked = 0, False
         self.sums = {}  # {objective: {name: sum since the last log line}}, on the device
         self.update_loss = 0.0  # of the current update, over its micro-batches
         state = find_resume(config.resume, self.folder, model)
         if state is not None:
             self._restore(state)
         self.done = self.saved = self.start
-        skipped_updates = (state or {}).get("skipped_updates", 0)
-        self.health = health.Health(self.optimizer, self.scaler, processes.device, skipped_updates)
-        cure = "the run folder must be the same on every node"
-        same_everywhere("resume", f"a start at update {self.start}", cure)
+        self.health = Health(self.optimizer, self.scaler, processes.device)
+        if len(starts := set(gather_objects(self.start))) > 1:
+            raise InputError(f"resume: found starts at updates {starts}; the run folder must be the same on every node")
 
     def _restore(self, state):
         """Go on from what `find_resume` found. Learning rates and weight decay are those of the settings.
@@ -123,48 +114,33 @@ class Run:
                 raise ValueError(f"{state['step']} updates done, but max_steps is {config.max_steps}")
         for group, (base_lr, decay) in zip(self.optimizer.param_groups, rates, strict=True):
             group["base_lr"], group["weight_decay"] = base_lr, decay
-        now = {name: value for name, value in vars(config).items() if name not in ("out_dir", "resume")}
-        changed = {name: value for name, value in state.get("config", {}).items() if now.get(name, value) != value}
-        self.report = [f"{path}: resumed after update {state['step']}"]
-        for name, value in changed.items():
-            self.report.append(f"resume: {name} was {shown(value)}, is {shown(now[name])} from here on")
-        self.start, self.best = state["step"], state.get("best", -1.0)
-        if "n_items" in state:
-            self.contents["n_items"] = state["n_items"]
-        self.validation_due = state.get("validation_due", False)  # the run ended while it validated
-        # The best model so far comes along from another run folder. Where it is gone, a validation finds a new one.
-        self.older_best = path.with_name("best.pt" + path.name.partition("last.pt")[2])  # of last.pt.before, too
-        # Values of other data or other images cannot be compared, so then, too, the best model is sought anew.
-        if self.best > -1 and (VALIDATION & changed.keys() or not self.older_best.exists()):
-            self.best, self.validation_due = -1.0, config.eval_interval >= 0
-        for name, value in state.get("lasting", {}).items():
-            self.lasting[name].copy_(value)
-        # Each process has its own sums. With another number of processes the parts are shared out as they come.
-        parts = state.get("parts") or [{}]
-        part = parts[self.processes.rank % len(parts)]
-        self.sums, self.skipped_images = part.get("sums", {}), part.get("skipped_images", 0)
         # Between updates a parameter that was used has a gradient of zero, not None. A resumed run needs it, too.
         for parameter in self.optimizer.state:
             parameter.grad = torch.zeros_like(parameter)
+        self.report = [f"{path}: resumed after update {state['step']}"]
+        changed = {name for name, value in state["config"].items() if getattr(config, name, value) != value}
+        for name in sorted(changed - {"out_dir", "resume"}):
+            is_now = shown(getattr(config, name))
+            self.report.append(f"resume: {name} was {shown(state['config'][name])}, is {is_now} from here on")
+        self.start, self.best, self.n_items = state["step"], state["best"], state["n_items"]
+        self.validation_due = state["validation_due"]  # the run ended while it validated
+        self.goes_on = path.resolve() == (self.folder / "last.pt").resolve()
+        # The best model of another folder, or by other data, is no measure for this run, so it is sought anew.
+        if not self.goes_on or not (self.folder / "best.pt").exists() or VALIDATION & changed:
+            self.best, self.validation_due = -1.0, config.eval_interval >= 0
 
     def open(self, sampler, name_of, lines=()):
         """Make the run folder ready and print how the run starts. Nothing is written before this.
 
-        sampler: data.BatchSampler. name_of(row): how messages call a row of the data set. `health.Health` uses both."""
+        sampler: data.BatchSampler, and name_of(row): how messages call a row of the data set, both for `Health`."""
         self.sampler, self.name_of, self.wandb = sampler, name_of, None
-        before, self.contents["n_items"] = self.contents.get("n_items", sampler.n), sampler.n
-        if before != sampler.n:
-            self.report.append(
-                f"resume: the data had {before} items, has {sampler.n}; their order is another from here on"
-            )
+        if self.n_items not in (None, sampler.n):
+            line = f"resume: the data had {self.n_items} items, has {sampler.n}; their order is another from here on"
+            self.report.append(line)
         if self.processes.is_main:
-            # The best model of another checkpoint's run comes along. It is read before open_folder may rename it.
-            is_other = self.best > -1 and self.config.resume != "auto"
-            best = self.older_best.read_bytes() if is_other else b""
-            open_folder(self.config, self.start, self.validation_due)
-            if best:
-                with replacing(self.folder / "best.pt") as file:
-                    file.write(best)
+            open_folder(self.folder, self.goes_on)
+            write_json(self.folder / "run.json", describe_run(self.config))
+            cut_log(self.folder / "log.jsonl", self.start, self.validation_due)
             self.wandb = start_wandb(self.config)
             print(*lines, *self.report, sep="\n")
         steps = range(self.start, self.config.max_steps)
@@ -201,17 +177,14 @@ class Run:
         """The micro-batches of the next update. The weights are whole here, so here a run ends early.
 
         It ends where a stop was asked for, an image is broken or a loader worker died, on any process. The run then
-        saves and raises Stopped or, for an image, InputError. Processes on several machines ask each other at every
-        ASK_EVERY-th update, since a question waits for the network. An error in between ends the run unsaved."""
-        batches, error, asks = [], None, self.done % (ASK_EVERY if on_several_machines() else 1) == 0
+        saves and raises Stopped or, for an image, InputError."""
+        batches, error = [], None
         try:
-            if not (asks and self.stop_asked):
+            if not self.stop_asked:
                 batches = [next(loader) for _ in range(self.config.grad_accum)]
         except (InputError, RuntimeError, ConnectionError, EOFError) as caught:
-            if not asks:
-                raise
             error = caught
-        if not asks or not any_process(self.stop_asked or error is not None):
+        if not any_process(self.stop_asked or error is not None):
             return batches
         if self.saved < self.done:
             self.save()
@@ -247,8 +220,22 @@ class Run:
         self.validation_due = self.config.eval_interval >= 0 and every(self.config.eval_interval)
         self.save_due = self.validation_due or every(self.config.save_interval)
         if self.log_due:
-            self.health.check(self.config, self.sampler, self.name_of)
+            self._check_health()
         self.ended = time.perf_counter()
+
+    def _check_health(self):
+        """Raise InputError where an update was broken: its number, objective, learning rate and products."""
+        broken = [note for note in gather_objects(self.health.note.tolist()) if note[0] >= 0]
+        if not broken:
+            return
+        step, loss, norm = min(broken)
+        _, rows, objective = self.sampler.update_at(int(step))
+        factor = optim.lr_multiplier(step, self.config.warmup, self.config.milestones)
+        raise InputError(
+            f"update {int(step) + 1}: loss {loss:g}, gradient norm {norm:g} (objective {objective}, learning rate "
+            f"{self.config.lr * factor:.3g}); the last checkpoint is older and stays; lower --lr, or look at this "
+            f"update's products: {', '.join(self.name_of(int(row)) for row in rows)}"
+        )
 
     def log(self, **more):
         """Write a log line: means per update over all processes since the last line, speed, memory, and `more`."""
@@ -287,17 +274,13 @@ class Run:
     def save(self):
         """Write last.pt with all that a resume needs. A validation comes after it, for a validation may fail.
 
-        Raises InputError, and writes nothing, where an update was broken or the processes' weights differ."""
-        self.health.check(self.config, self.sampler, self.name_of)
-        health.check_weights(self.model, self.done)
-        sums = {objective: {name: float(v) for name, v in row.items()} for objective, row in self.sums.items()}
+        Raises InputError, and writes nothing, where an update was broken."""
+        self._check_health()
+        copy_from_main(self.model.buffers())  # BatchNorm's averages, which each process moves by its own batch
         self._write_checkpoint(
             "last.pt",
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
-            parts=gather_objects({"sums": sums, "skipped_images": self.skipped_images}),
-            lasting={name: tensor.cpu() for name, tensor in self.lasting.items()},
-            skipped_updates=self.health.skipped_updates,
             validation_due=self.validation_due,
         )
         self.saved, now = self.done, time.perf_counter()
@@ -313,7 +296,33 @@ class Run:
     def _write_checkpoint(self, name, **more):
         if self.processes.is_main:
             state = {**self.contents, "model": self.model.state_dict(), "config": dataclasses.asdict(self.config)}
-            checkpoint.save(self.folder / name, {**state, "step": self.done, "best": self.best, **more})
+            state |= {"step": self.done, "best": self.best, "n_items": self.sampler.n}
+            checkpoint.save(self.folder / name, {**state, **more})
+
+
+class Health:
+    """Notes the first update whose loss or gradient is NaN or infinite, on the device, where nothing waits for it.
+
+    The note is read at log lines and saves, so the run ends some updates later and still names the right one.
+    Under float16 the scaler skips updates with infinite gradients. They are counted; below scale 1 they are broken."""
+
+    def __init__(self, optimizer, scaler, device):
+        self.optimizer, self.scaler, self.skipped_updates = optimizer, scaler, 0
+        self.scale = scaler.get_scale()  # 1.0 without a scaler
+        self.note = torch.tensor([-1.0, 0.0, 0.0], dtype=torch.float64, device=device)  # update, loss, gradient norm
+
+    def watch(self, step, loss):
+        """Look at update `step` (from 0) after the optimizer's step: at its loss () and at its gradients."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [] if self.scaler.is_enabled() else [p.grad for p in parameters]
+        norm = torch.nn.utils.get_total_norm(gradients).to(loss.device)  # of nothing: 0
+        before, self.scale = self.scale, self.scaler.get_scale()
+        if self.scale < before:
+            self.skipped_updates += 1
+            norm = norm + (math.inf if before < 1 else 0.0)
+        number = torch.full((), step, device=loss.device)
+        row = torch.stack([value.to(self.note) for value in (number, loss.detach(), norm)])
+        self.note = torch.where((self.note[0] < 0) & ~row.isfinite().all(), row, self.note)
 
 
 def find_resume(resume, folder, model):
@@ -353,29 +362,22 @@ def lock_folder(folder):
     _locks[folder] = file
 
 
-def open_folder(config, start, validating=False):
-    """Make the run folder ready for updates from `start` on: a lock, run.json, and a log without lines past `start`.
+def open_folder(folder, goes_on):
+    """Make and lock the run folder.
 
-    validating: the validation of update `start` is to be done again, so its line goes, too.
-
-    A run that does not go on from the folder's last.pt renames the files there, for they may be days of work: to
-    *.before, the next time to *.before2, and so on."""
-    folder, files = Path(config.out_dir), ("last.pt", "best.pt", "log.jsonl")
-    goes_on = start > 0 and (config.resume == "auto" or Path(config.resume).resolve() == (folder / "last.pt").resolve())
+    A run that does not go on from the folder's last.pt gives a folder with an older run, which may be days of work,
+    another name: FOLDER.1, the next time FOLDER.2, and so on."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock_folder(folder)
-        old = [name for name in files if (folder / name).exists()]
-        if not goes_on and {"last.pt", "best.pt"} & set(old):
-            suffix, number = "before", 1
-            while any((folder / f"{name}.{suffix}").exists() for name in files):
-                number += 1
-                suffix = f"before{number}"
-            for name in old:
-                os.replace(folder / name, folder / f"{name}.{suffix}")
-            print(f"{folder}: holds an older run, kept as *.{suffix} (--resume=auto would have gone on with it)")
-    write_json(folder / "run.json", describe_run(config))
-    cut_log(folder / "log.jsonl", start, validating)
+        if goes_on or not ((folder / "last.pt").exists() or (folder / "best.pt").exists()):
+            return
+        names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        folder.rename(aside)
+        print(f"{folder}: held an older run, which is now in {aside} (--resume=auto would have gone on with it)")
+        folder.mkdir()
+        lock_folder(folder)
 
 
 def describe_run(config):

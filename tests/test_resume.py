@@ -92,14 +92,11 @@ def environment(pid):
 
 def test_a_second_run_in_the_folder_of_a_running_one_is_refused(tmp_path):
     """A scheduler that starts a job twice must not have two processes write one checkpoint."""
-    code = "import sys, time, pretrain; from plumbing import runs"
-    code += "; runs.open_folder(pretrain.PretrainConfig(out_dir=sys.argv[1]), 0)"
+    code = "import pathlib, sys, time; from plumbing import runs; runs.open_folder(pathlib.Path(sys.argv[1]), False)"
     code += "; print(1, flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, cwd=soak.ROOT) as first:
         first.stdout.readline()
-        from pretrain import PretrainConfig
-
         with pytest.raises(settings.InputError, match=f"{tmp_path}: process {first.pid} on .* trains in it; stop it "):
-            runs.open_folder(PretrainConfig(out_dir=str(tmp_path)), 0)
+            runs.open_folder(tmp_path, False)
         first.kill()
-    runs.open_folder(PretrainConfig(out_dir=str(tmp_path)), 0)
+    runs.open_folder(tmp_path, False)
