@@ -64,6 +64,7 @@ def run(main):
     if torch and torch.distributed.is_initialized():
         if code:
             os._exit(code)  # to close the group would wait for the others
+        time.sleep(0.1)  # a thread of gloo may still free a tensor; torch 2.6 would then wait for it, and it for Python
         torch.distributed.destroy_process_group()
     if code:
         sys.exit(code)

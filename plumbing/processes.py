@@ -160,7 +160,7 @@ def any_process(flag):
 
 
 def copy_from_main(tensors):
-    """Overwrite the tensors of every process by those of rank 0."""
+    """Overwrite the tensors of every process, which need no gradient, by those of rank 0."""
     if in_group():
         for tensor in tensors:
-            dist.broadcast(tensor.data, 0)
+            dist.broadcast(tensor, 0)

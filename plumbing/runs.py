@@ -5,7 +5,6 @@ resume needs), best.pt (the best model by the metric that selects) and lock."""
 
 import contextlib
 import dataclasses
-import errno
 import itertools
 import json
 import math
@@ -141,7 +140,11 @@ class Run:
             open_folder(self.folder, self.goes_on)
             write_json(self.folder / "run.json", describe_run(self.config))
             cut_log(self.folder / "log.jsonl", self.start, self.validation_due)
-            self.wandb = start_wandb(self.config)
+            if self.config.wandb:
+                import wandb
+
+                settings_now = dataclasses.asdict(self.config)
+                self.wandb = wandb.init(project=self.config.wandb, config=settings_now, dir=self.config.out_dir)
             print(*lines, *self.report, sep="\n")
         steps = range(self.start, self.config.max_steps)
         self.bar = tqdm(steps, disable=not self.processes.is_main, initial=self.start)
@@ -352,11 +355,11 @@ def lock_folder(folder):
     file = open(folder / "lock", "a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader workers do not hold it
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return  # a file system without locks
+    except (BlockingIOError, PermissionError):
         file.seek(0)
         raise InputError(f"{folder}: {file.read().strip()} trains in it; stop it or choose another --out_dir") from None
+    except OSError:
+        return  # a file system without locks
     file.truncate(0)
     print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
     _locks[folder] = file
@@ -391,17 +394,6 @@ def describe_run(config):
     return {"command": command, "config": dataclasses.asdict(config), "git_commit": commit or None, **versions}
 
 
-def start_wandb(config):
-    """A Weights & Biases run where the setting `wandb` names a project, else None. InputError if not installed."""
-    if not config.wandb:
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise InputError(f"wandb: set to {config.wandb!r}, but the package is missing; pip install wandb") from None
-    return wandb.init(project=config.wandb, config=dataclasses.asdict(config), dir=config.out_dir)
-
-
 def append_log(path, row):
     """Append one JSON line. Not-a-number and infinity are not JSON, so they are written as null."""
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
@@ -417,15 +409,15 @@ def cut_log(path, step, validating):
     validating: drop the line of the validation at `step`, too."""
     if not path.exists():
         return
-    kept = []
+    rows = []
     for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            row = json.loads(line)
-            is_repeated = validating and row["step"] == step and any(name.startswith("val_") for name in row)
-            if row["step"] <= step and not is_repeated:
-                kept.append(line + "\n")
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
     with replacing(path) as file:
-        file.write("".join(kept).encode())
+        for row in rows:
+            is_repeated = validating and row["step"] == step and "lr" not in row
+            if row["step"] <= step and not is_repeated:
+                file.write((json.dumps(row) + "\n").encode())
 
 
 def peak_memory_gb(device):

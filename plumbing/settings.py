@@ -19,7 +19,6 @@ COUNT = (1, math.inf)  # limits of a setting: least and most
 SHARE = (0.0, 1.0)
 FROM_0 = (0, math.inf)
 MISSING = "an image file that is missing or broken: stop (end with its name) or skip (leave it out and count it)"
-NEW_NAMES = {"tokenizer": "image_tokenizer", "itm_pool": "itm_candidates"}  # settings that were renamed
 
 
 class InputError(ValueError):
@@ -80,8 +79,8 @@ def _parse(text, kind, where):
 
 
 def _unknown(name, names):
-    nearest = NEW_NAMES[name] if NEW_NAMES.get(name) in names else difflib.get_close_matches(name, names, 1, 0)[0]
-    return f"unknown setting {name!r}; the nearest is {nearest!r} (--help lists all)"
+    nearest = "".join(f"; the nearest is {near!r}" for near in difflib.get_close_matches(name, names, 1))
+    return f"unknown setting {name!r}{nearest} (--help lists all)"
 
 
 def read_config_file(path, names):
@@ -135,9 +134,6 @@ def _build_parser(cls, kinds, description):
             help=f"{f.metadata['meaning']} [{default!r}]".replace("%", "%%"),
             **flag,
         )
-    if "missing" in kinds:  # an older spelling
-        same = {"action": "store_const", "const": "skip", "dest": "missing", "default": argparse.SUPPRESS}
-        parser.add_argument("--skip_broken_images", help="the same as --missing=skip", **same)
     return parser
 
 
@@ -148,12 +144,8 @@ def load_config(cls, argv=None, description="", files=None):
     Raises InputError on an unknown name (it names the nearest), a wrong type, an unreadable file. `--help` exits."""
     kinds = typing.get_type_hints(cls)
     given, unknown = _build_parser(cls, kinds, description).parse_known_args(argv)
-    for word in (given.config or "", *unknown):
-        name = word.lstrip("-–—").partition("=")[0].strip().replace("-", "_").lower()
-        if name in kinds and (word != name or "=" in unknown):
-            raise InputError(f"found {word!r}, expected two dashes before a setting and no spaces: --{name}=VALUE")
     if unknown:
-        raise InputError(_unknown(unknown[0].lstrip("-").partition("=")[0], kinds))
+        raise InputError(_unknown(unknown[0].partition("=")[0], [f"--{name}" for name in kinds]))
     given = vars(given)
     path = given.pop("config")
     given = {name: _parse(text, kinds[name], f"--{name}") for name, text in given.items()}

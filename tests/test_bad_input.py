@@ -413,15 +413,6 @@ def test_byte_order_marks_are_no_content(tmp_path):
     assert weights.read_tokenizer(tmp_path / "vocab.txt").token_to_id("[PAD]") == 0
 
 
-@pytest.mark.parametrize("word", ["max_steps=3", "-max_steps=3", "\u2014-max_steps=3", "--max-steps=3", "MAX_STEPS=3"])
-@pytest.mark.parametrize("argv", [[], ["configs/demo.py"]])
-def test_a_setting_that_is_spelled_otherwise(argv, word):
-    with pytest.raises(InputError, match=f"found '{word}', expected two dashes .* no spaces: --max_steps=VALUE"):
-        settings.load_config(pretrain.PretrainConfig, [*argv, word])
-    with pytest.raises(InputError, match="found 'max_steps', expected two dashes .* no spaces: --max_steps=VALUE"):
-        settings.load_config(pretrain.PretrainConfig, [*argv, "max_steps", "=", "3"])
-
-
 def test_names_may_have_spaces_between_them():
     argv = ["--sets=FashionGen, BigFACAD", "--objectives=itc:0.5, mlm:0.5"]
     config = settings.load_config(pretrain.PretrainConfig, argv)
@@ -440,13 +431,6 @@ def test_names_that_the_terminal_cannot_show():
         [sys.executable, "-c", code], env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, capture_output=True
     )
     assert (done.returncode, done.stdout.strip()) == (0, rb"caf\udce9")
-
-
-@pytest.mark.parametrize(
-    "argv, missing", [([], "stop"), (["--missing=skip"], "skip"), (["--skip_broken_images"], "skip")]
-)
-def test_two_spellings_of_what_happens_to_missing_images(argv, missing):
-    assert settings.load_config(pretrain.PretrainConfig, argv).missing == missing
 
 
 def test_a_broken_photo_of_the_validation_is_left_out_and_counted(root, tmp_path, capsys):

@@ -393,7 +393,7 @@ def torchrun(catalogue, out, *words):
 
 @pytest.mark.parametrize("part, max_steps", [("val", 2), ("train", 99)])
 def test_one_process_that_fails_ends_all_and_torchrun_reports_its_line(catalogue, tmp_path, part, max_steps):
-    """One of the two processes opens a broken photo. In a validation the other one loses it, and says so in one line."""
+    """One process opens a broken photo. In a validation the other one loses it, and says so in one line."""
     shutil.copytree(catalogue, tmp_path / "data")
     photos = sorted((tmp_path / "data" / "FashionGen" / part).iterdir())
     for photo in photos[: 1 if part == "val" else None]:

@@ -44,7 +44,9 @@ def test_the_papers_config_is_the_recipe():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--bach_size=4"], "unknown setting 'bach_size'; the nearest is 'batch_size' (--help lists all)"),
+        (["--bach_size=4"], "unknown setting '--bach_size'; the nearest is '--batch_size' (--help lists all)"),
+        (["-batch_size=4"], "unknown setting '-batch_size'; the nearest is '--batch_size' (--help lists all)"),
+        (["--qqq=4"], "unknown setting '--qqq' (--help lists all)"),
         (["--batch_size=many"], "--batch_size: found 'many', expected int"),
         (["--compile=maybe"], "--compile: found 'maybe', expected bool"),
         (["--objectives=itc:high"], "--objectives: found 'itc:high', expected dict"),

@@ -249,9 +249,9 @@ def test_broken_images_stop_it_or_are_left_out(files, gallery, capsys):
     with pytest.raises(InputError, match="broken.jpg.*--missing=skip"):
         rows(files["C"], gallery, "--text=red")
     assert not Path(f"{gallery}.index.pt").exists()
-    found = rows(files["C"], gallery, "--text=red", "--skip_broken_images", "--top=99")
+    found = rows(files["C"], gallery, "--text=red", "--missing=skip", "--top=99")
     assert len(found) == 12 and "12 images; 1 cannot be read and are left out" in capsys.readouterr().err
-    assert rows(files["C"], gallery, "--text=red", "--skip_broken_images", "--top=99") == found
+    assert rows(files["C"], gallery, "--text=red", "--missing=skip", "--top=99") == found
     assert capsys.readouterr().err == ""
 
 
