@@ -378,7 +378,7 @@ def open_folder(folder, goes_on):
         names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
         aside = next(name for name in names if not name.exists())
         folder.rename(aside)
-        print(f"{folder}: held an older run, which is now in {aside} (--resume=auto would have gone on with it)")
+        print(f"{folder}: the older run in it is now {aside}; --out_dir={aside} --resume=auto goes on with it")
         folder.mkdir()
         lock_folder(folder)
 

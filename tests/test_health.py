@@ -1,4 +1,4 @@
-"""What ends a run early: signals, broken numbers, drifting processes, full disks. What it leaves, and what it says."""
+"""What ends a run early: signals, broken numbers, lost processes, full disks. What it leaves, and what it says."""
 
 import dataclasses
 import errno
@@ -358,7 +358,7 @@ def test_a_new_start_gives_the_folder_of_an_older_run_another_name(catalogue, tm
         pretrain.train(config, ONE)
         kept.append({path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != "lock"})
         pretrain.train(dataclasses.replace(config, lr=number * 1e-4), ONE)
-        assert f"run: held an older run, which is now in {tmp_path}/run.{2 * number - 1} (" in capsys.readouterr().out
+        assert f"the older run in it is now {tmp_path}/run.{2 * number - 1}; --out_dir=" in capsys.readouterr().out
         for name, content in kept[-1].items():
             assert (tmp_path / f"run.{2 * number - 1}" / name).read_bytes() == content
     runs.lock_folder(tmp_path / "run")  # the new folder is locked by this process, so no other one trains in it
