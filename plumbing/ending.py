@@ -1,7 +1,6 @@
 """How a program ends: in one line for the user, with an exit code that says why."""
 
 import contextlib
-import errno
 import multiprocessing
 import os
 import signal
@@ -35,18 +34,15 @@ def run(main):
         code, line = EXIT_STOPPED, str(stopped)
     except KeyboardInterrupt:
         code, line = 130, "interrupted"  # as a shell says it of Ctrl-C
-    except (InputError, RuntimeError, OSError, EOFError) as error:
-        # An error of a loader worker arrives inside that worker's traceback. Its last line is ours.
-        code, text = 2, str(error).strip() or type(error).__name__
-        others_failed = "gloo" in text or "NCCL" in text  # this process has only lost its connection to them
+    except (InputError, RuntimeError, ConnectionError, EOFError) as error:
+        code, text = 2, str(error).strip()
         if isinstance(error, InputError):
+            # An error of a loader worker arrives inside that worker's traceback. Its last line is ours.
             line = "error: " + text.splitlines()[-1].removeprefix("plumbing.settings.InputError: ")
         elif is_dead_worker(error):
             line = f"error: {WORKER_DIED}"
-        elif getattr(error, "errno", 0) == errno.ENOSPC:
-            line = "error: what is printed cannot be written: the disk is full"
-        elif others_failed:
-            line = f"error: lost the other processes, of which one says why: {text.splitlines()[0]}"
+        elif "gloo" in text or "NCCL" in text:
+            others_failed, line = True, f"error: lost the other processes; one of them says why: {text.splitlines()[0]}"
         else:
             raise
     finally:

@@ -407,5 +407,5 @@ def test_one_process_that_fails_ends_all_and_torchrun_reports_its_line(catalogue
     assert report.count("Traceback") <= (1 if part == "val" else 2)  # of those alone who opened a broken photo
     if part == "val":
         assert printed.count("Traceback") == 2  # torchrun's own, too
-        assert len(re.findall("\nerror: lost the other processes, of which one says why: .*gloo", printed)) == 1
+        assert len(re.findall("\nerror: lost the other processes; one of them says why: .*gloo", printed)) == 1
         assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 2
