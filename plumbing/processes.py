@@ -93,7 +93,10 @@ def start_processes(device="auto", deterministic=False, tf32=False):
                 )
         # On GPUs there are both backends: tensors on the CPU, as in `any_process`, go through gloo and wait for no GPU.
         backend, own_device = ("cpu:gloo,cuda:nccl", device) if on_gpu else ("gloo", None)
-        dist.init_process_group(backend, device_id=own_device)
+        # torchrun's store lives on when it restarts a run. Without a prefix a new group waits for dead addresses.
+        store, own_rank, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=own_rank, world_size=processes, device_id=own_device)
     return Processes(rank(), processes, device)
 
 
