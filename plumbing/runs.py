@@ -125,7 +125,8 @@ class Run:
         self.validation_due = state["validation_due"]  # the run ended while it validated
         self.goes_on = path.resolve() == (self.folder / "last.pt").resolve()
         # The best model of another folder, or by other data, is no measure for this run, so it is sought anew.
-        if not self.goes_on or not (self.folder / "best.pt").exists() or VALIDATION & changed:
+        is_lost = not self.goes_on or not (self.folder / "best.pt").exists() or VALIDATION & changed
+        if self.best > -1 and is_lost:
             self.best, self.validation_due = -1.0, config.eval_interval >= 0
 
     def open(self, sampler, name_of, lines=()):
