@@ -144,8 +144,8 @@ class Run:
             if self.config.wandb:
                 import wandb
 
-                settings_now = dataclasses.asdict(self.config)
-                self.wandb = wandb.init(project=self.config.wandb, config=settings_now, dir=self.config.out_dir)
+                config = dataclasses.asdict(self.config)
+                self.wandb = wandb.init(project=self.config.wandb, config=config, dir=self.folder)
             print(*lines, *self.report, sep="\n")
         steps = range(self.start, self.config.max_steps)
         self.bar = tqdm(steps, disable=not self.processes.is_main, initial=self.start)
