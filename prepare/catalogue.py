@@ -222,7 +222,8 @@ def read_products(config, photos):
     config = replace(config, **{name: unicodedata.normalize("NFC", getattr(config, name)) for name in COLUMNS})
     for table in read_tables(config, photos):
         used = check_columns(table, config)
-        folder = Path(config.photos or table.path.parent)
+        # img2dataset puts the photos of 00000.parquet into 00000/
+        folders = [Path(config.photos or table.path.parent), table.path.with_suffix("")]
         for number, cells in enumerate(tqdm(table.rows, desc="reading", unit="row", disable=None), 1):
             n_rows += 1
             if str(cells.get("status")).startswith("failed_to_"):  # as img2dataset says it of a download
@@ -240,7 +241,7 @@ def read_products(config, photos):
                     key = str(n_rows)
                 if not key:
                     raise ValueError(f"id: empty; {needs}")
-                paths = [image_file(names, folder, config, addresses) for names in image_names(row, config)]
+                paths = [image_file(names, folders, config, addresses) for names in image_names(row, config)]
                 old = items.get(key, texts)
                 for name in ("title", "category", "subcategory"):
                     if old[name] and texts[name] and old[name].casefold() != texts[name].casefold():

@@ -179,7 +179,7 @@ def find_file(folder, name):
     return path if os.path.exists(path) else None
 
 
-def image_file(names, folder, config, addresses):
+def image_file(names, folders, config, addresses):
     """The path of an image of a row, under the first of its `names` that is there. With --photos an address stands for
     the file of its last part, or parts. addresses: {path: the address it stood for}, which this function fills.
 
@@ -192,7 +192,7 @@ def image_file(names, folder, config, addresses):
         if url.path and config.photos:
             parts = f"{url.netloc}{url.path}".split("/")
             places = ["/".join(parts[i:]) + query for query in (f"?{url.query}", "") for i in range(len(parts))]
-        for path in filter(None, (find_file(folder, place) for place in places)):
+        for path in filter(None, (find_file(folder, place) for folder in folders for place in places)):
             if addresses.setdefault(path, url.path) != url.path:
                 raise ValueError(f"images: {path} stands for two addresses, {addresses[path]!r} and {url.path!r}")
             return path
@@ -202,9 +202,8 @@ def image_file(names, folder, config, addresses):
         raise ValueError(f"images: {name!r:.80} is an address; download first, and {cure}")
     if re.match(r"[a-z]:[\\/]", name, re.IGNORECASE):
         raise ValueError(f"images: {name!r:.80} is a path of another computer; write it as seen from --photos")
+    path = folders[0] / name
     if re.search(r"[,;|]", name):
-        path = folder / name
-        raise ValueError(
-            f"images: no file {str(path)!r}; between several images stands --separator ({config.separator!r})"
-        )
-    return folder / name
+        cure = f"between several images stands --separator ({config.separator!r})"
+        raise ValueError(f"images: no file {str(path)!r}; {cure}")
+    return path

@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import errno
 import gzip
 import importlib.util
 import io
@@ -812,12 +813,7 @@ def test_val_where_no_group_fits(tmp_path):
 @pytest.mark.parametrize(
     "name, text, settings, message",
     [
-        (
-            "shop.csv",
-            "id,images,name\n1,a.jpg,hat\n",
-            {},
-            "no column 'title', found id, images, name; set --title",
-        ),
+        ("shop.csv", "id,images,name\n1,a,b\n", {}, "no column 'title', found id, images, name; set --title"),
         ("shop.csv", "images,title\na.jpg,hat\n", {"category": "kind"}, "no column 'kind'"),
         ("shop.csv", "images,title\n", {}, "no product"),
         ("shop.csv", 'images,title\n"a.jpg,hat', {}, "shop.csv: "),
@@ -846,6 +842,33 @@ def test_command_line_errors(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=message):
             products.main()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_gets_full_and_a_folder_that_is_there(tmp_path):
+    with pytest.raises(InputError, match="out: the disk is full"), layout.written_aside(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "volume" / "lost+found").mkdir(parents=True)
+    with layout.written_aside(tmp_path / "volume") as aside:
+        (aside / "whole").write_text("x")
+        assert aside.parent == tmp_path / "volume"  # nothing can be written beside a mount
+    assert files_under(tmp_path) == ["volume/whole"]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot be saved"), layout.written_aside(tmp_path / "file" / "out"):
+        pass
+
+
+def test_photos_of_shards(tmp_path):
+    """img2dataset numbers photos anew in each shard where it is asked to, beside 00000.parquet in 00000/."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for shard in ("00000", "00001"):
+        photo(tmp_path / shard / "7.jpg")
+        row = {"id": shard, "key": "7", "title": "hat", "status": "success"}
+        rows = [row, {**row, "id": "x", "key": "8", "status": "failed_to_download"}]
+        parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / f"{shard}.parquet")
+    (tmp_path / "photos").mkdir()
+    items, faults = products_of({"products": str(tmp_path), "images": "{key}.jpg"}, tmp_path / "photos")
+    assert [item["images"] for item in items] == [[tmp_path / s / "7.jpg"] for s in ("00000", "00001")] and not faults
 
 
 def test_written_aside(tmp_path):
@@ -883,16 +906,8 @@ def test_mine_by_hand():
 def test_relabel_a_root(catalogue, tmp_path):
     before = {name: (catalogue / name).read_bytes() for name in files_under(catalogue)}
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "prepare.catalogue",
-        f"--root={catalogue}",
-        f"--out={out}",
-        "--link",
-        "--min_count=3",
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    flags = [f"--root={catalogue}", f"--out={out}", "--link", "--min_count=3"]
+    subprocess.run([sys.executable, "-m", "prepare.catalogue", *flags], check=True, capture_output=True)
     assert before == {
         name: (catalogue / name).read_bytes() for name in files_under(catalogue)
     }  # links are not followed
