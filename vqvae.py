@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from plumbing import runs, settings, weights
+from plumbing import checkpoint, runs, settings, weights
 from plumbing.files import reading
 from plumbing.processes import all_mean, gather_with_gradient, world_size
 from plumbing.settings import COUNT, FROM_0, MISSING, InputError, setting
@@ -310,7 +310,7 @@ def load_image_tokenizer(path, device="cpu"):
     state = {k.removeprefix(f"{inside}."): v for k, v in state.items() if not k.startswith(TRAINING_ONLY)}
     with reading(path, "no image tokenizer in it"):
         tokenizer = random_image_tokenizer(read_sizes(state))
-    weights.check_names(path, tokenizer.state_dict(), state)
+    checkpoint.check_names(path, tokenizer.state_dict(), state)
     check_patches(path, tokenizer.config)
     tokenizer.load_state_dict(state)
     return tokenizer.to(device)
