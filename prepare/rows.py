@@ -25,6 +25,17 @@ from prepare.cells import image_columns
 
 COLUMNS = ("id", "images", "title", "description", "category", "subcategory")  # settings that name a column
 PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by a file's first bytes
+OTHERS = {  # by the first bytes, of the file or of what is packed in it
+    b"SQLite format 3": "an SQLite database; export its table as CSV",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook of the old kind; give its name the ending .xls, or save it as CSV UTF-8",
+    b"PAR1": "a parquet file; give its name the ending .parquet, unpacked",
+    b"ARROW1": "a Feather file; write it as parquet",
+    b"\x89HDF": "an HDF5 file; write its table as CSV or parquet",
+    b"%PDF": "a PDF document; write its table as CSV",
+    b"7z\xbc\xaf": "packed by 7-Zip; unpack it first",
+    b"Rar!": "packed by RAR; unpack it first",
+    b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it first",
+}
 EXCEL = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods")
 BATCH = 32  # rows of a parquet file that are in memory at a time, with their photos
 
@@ -295,7 +306,11 @@ def read_tables(config, photos):
             tables.append(read_excel(path))
         else:
             with reading(path, "cannot be read"), open_packed(path) as file:
-                start = file.read(2048).replace(b"\0", b"").lstrip(b"\xff\xfe\xef\xbb\xbf \r\n\t")[:1]
+                head = file.read(2048)
+            other = next((text for mark, text in OTHERS.items() if head.startswith(mark)), "")
+            if other or head[257:262] == b"ustar":
+                raise InputError(f"{path}: {other or 'a tar archive; unpack it first'}")
+            start = head.replace(b"\0", b"").lstrip(b"\xff\xfe\xef\xbb\xbf \r\n\t")[:1]
             is_csv = start not in (b"{", b"[") or ".csv" in path.suffixes  # SQL Server writes columns as [id],[title]
             read = read_xml if start == b"<" else read_csv if is_csv else read_json
             tables.append(read(path, config))

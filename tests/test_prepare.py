@@ -720,6 +720,9 @@ QUOTE = 'double each quote (") inside a cell, and close each cell that begins wi
         ("a.json", "", "the file is empty, expected products"),
         ("a.json", "{}", "the file is empty, expected products"),
         ("a.json", "[1]", "found a line that is no object, expected products"),
+        ("a.db", b"SQLite format 3\0", "an SQLite database; export its table as CSV"),
+        ("a.csv", b"PAR1\x15\x04", "a parquet file; give its name the ending .parquet, unpacked"),
+        ("a.tgz", gzip.compress(bytes(257) + b"ustar"), "a tar archive; unpack it first"),
     ],
 )
 def test_files_that_are_refused_in_one_line(tmp_path, name, text, message):
