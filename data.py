@@ -6,8 +6,6 @@ epoch, index), and every batch from (seed, step). So neither the number of proce
 import functools
 import math
 import os
-import shutil
-import signal
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from plumbing import annotations
+from plumbing import annotations, loading
 from plumbing.photos import CROPPED, RESIZED, leave_out, leave_out_of_products, open_image
 from plumbing.settings import NO_LABEL, STRIDE, InputError
 
@@ -395,40 +393,16 @@ class BatchSampler:
                 yield [Key(epoch, int(index), objective) for index in micro]
 
 
-def init_worker(worker=0):
-    """Keep a data loader worker alive while its main process finishes an update and saves.
-
-    Ctrl-C and torchrun send their signals to the whole process group, so the worker leaves it. SLURM and systemd send
-    SIGTERM to every process, so the first one does nothing. The second one ends the worker, as it ends any program.
-    SLURM may send SIGUSR1 before the end of its time, which the main process alone answers."""
-    os.setpgrp()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
-
-
-def check_shared_memory(n_batches, n_images, size):
-    """Raise InputError where /dev/shm cannot hold the batches that are ready at a time: the run would wait for ever.
-
-    Workers send their batches through /dev/shm, which all processes of a machine share. n_batches: of one process.
-    n_images: of one batch, uint8 of size x size pixels each."""
-    if not os.path.isdir("/dev/shm"):
-        return
-    needed = n_batches * n_images * 3 * size**2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
-    free = shutil.disk_usage("/dev/shm").free
-    if needed > free:
-        found = f"batches that are read ahead need up to {needed >> 20} MiB of /dev/shm, where {free >> 20} are free"
-        raise InputError(f"workers: {found}; set fewer --workers, or `docker run --shm-size={1 + (needed >> 30)}g`")
-
-
 def train_loader(dataset, sampler, config, device, ahead=4):
     """A DataLoader of the `sampler`'s batches; a worker reads `ahead` of them. For a GPU its memory is pinned."""
-    workers = {"num_workers": config.workers, "worker_init_fn": init_worker, "pin_memory": device.type == "cuda"}
+    workers = {"num_workers": config.workers, "worker_init_fn": loading.init_worker}
     if config.workers:
         workers |= {"prefetch_factor": ahead, "persistent_workers": True}
         n_batches = config.workers * ahead + config.grad_accum  # read ahead, and in use
         n_samples = config.batch_size // (config.grad_accum * sampler.processes.world_size)  # two images each at most
-        check_shared_memory(n_batches, 2 * n_samples, config.image_size)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **workers)
+        loading.check_shared_memory(n_batches, 2 * n_samples, config.image_size)
+    pin_memory = device.type == "cuda"
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, pin_memory=pin_memory, **workers)
 
 
 # ---- what the stages train on ----------------------------------------------------------------------------------------

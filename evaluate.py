@@ -12,7 +12,6 @@ number: the right items of a query have its id. This file makes vectors of items
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,14 +20,12 @@ from tqdm import tqdm
 
 import data
 import losses
-import metrics
 from metrics import composed_retrieval, full_gallery, outfit_retrieval, recognition, sample_100
 from model import CSANet
-from plumbing import annotations, checkpoint, ending, photos, pictures, settings
-from plumbing.files import write_json
+from plumbing import annotations, checkpoint, ending, loading, photos, pictures, settings, tables
 from plumbing.other_models import OtherModel, write_list
 from plumbing.pictures import Ranking, dot_products
-from plumbing.processes import device_name, gather_objects, start_processes
+from plumbing.processes import gather_objects, start_processes
 from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, MISSING, InputError, setting
 
 GALLERIES, SPLITS = ("original", "val"), ("disjoint", "nondisjoint")  # of FashionIQ and of Polyvore Outfits
@@ -78,8 +75,8 @@ class Embedder:
         # Workers only pay for more images than a batch. Texts are tokenized already.
         workers = config.workers if "image" in items[0] and len(items) > config.eval_batch_size else 0
         if workers:  # each reads two batches ahead
-            data.check_shared_memory(2 * workers + 1, config.eval_batch_size, config.image_size)
-        options = {"num_workers": workers, "worker_init_fn": data.init_worker, "pin_memory": on_gpu}
+            loading.check_shared_memory(2 * workers + 1, config.eval_batch_size, config.image_size)
+        options = {"num_workers": workers, "worker_init_fn": loading.init_worker, "pin_memory": on_gpu}
         if workers and (on_gpu or self.processes.world_size > 1):
             # The main process has threads (gloo, NCCL, pinned memory). A fork beside them can hang (pytorch#130610).
             options["multiprocessing_context"] = "forkserver"
@@ -370,36 +367,6 @@ def evaluate_checkpoint(path, config, processes):
     return dict(run_task(model, tokenizer, config, processes))
 
 
-def report(results, config, device, path, out, seconds, baseline=None, intervals=False):
-    """Write {protocol: Result} as JSON to `out`, and print a table for each protocol, with chance beside every metric.
-
-    baseline: {protocol: Result} of another checkpoint on the same queries; adds the difference and its interval."""
-    rows = {"task": config.task, "checkpoint": str(path), "seed": config.seed, "seconds": round(seconds, 1)}
-    rows |= {"dtype": config.dtype, "device": device_name(device)}
-    lines = []
-    for protocol, result in results.items():
-        interval_of = partial(metrics.bootstrap, result.metrics_of, result.outcomes, seed=config.seed)
-        more = {}  # further columns
-        if intervals:
-            more["interval"] = interval_of()
-        if baseline:
-            base = baseline[protocol]
-            more["difference"] = {name: value - base.metrics[name] for name, value in result.metrics.items()}
-            more["difference_interval"] = interval_of(base.outcomes)
-        rows[protocol] = {"metrics": result.metrics, "chance": result.chance, **more, "counts": result.counts}
-        counts = [f"{name} {n:g}" for name, n in result.counts.items() if n or not name.endswith("_left_out")]
-        lines.append(f"\n{config.task}, {protocol} ({', '.join(counts)}; seed {config.seed}; {path})")
-        lines.append(" ".join([f"{'%':>16} {'value':>7} {'chance':>7}", *(f"{x.replace('_', ' '):>19}" for x in more)]))
-        for name, value in result.metrics.items():
-            line = f"{name:>16} {100 * value:7.1f} {100 * result.chance[name]:7.1f}"
-            for x in (values[name] for values in more.values()):
-                text = f"{100 * x[0]:.1f} to {100 * x[1]:.1f}" if isinstance(x, tuple) else f"{100 * x:+.1f}"
-                line += f" {text:>19}"
-            lines.append(line)
-    write_json(out, rows)  # first, for whoever reads what is printed may close the pipe
-    print(*lines, f"written: {out}", sep="\n")
-
-
 def main():
     config = settings.load_config(EvalConfig, description=__doc__)
     if sum(map(bool, (config.checkpoint, config.embeddings, config.list))) != 1:
@@ -420,7 +387,7 @@ def main():
     if not processes.is_main:
         return
     table, seconds = str(Path(out).with_suffix(".json")) if config.show else out, time.perf_counter() - started
-    report(results, config, processes.device, path, table, seconds, baseline, config.bootstrap)
+    tables.report(results, config, processes.device, path, table, seconds, baseline, config.bootstrap)
     if config.show:
         protocol, result = next(iter(results.items()))
         pictures.draw_rankings(out, f"{config.task}, {protocol}", result.rankings, config.show, config.seed)

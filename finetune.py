@@ -16,9 +16,8 @@ import torch
 
 import data
 import evaluate
-import losses
 from model import RESNETS, SIZES, CSANet, FashionViL, ModelConfig, compile_parts
-from plumbing import checkpoint, runs, settings
+from plumbing import checkpoint, runs, settings, tables
 from plumbing.processes import allow_tf32, copy_from_main
 from plumbing.settings import COUNT, FROM_0, MISSING, SHARE, setting
 
@@ -75,7 +74,7 @@ def train(config, processes):
     started = time.perf_counter()
     settings.check_limits(config)
     task, device = evaluate.TASKS[config.task], processes.device
-    if task.objective is not losses.recognition:
+    if task.heads != ("recognition",):  # the other tasks compare the items of a batch
         data.check_candidates(config)
     torch.manual_seed(config.seed)  # every process starts from the same weights
 
@@ -161,7 +160,7 @@ def train(config, processes):
     results = dict(evaluate.run_task(model, tokenizer, config, processes))
     if processes.is_main:
         best, file, seconds = run.folder / "best.pt", run.folder / "results.json", time.perf_counter() - started
-        evaluate.report(results, config, device, best, file, seconds)
+        tables.report(results, config, device, best, file, seconds)
     return results
 
 

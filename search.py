@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import mimetypes
 import os
 import sys
 from dataclasses import dataclass
@@ -29,9 +28,6 @@ from plumbing.files import replacing
 from plumbing.processes import start_processes
 from plumbing.settings import COUNT, DEVICES, FROM_0, MISSING, InputError, setting
 
-# Pillow opens more, such as .eps and .h5, but those are no photos.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".avif", ".mpo")
-IMAGE_SUFFIXES += (".tga", ".jp2", ".psd", ".ico", ".ppm", ".pjpeg", ".jpg_large")
 RERANKED = 50  # best results that --rerank scores again
 
 
@@ -55,57 +51,6 @@ class SearchConfig:
     data_root: str = setting("", "folder that holds PolyvoreOutfits/; empty: the checkpoint's own")
     workers: int = setting(2, "processes that read images", FROM_0, group="machine")
     device: str = setting("auto", "auto, cpu or cuda", choices=DEVICES)
-
-
-def list_images(folder):
-    """{path below `folder`: [bytes, time of change in ns]} of its images, at any depth, sorted; InputError if none."""
-    files, seen, others = {}, set(), []
-    for base, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(base) in seen:  # a link to a folder that was seen before
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(base))
-        for path in (Path(base, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in IMAGE_SUFFIXES and path.exists():
-                files[str(path.relative_to(folder))] = [path.stat().st_size, path.stat().st_mtime_ns]
-            elif (mimetypes.guess_type(path)[0] or "image").startswith("image"):  # such as the HEIC of phones
-                others.append(str(path))
-    if others:
-        print(f"gallery: {len(others)} files are left out for their endings, as {min(others)}", file=sys.stderr)
-    if not files:
-        raise InputError(f"gallery: no images in {str(folder)!r}, expected .jpg, .png, .webp or others")
-    return dict(sorted(files.items()))
-
-
-class PolyvoreCategories:
-    """The fine categories of a PolyvoreOutfits folder, numbered as in training. n: how many the checkpoint knows."""
-
-    def __init__(self, folder, n):
-        self.folder, self.names = Path(folder).resolve(), {}  # {a category's name or id: its numbers}
-        self.metadata, self.number = annotations.load_polyvore_items(folder)
-        if len(self.number) != n:
-            found = f"{len(self.number)} categories, but the checkpoint's CSA-Net has {n}"
-            raise InputError(f"{folder}: {found}; expected the folder of its training")
-        for row in self.metadata.values():
-            for name in (row["category_id"], str(row.get("semantic_category", row["category_id"]))):
-                self.names.setdefault(name, set()).add(self.number[int(row["category_id"])])
-
-    def numbers(self, name):
-        """The sorted numbers of a category's name or id. Polyvore's coarse names have several.
-
-        "shoe" and "Shoes" are one name. Raises InputError, with all names, for a name that no item has."""
-        wanted = name.lower().removesuffix("s")
-        found = [numbers for known, numbers in self.names.items() if known.lower().removesuffix("s") == wanted]
-        if not found:
-            shown = sorted(known for known in self.names if not known.isdigit()) or sorted(self.names, key=int)
-            raise InputError(f"category: found {name!r}, expected one of {', '.join(shown)}, or an id of {self.folder}")
-        return sorted(set().union(*found))
-
-    def of_image(self, path):
-        """The number of the item whose photo a file of images/ is; -1 for other files."""
-        folder, name = os.path.split(os.path.realpath(path))
-        item = self.metadata.get(os.path.splitext(name)[0]) if folder == f"{self.folder}/images" else None
-        return self.number[int(item["category_id"])] if item else -1
 
 
 # ---- the steps of a search -------------------------------------------------------------------------------------------
@@ -155,7 +100,7 @@ def find_categories(config, embedder, info):
     folder = Path(config.gallery).resolve().parent
     if not (folder / annotations.POLYVORE_ITEMS).exists():
         folder = Path(embedder.config.data_root, "PolyvoreOutfits")
-    categories = PolyvoreCategories(folder, embedder.model.n_categories)
+    categories = annotations.PolyvoreCategories(folder, embedder.model.n_categories)
     ours = {"Polyvore categories": [str(category) for category in categories.number]}
     checkpoint.check_labels(config.checkpoint, info["labels"], ours)
     return categories
@@ -181,7 +126,7 @@ def embed_gallery(config, embedder):
     It is made anew where it is not there, damaged, or of another checkpoint or other images. Raises InputError where it
     cannot be written, before the work."""
     folder = Path(config.gallery).resolve()
-    path, files = Path(config.index or f"{folder}.index.pt"), list_images(folder)
+    path, files = Path(config.index or f"{folder}.index.pt"), photos.list_gallery(folder)
     digest = hashlib.sha256(np.memmap(config.checkpoint, mode="r")).hexdigest()
     fingerprint = f"{digest} {embedder.task.fit.__name__} {embedder.config.image_size}"
     with contextlib.suppress(Exception):  # torch.load raises nearly anything on a damaged file

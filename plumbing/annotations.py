@@ -272,6 +272,37 @@ def load_polyvore_items(folder, faults=None):
     return metadata, {category: i for i, category in enumerate(order)}
 
 
+class PolyvoreCategories:
+    """The fine categories of a PolyvoreOutfits folder, numbered as in training. n: how many the checkpoint knows."""
+
+    def __init__(self, folder, n):
+        self.folder, self.names = Path(folder).resolve(), {}  # {a category's name or id: its numbers}
+        self.metadata, self.number = load_polyvore_items(folder)
+        if len(self.number) != n:
+            found = f"{len(self.number)} categories, but the checkpoint's CSA-Net has {n}"
+            raise InputError(f"{folder}: {found}; expected the folder of its training")
+        for row in self.metadata.values():
+            for name in (row["category_id"], str(row.get("semantic_category", row["category_id"]))):
+                self.names.setdefault(name, set()).add(self.number[int(row["category_id"])])
+
+    def numbers(self, name):
+        """The sorted numbers of a category's name or id. Polyvore's coarse names have several.
+
+        "shoe" and "Shoes" are one name. Raises InputError, with all names, for a name that no item has."""
+        wanted = name.lower().removesuffix("s")
+        found = [numbers for known, numbers in self.names.items() if known.lower().removesuffix("s") == wanted]
+        if not found:
+            shown = sorted(known for known in self.names if not known.isdigit()) or sorted(self.names, key=int)
+            raise InputError(f"category: found {name!r}, expected one of {', '.join(shown)}, or an id of {self.folder}")
+        return sorted(set().union(*found))
+
+    def of_image(self, path):
+        """The number of the item whose photo a file of images/ is; -1 for other files."""
+        folder, name = os.path.split(os.path.realpath(path))
+        item = self.metadata.get(os.path.splitext(name)[0]) if folder == f"{self.folder}/images" else None
+        return self.number[int(item["category_id"])] if item else -1
+
+
 class Polyvore(NamedTuple):
     outfits: list  # of {"items": the question, "blank": its id, "blank_item", "fake", "name"}; item: (path, category)
     n_categories: int

@@ -3,9 +3,12 @@
 import concurrent.futures
 import contextlib
 import functools
+import mimetypes
 import os
+import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
@@ -14,6 +17,9 @@ from plumbing.files import cause_of, not_the_file
 from plumbing.settings import InputError
 
 RESIZED, CROPPED = 256, 224  # sides in pixels before and after a crop; other image sizes keep this ratio
+# Pillow opens more, such as .eps and .h5, but those are no photos.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".avif", ".mpo")
+IMAGE_SUFFIXES += (".tga", ".jp2", ".psd", ".ico", ".ppm", ".pjpeg", ".jpg_large")
 MAX_PIXELS = 64_000_000  # of an image file; a larger one is no product photo and needs a gigabyte of memory
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is lower than Pillow's limit
@@ -109,3 +115,23 @@ def leave_out_of_products(products, config, what):
     broken = leave_out([path for product in products for path in product.images], config, what)
     kept = [replace(p, images=[path for path in p.images if str(path) not in broken]) for p in products]
     return [product for product in kept if product.images]
+
+
+def list_gallery(folder):
+    """{path below `folder`: [bytes, time of change in ns]} of its images, at any depth, sorted; InputError if none."""
+    files, seen, others = {}, set(), []
+    for base, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(base) in seen:  # a link to a folder that was seen before
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(base))
+        for path in (Path(base, name) for name in names if not name.startswith(".")):
+            if path.suffix.lower() in IMAGE_SUFFIXES and path.exists():
+                files[str(path.relative_to(folder))] = [path.stat().st_size, path.stat().st_mtime_ns]
+            elif (mimetypes.guess_type(path)[0] or "image").startswith("image"):  # such as the HEIC of phones
+                others.append(str(path))
+    if others:
+        print(f"gallery: {len(others)} files are left out for their endings, as {min(others)}", file=sys.stderr)
+    if not files:
+        raise InputError(f"gallery: no images in {str(folder)!r}, expected .jpg, .png, .webp or others")
+    return dict(sorted(files.items()))

@@ -317,6 +317,6 @@ def test_all_kinds_of_images_and_linked_folders_are_listed(tmp_path, capsys):
         (tmp_path / name).write_bytes(b"1")
     (tmp_path / "gallery" / "link").symlink_to(tmp_path / "other")
     (tmp_path / "other" / "back").symlink_to(tmp_path / "gallery")  # a circle
-    names = search.list_images(tmp_path / "gallery")
+    names = photos.list_gallery(tmp_path / "gallery")
     assert list(names) == ["a.jfif", "b.jpe", "deep/c.JPG", "e.mpo", "f.jpg_large", "link/d.avif"]
     assert "gallery: 2 files are left out for their endings" in capsys.readouterr().err

@@ -377,5 +377,5 @@ def test_images_of_other_kinds_are_counted(tmp_path, capsys):
     for name in ("b.HEIC", "a.heif", "._c.heic", "notes.txt"):
         (tmp_path / name).write_text("")
     Image.new("RGB", (8, 8)).save(tmp_path / "d.jpg")
-    assert list(search.list_images(tmp_path)) == ["d.jpg"]
+    assert list(photos.list_gallery(tmp_path)) == ["d.jpg"]
     assert capsys.readouterr().err == f"gallery: 2 files are left out for their endings, as {tmp_path}/a.heif\n"
