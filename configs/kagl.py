@@ -1,4 +1,4 @@
-"""The paper's model on KAGL (README, "Train on your own products"): pre-training on one GPU. Not run."""
+"""The paper's model on KAGL (README, "Train on public products"): pre-training on one GPU. Not run."""
 
 data_root = "data/kagl"
 sets = ("FashionGen",)  # prepare/catalogue.py writes KAGL in FashionGen's layout; the other sets are not there
