@@ -7,10 +7,8 @@ import functools
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -83,39 +81,26 @@ def refuse(call, message, root):
     assert re.fullmatch(expected, str(error.value)), f"\n{error.value}\n{message}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# settings
+# ---- settings --------------------------------------------------------------------------------------------------------
 
 SETTINGS = [
     (dict(batch_size=0), "batch_size: found 0, expected 1 or more"),
     (dict(batch_size=100_000), "batch_size: found 100000, but the data has only *** products"),
-    (dict(grad_accum=0), "grad_accum: found 0, expected 1 or more"),
-    (dict(max_steps=0), "max_steps: found 0, expected 1 or more"),
-    (dict(log_interval=0), "log_interval: found 0, expected 1 or more"),
-    (dict(save_interval=-1), "save_interval: found -1, expected 0 or more"),
     (dict(eval_interval=-2), "eval_interval: found -2, expected -1 or more"),
     (dict(workers=-1), "workers: found -1, expected 0 or more"),
     (dict(seed=-1), "seed: found -1, expected 0 to 9223372036854775807"),
     (dict(lr=float("nan")), "lr: found nan, expected 0 or more"),
-    (dict(weight_decay=float("inf")), "weight_decay: found inf, expected 0 or more"),
     (dict(dropout=1.5), "dropout: found 1.5, expected 0.0 to 1.0"),
-    (dict(width=0), "width: found 0, expected 1 or more"),
-    (dict(n_attributes=-1), "n_attributes: found -1, expected 0 or more"),
     (dict(n_attributes=3), "*** ***: attributes id ***, expected below 3; check the label file or n_attributes"),
     (dict(milestones=("a",)), "milestones: found ('a',), expected whole numbers of updates"),
     (dict(dtype="half"), "dtype: found 'half', expected one of float32, bfloat16, float16"),
-    (dict(size="huge"), "size: found 'huge', expected one of ***"),
-    (dict(resnet="resnet9"), "resnet: found 'resnet9', expected one of resnet18, resnet34, resnet50"),
     (dict(image_size=100), "image_size: found 100, expected a multiple of 32"),
     (dict(max_tokens=2), "max_tokens: found 2, expected 3 to 512, the positions of the model"),
     (dict(max_tokens=513), "max_tokens: found 513, expected 3 to 512, the positions of the model"),
-    (dict(sets=()), "sets: found (), expected some of FashionGen, BigFACAD, Fashion200k, PolyvoreOutfits, each once"),
-    (dict(sets=("Wear",)), "sets: found ('Wear',), expected some of ***"),
+    (dict(sets=("Wear",)), "sets: found ('Wear',), expected some of FashionGen, BigFACAD, Fashion200k, *** once"),
     (dict(sets=("FashionGen",) * 2), "sets: found ('FashionGen', 'FashionGen'), expected some of ***, each once"),
-    (dict(objectives={}), "objectives: found probabilities {{}}, expected none below 0 and a sum of 1"),
     (dict(objectives={"itx": 1.0}), "objectives: found 'itx', expected some of itc, itm, mlm, mpfc, mvc, pac"),
     (dict(objectives={"itc": 0.5}), "objectives: found probabilities {{'itc': 0.5}}, expected none below 0 and a ***"),
-    (dict(objectives={"itc": "much"}), "objectives: found probabilities ***, expected none below 0 and a sum of 1"),
     (dict(objectives={"itc": float("nan")}), "objectives: found probabilities {{'itc': nan}}, expected ***"),
     (dict(resume="gone.pt"), "gone.pt: ***: No such file or directory"),
 ]
@@ -126,16 +111,6 @@ def test_settings(changes, message, catalogue, tmp_path):
     config = small_pretrain(catalogue, tmp_path / "run", **{"objectives": {"itc": 1.0}, **changes})
     refuse(lambda: pretrain.train(config, ONE), message, catalogue)
     assert not os.listdir(tmp_path)
-
-
-def test_an_image_tokenizer_of_another_grid(catalogue, tmp_path):
-    sizes = vqvae.ImageTokenizerConfig(ch=8, ch_mult=(1, 1, 1), n_blocks=1, latent_dim=8, n_codes=16, unshuffle=4)
-    file = tmp_path / "tokenizer.pt"
-    checkpoint.save(file, {"kind": "image_tokenizer", "model": vqvae.random_image_tokenizer(sizes).state_dict()})
-    config = small_pretrain(catalogue, tmp_path / "run", image_tokenizer=str(file))
-    message = f"{file}: 3 levels and unshuffle 4 make patches of 16 pixels, expected 32 as the ResNet's"
-    refuse(lambda: pretrain.train(config, ONE), message, catalogue)
-    assert os.listdir(tmp_path) == ["tokenizer.pt"]
 
 
 @pytest.mark.parametrize("stage", [pretrain, finetune])
@@ -152,7 +127,6 @@ def test_missing_data_are_named_before_anything_is_fetched(stage, monkeypatch, t
         (dict(task="fashionik"), "task: found 'fashionik', expected one of ***"),
         (dict(task="polyvore", split="both"), "split: found 'both', expected one of disjoint, nondisjoint"),
         (dict(task="fashioniq", gallery="all"), "gallery: found 'all', expected one of original, val"),
-        (dict(task="fashioniq", eval_batch_size=0), "eval_batch_size: found 0, expected 1 or more"),
         (dict(task="fashioniq", batch_size=7, grad_accum=2), "batch_size: found 7, expected a multiple of *** = 1 x 2"),
         (dict(task="fashioniq", init="gone.pt"), "gone.pt: ***: No such file or directory"),
     ],
@@ -165,24 +139,19 @@ def test_settings_of_fine_tuning(changes, message, catalogue, tmp_path):
     assert not os.listdir(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# annotation files
+# ---- annotation files ------------------------------------------------------------------------------------------------
 
 ENTRIES = [  # changes of entry 1 of the training file, what the message says of it
     (dict(title=None), "key 'title': found None, expected str"),
-    (dict(title=5), "key 'title': found 5, expected str"),
-    (dict(id=None), "key 'id': found None, expected int or str"),
     (dict(id=True), "key 'id': found True, expected int or str"),
     (dict(images="a.jpg"), "key 'images': found 'a.jpg', expected list"),
     (dict(images=[]), "key 'images': found [], expected file names"),
-    (dict(images=[""]), "found '', expected the name of an image"),
     (dict(images=[["a"]]), "found ['a'], expected the name of an image"),
     (dict(images=["../../a.jpg"]), "image path '../../a.jpg' leaves the folder ***"),
     (dict(images=["/etc/hosts"]), "image path '/etc/hosts' leaves the folder ***"),
     (dict(attributes_id=[-1]), "key 'attributes_id': found -1, expected an id from 0 to 999999"),
     (dict(attributes_id=[10**12]), "key 'attributes_id': found 1000000000000, expected an id from 0 to 999999"),
     (dict(attributes_id=[0, 1.5]), "key 'attributes_id': found 1.5, expected an id from 0 to 999999"),
-    (dict(category_id=-2), "key 'category_id': found -2, expected an id from 0 to 999999"),
     (dict(subcategory_id="x"), "key 'subcategory_id': found 'x', expected an id from 0 to 999999"),
 ]
 IQ, SPLIT = "FashionIQ/captions/cap.shirt.val.json", "FashionIQ/image_splits/split.shirt.val.json"
@@ -190,32 +159,25 @@ OCIR = "PolyvoreOutfits/ocir_disjoint_train.json"
 ITEMS = "PolyvoreOutfits/polyvore_item_metadata.json"
 CATEGORY, SUBCATEGORY, RETRIEVAL = "fashiongen_category", "fashiongen_subcategory", "fashiongen_retrieval"
 CUT = "Expecting ',' delimiter: line 1 column 10 (char 9)"
+ONE_ITEM = "is the only item of the question, expected two items"
 NO_SUBCATEGORY = "FashionGen ***: no subcategory_id, which this task needs"
 FILES = [  # task ("": pre-training), what is done to the data, message; FILE is the file that was spoilt
     *(("", edit(TRAIN, 1, **changes), f"FILE: entry 1: {text}") for changes, text in ENTRIES),
     ("", edit(TRAIN, None, id=7), "FILE: entry 1: id 7 stood before; ids must be unique"),
-    ("", put(TRAIN, [5]), "FILE: entry 0: key 'id': found None, expected int or str"),
     ("", put(TRAIN, []), "FILE: found an empty list, expected a filled list"),
     ("", put(TRAIN, {"a": 1}), "FILE: found a filled dict, expected a filled list"),
     ("", put(TRAIN, '[{"id": 1'), f"FILE: cannot be read as JSON ({CUT}); fetch the file again"),
-    ("", put(TRAIN, b"[\xff]"), "FILE: cannot be read as JSON ('utf-8' codec ***); fetch the file again"),
-    ("", put(TRAIN, "[" * 100_000), "FILE: cannot be read as JSON (*** recursion ***); fetch the file ***"),
-    ("", edit(VAL, 1, description=7), "FILE: entry 1: key 'description': found 7, expected str"),
     (CATEGORY, edit(VAL, 3, category_id=None), "FashionGen ***: no category_id, which this task needs"),
     (SUBCATEGORY, edit(VAL, None, subcategory_id=None), NO_SUBCATEGORY),
     (RETRIEVAL, edit(VAL, 3, subcategory_id=None), NO_SUBCATEGORY),
-    ("fashioniq", put(IQ, []), "FILE: found an empty list, expected a filled list"),
-    ("fashioniq", put(IQ, [7]), "FILE: entry 0: key 'target': found None, expected str"),
     ("fashioniq", edit(IQ, 2, candidate=None), "FILE: entry 2: key 'candidate': found None, expected str"),
     ("fashioniq", edit(IQ, 2, captions=[1, 2]), "FILE: entry 2: key 'captions': found [1, 2], expected texts"),
     ("fashioniq", edit(IQ, 2, candidate="../a"), "FILE: entry 2: image path '../a.jpg' leaves the folder ***"),
     ("fashioniq", put(SPLIT, ["a"]), "FILE: target *** stands in no row of the gallery (*** such)"),
-    ("fashioniq", put(SPLIT, [["a"]]), "FILE: entry 0: found ['a'], expected the name of an image"),
     ("polyvore", edit(OCIR, 0, question=[]), "FILE: entry 0: item [] is not in ***, or the question is empty"),
-    ("polyvore", edit(OCIR, 0, question=[["a"]]), "FILE: entry 0: found ['a'], expected the name of an image"),
+    ("polyvore", edit(OCIR, 0, question=["10001"], blank="10001"), f"FILE: entry 0: blank '10001' {ONE_ITEM}"),
     ("polyvore", edit(OCIR, 0, blank="lost"), "FILE: entry 0: item ['lost'] is not in polyvore_item_***"),
     ("polyvore", put(ITEMS, {"1": {"category_id": "x"}}), "FILE: item '1': category_id: found 'x', ***"),
-    ("polyvore", put(ITEMS, {"1": {"category_id": 5}}), "FILE: item '1': key 'category_id': found 5, ***"),
 ]
 
 
@@ -232,38 +194,15 @@ def test_annotation_files(task, spoil, message, root, tmp_path):
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
-def test_an_outfit_of_one_item(root, tmp_path):
-    row = json.loads((root / OCIR).read_text())[0]
-    edit(OCIR, 0, question=[row["blank"]])(root)
-    fault = f"entry 0: blank '{row['blank']}' is the only item of the question, expected two items"
-    message = "{root}/" + OCIR + ": " + fault
-    refuse(lambda: finetune.train(small_finetune("polyvore", root, tmp_path / "run"), ONE), message, root)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# images, found when first opened
-
-
-def png(width, height):
-    """A PNG that claims this size and has no pixels."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
-    chunks = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+# ---- images, found when first opened ---------------------------------------------------------------------------------
 
 
 BROKEN = "{root}/***: image cannot be read: "
 MISSING = "{root}/FashionGen/***: image is missing; *** images of FashionGen ***--missing=skip***"
-BOMB = "Image size (3600000000 pixels) exceeds limit of *** pixels, could be decompression bomb ***"
 IMAGES = [  # stage, the content of all images of a product (None: no file), the message less the product's name
     ("pretrain", None, BROKEN + "No such file or directory"),
-    ("pretrain", b"", BROKEN + "cannot identify image file ***"),
     ("pretrain", b"no image", BROKEN + "cannot identify image file ***"),
-    ("pretrain", lambda whole: whole[: len(whole) // 2], BROKEN + "image file is truncated***"),
-    ("pretrain", png(60_000, 60_000), BROKEN + BOMB),
-    ("pretrain", png(12_000, 12_000), BROKEN + "12000 x 12000 pixels, expected at most 64,000,000"),
-    ("pretrain", png(9, 9), BROKEN + "***"),
-    *[(stage, b"no image", BROKEN + "cannot identify image file ***") for stage in ("finetune", "validate")],
+    *[(s, b"no image", BROKEN + "cannot identify image file ***") for s in ("pretrain", "finetune", "validate")],
     # these two look for missing and empty files before they begin
     *[(stage, content, MISSING) for stage in ("finetune", "validate") for content in (None, b"")],
 ]
@@ -281,10 +220,9 @@ def test_images(stage, content, message, root, tmp_path):
     first = 5 if stage == "validate" else data.BatchSampler(len(products), config, ONE).update_at(0)[1][2]
     product = products[first]
     for path in map(Path, product.images):
-        whole = path.read_bytes()
         path.unlink()
         if content is not None:
-            path.write_bytes(content(whole) if callable(content) else content)
+            path.write_bytes(content)
     train = finetune.train if stage == "finetune" else pretrain.train
     if message is MISSING:
         refuse(lambda: train(config, ONE), message, root)
@@ -306,31 +244,20 @@ def test_a_data_set_without_any_image_that_can_be_read(root, tmp_path):
     refuse(lambda: pretrain.train(config, ONE), "no image of the data set can be read", root)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what is odd, but fine
+# ---- what is odd, but fine -------------------------------------------------------------------------------------------
 
 
 def test_odd_images_and_texts_train(root, tmp_path):
-    folder = root / "FashionGen" / "train"
     red = Image.new("RGB", (80, 60), (200, 30, 40))
-    exif = Image.Exif()
-    exif[0x0112] = 6
     images = {"cmyk.jpg": red.convert("CMYK"), "palette.png": red.quantize(4), "grey.png": red.convert("L")}
-    images |= {"alpha.png": red.convert("RGBA"), "bits.png": red.convert("1")}
-    images |= {"deep.png": Image.fromarray(np.full((60, 80), 40_000, np.uint16)), "one.png": red.resize((1, 1))}
-    for name, image in images.items():
-        image.save(folder / name)
-    red.save(folder / "turned.jpg", exif=exif)
-    red.save(folder / "moving.gif", save_all=True, append_images=[red.transpose(Image.Transpose.ROTATE_90)])
-    texts = ["", " ", "word " * 10_000, "x" * 100_000, "\U0001f457" * 50, "\ud800 half a pair", "\0\n\t"]
-    texts += ["مرحبا 你好", "a"]
-    names = [*images, "turned.jpg", "moving.gif"]
-    rows = json.loads((root / TRAIN).read_text())[: len(names)]
-    for row, name, text in zip(rows, names, texts, strict=True):
+    images |= {"alpha.png": red.convert("RGBA"), "bits.png": red.convert("1"), "one.png": red.resize((1, 1))}
+    images |= {"deep.png": Image.fromarray(np.full((60, 80), 40_000, np.uint16)), "a.jpg": red}
+    texts = ["", " ", "word " * 10_000, "x" * 100_000, "\U0001f457" * 50, "\ud800 half a pair", "\0\n\t", "مرحبا 你好"]
+    rows = json.loads((root / TRAIN).read_text())[:8]
+    for row, (name, image), text in zip(rows, images.items(), texts, strict=True):
+        image.save(root / "FashionGen" / "train" / name)
         row |= {"images": [name], "title": text, "description": ""}
-    put(TRAIN, rows[:8])(root)
-    folder.rename(tmp_path / "elsewhere")
-    folder.symlink_to(tmp_path / "elsewhere")
+    put(TRAIN, rows)(root)
     settings = dict(objectives={"itc": 0.5, "mlm": 0.25, "mvc": 0.25}, sets=("FashionGen",), batch_size=8, max_steps=6)
     pretrain.train(small_pretrain(root, tmp_path / "run", **settings), ONE)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -338,8 +265,25 @@ def test_odd_images_and_texts_train(root, tmp_path):
     assert losses and all(value is not None for value in losses)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# all faults in one pass
+def test_what_editors_and_shells_add_is_no_content(tmp_path):
+    words = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n"
+    for name, text in (("rows.json", '["a"]'), ("run.py", "max_steps = 7"), ("vocab.txt", words)):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")  # with a byte order mark
+    assert annotations.read_json(tmp_path / "rows.json", list) == ["a"]
+    argv = [str(tmp_path / "run.py"), "--sets=FashionGen, BigFACAD", "--objectives=itc:0.5, mlm:0.5"]
+    config = settings.load_config(pretrain.PretrainConfig, argv)
+    assert config.max_steps == 7 and config.sets == ("FashionGen", "BigFACAD")
+    assert config.objectives == {"itc": 0.5, "mlm": 0.5}
+    assert weights.read_tokenizer(tmp_path / "vocab.txt").token_to_id("[PAD]") == 0
+
+
+@pytest.mark.parametrize("word, folder", [("--out_dir=runs/mine", "runs/mine"), ("", "runs/demo_finetune_fashioniq")])
+def test_a_run_folder_that_was_named_keeps_its_name(word, folder):
+    argv = [str(finetune.CONFIGS / "demo_finetune.py"), "--task=fashioniq", *word.split()]
+    assert settings.load_config(finetune.FinetuneConfig, argv).out_dir == folder
+
+
+# ---- all faults in one pass ------------------------------------------------------------------------------------------
 
 
 def test_data_check_finds_all_faults_in_one_pass(root, monkeypatch, capsys):
@@ -367,8 +311,7 @@ def test_data_check_finds_all_faults_in_one_pass(root, monkeypatch, capsys):
     assert [listed.count(part) for _, part in faults] == [1] * 9
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what a download leaves in the place of a file, and what editors and shells do
+# ---- what a download leaves in the place of a file -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -376,8 +319,6 @@ def test_data_check_finds_all_faults_in_one_pass(root, monkeypatch, capsys):
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer.*git lfs pull"),
         (b"\n <!DOCTYPE html><html>Google Drive can't scan this file</html>", "a web page.*download it again"),
-        (b"\xef\xbb\xbf<HTML>", "a web page"),
-        (b"<!-- moved --><html>", "a web page"),
         ("<html>".encode("utf-16"), "a web page"),
         (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "what a server answered"),
         (b"Entry not found", "what a server answered"),
@@ -404,27 +345,6 @@ def test_names_of_labels_are_a_list_of_texts(names, tmp_path):
         annotations.label_names(tmp_path, "fashiongen_category")
 
 
-def test_byte_order_marks_are_no_content(tmp_path):
-    (tmp_path / "rows.json").write_text('["a"]', encoding="utf-8-sig")
-    assert annotations.read_json(tmp_path / "rows.json", list) == ["a"]
-    (tmp_path / "run.py").write_text("max_steps = 7", encoding="utf-8-sig")
-    assert settings.load_config(pretrain.PretrainConfig, [str(tmp_path / "run.py")]).max_steps == 7
-    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n", encoding="utf-8-sig")
-    assert weights.read_tokenizer(tmp_path / "vocab.txt").token_to_id("[PAD]") == 0
-
-
-def test_names_may_have_spaces_between_them():
-    argv = ["--sets=FashionGen, BigFACAD", "--objectives=itc:0.5, mlm:0.5"]
-    config = settings.load_config(pretrain.PretrainConfig, argv)
-    assert config.sets == ("FashionGen", "BigFACAD") and config.objectives == {"itc": 0.5, "mlm": 0.5}
-
-
-@pytest.mark.parametrize("word, folder", [("--out_dir=runs/mine", "runs/mine"), ("", "runs/demo_finetune_fashioniq")])
-def test_a_run_folder_that_was_named_keeps_its_name(word, folder):
-    argv = [str(finetune.CONFIGS / "demo_finetune.py"), "--task=fashioniq", *word.split()]
-    assert settings.load_config(finetune.FinetuneConfig, argv).out_dir == folder
-
-
 def test_names_that_the_terminal_cannot_show():
     code = r"from plumbing import ending; ending.run(lambda: print('caf\udce9'))"
     done = subprocess.run(
@@ -443,11 +363,10 @@ def test_a_broken_photo_of_the_validation_is_left_out_and_counted(root, tmp_path
     assert "FashionGen val: 1 of 15 images cannot be read and are left out" in capsys.readouterr().out
 
 
-def test_evaluation_refuses_an_unknown_way_with_missing_images(monkeypatch):
-    words = ["evaluate.py", "--task=fashioniq", "--checkpoint=none.pt", "--missing=skpi"]
-    monkeypatch.setattr("sys.argv", words)
-    with pytest.raises(InputError, match="missing: found 'skpi', expected one of stop, skip"):
-        evaluate.main()
+@pytest.mark.parametrize("stage, words", [(pretrain.PretrainConfig, []), (evaluate.EvalConfig, ["--task=polyvore"])])
+def test_an_unknown_way_with_missing_images_is_refused(stage, words):
+    message = "missing: found 'skpi', expected one of stop, skip"
+    refuse(lambda: settings.load_config(stage, [*words, "--missing=skpi"]), message, "")
 
 
 def test_check_reports_what_stands_in_train_and_in_val(root):

@@ -5,7 +5,6 @@ import itertools
 import json
 import struct
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from zlib import crc32
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 
 import data
+import pretrain
 from plumbing import annotations, photos, weights
 from plumbing.processes import Processes
 from plumbing.settings import InputError
@@ -28,8 +28,7 @@ needs_vocab = pytest.mark.skipif(not VOCAB.exists(), reason="needs shared/data")
 SMALL_VOCAB = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "dress", "##es", "a"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# text
+# ---- text ------------------------------------------------------------------------------------------------------------
 
 
 def tokenizer_of(vocab):
@@ -78,8 +77,7 @@ def test_texts_are_what_encode_says_of_each():
     assert found[2] == ([2, 5, 6, 7, 8, 5, 3], [-1, 0, 1, 1, 2, 3, -1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# masks
+# ---- masks -----------------------------------------------------------------------------------------------------------
 
 
 def test_whole_word_masking_statistics():
@@ -147,26 +145,16 @@ def test_block_masks_of_other_grids(side, largest):
 
 
 def test_dropped_positions_are_a_floor_share_without_replacement():
-    rng = np.random.default_rng(0)
     for n, expected in ((49, 12), (7, 1), (3, 0), (0, 0)):
-        assert n - sum(data.keep_most(n, 0.25, rng)) == expected
+        assert n - sum(data.keep_most(n, 0.25, np.random.default_rng(0))) == expected
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a small data root
+# ---- a small data root -----------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Settings:
-    batch_size: int = 8
-    grad_accum: int = 1
-    max_steps: int = 12
-    seed: int = 3
-    workers: int = 0
-    image_size: int = 64
-    max_tokens: int = 0
-    mask_share: float = 0.15
-    missing: str = "stop"
+def settings(**changes):
+    small = dict(batch_size=8, max_steps=12, seed=3, workers=0, image_size=64)
+    return pretrain.PretrainConfig(**{**small, **changes})
 
 
 def write_products(root, source, split, items, size=40):
@@ -195,7 +183,7 @@ def root(tmp_path):
 
 
 def samples(root, **changes):
-    return data.Pretraining(annotations.load_pretraining(root), weights.wordpiece(SMALL_VOCAB), 3, Settings(**changes))
+    return data.Pretraining(annotations.load_pretraining(root), weights.wordpiece(SMALL_VOCAB), 3, settings(**changes))
 
 
 def test_union_and_texts(root):
@@ -206,7 +194,7 @@ def test_union_and_texts(root):
 
 
 def test_every_epoch_visits_every_product_once_in_a_new_order(root):
-    batches = list(data.BatchSampler(32, Settings(), Processes(0, 1, torch.device("cpu")), objective_at=str))
+    batches = list(data.BatchSampler(32, settings(), Processes(0, 1, torch.device("cpu")), objective_at=str))
     epochs = [[k for batch in batches[e * 4 : e * 4 + 4] for k in batch] for e in range(3)]
     for e, keys in enumerate(epochs):
         assert sorted(index for _, index, _ in keys) == list(range(32))
@@ -215,33 +203,18 @@ def test_every_epoch_visits_every_product_once_in_a_new_order(root):
     assert [batch[0][2] for batch in batches] == [str(step) for step in range(12)]
 
 
-@pytest.mark.parametrize("world_size, grad_accum", [(2, 1), (2, 2), (1, 4)])
-def test_processes_and_micro_batches_share_one_order(world_size, grad_accum):
-    config = Settings(grad_accum=grad_accum)
-    one = list(data.BatchSampler(32, Settings(), Processes(0, 1, None)))
-    parts = [list(data.BatchSampler(32, config, Processes(rank, world_size, None))) for rank in range(world_size)]
-    for step, whole in enumerate(one):
+@pytest.mark.parametrize("world_size, grad_accum, start", [(2, 1, 0), (2, 2, 0), (1, 4, 0), (1, 1, 7), (2, 2, 5)])
+def test_processes_micro_batches_and_restarts_share_one_order(world_size, grad_accum, start):
+    config = settings(grad_accum=grad_accum)
+    one = list(data.BatchSampler(32, settings(), Processes(0, 1, None)))
+    ranks = range(world_size)
+    parts = [list(data.BatchSampler(32, config, Processes(rank, world_size, None), start)) for rank in ranks]
+    assert [len(part) for part in parts] == [(len(one) - start) * grad_accum] * world_size
+    for step, whole in enumerate(one[start:]):
         rows = []
         for micro in range(grad_accum):
             rows += [key for part in parts for key in part[step * grad_accum + micro]]
         assert rows == whole
-
-
-def test_a_restart_goes_on_where_it_stopped():
-    whole = list(data.BatchSampler(32, Settings(), Processes(0, 1, None)))
-    assert list(data.BatchSampler(32, Settings(), Processes(0, 1, None), start=7)) == whole[7:]
-
-
-@pytest.mark.parametrize(
-    "n, config, world_size, message",
-    [
-        (32, Settings(), 3, "found 8, expected a multiple of processes x grad_accum = 3 x 1"),
-        (7, Settings(), 1, "found 8, but the data has only 7"),
-    ],
-)
-def test_batches_that_cannot_be(n, config, world_size, message):
-    with pytest.raises(InputError, match=message):
-        data.BatchSampler(n, config, Processes(0, world_size, None))
 
 
 def test_a_sample_is_a_function_of_its_key_alone(root):
@@ -292,18 +265,28 @@ def test_attributes_of_a_product_share_weight_1(root):
     dataset = samples(root)
     dataset.items[0]["labels"], dataset.items[1]["labels"] = [0, 2], []
     assert dataset[0, 0, "pac"]["attributes"].tolist() == [0.5, 0, 0.5] and not dataset[0, 1, "pac"]["attributes"].any()
+    products = annotations.load_products(root, "FashionGen", "train")  # ids 0, 1 and 2
+    assert [annotations.count_labels(products, key) for key in ("attributes", "category")] == [3, 2]
 
 
-def test_a_broken_image_names_file_and_product_or_is_counted(root):
-    (root / "FashionGen" / "train" / "0_0.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"FashionGen 0: .*0_0.png: image cannot be read"):
-        samples(root)[0, 0, "itc"]
+def test_a_broken_image_names_file_and_product_or_is_counted(root, monkeypatch):
+    path = root / "FashionGen" / "train" / "0_0.png"
+    Image.effect_noise((40, 40), 50).save(path, "JPEG")
+    whole = path.read_bytes()
+    for content, limit, cause in (
+        (whole, 99, "40 x 40 pixels, expected at most 99"),
+        (whole[: len(whole) // 2], 9999, "image file is truncated"),
+        (b"no image", 9999, "cannot identify image file"),
+    ):
+        monkeypatch.setattr(photos, "MAX_PIXELS", limit)
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"FashionGen 0: .*0_0.png: image cannot be read: .*{cause}"):
+            samples(root)[0, 0, "itc"]
     sample = samples(root, missing="skip")[0, 0, "itc"]
     assert sample["skipped"] == 1 and sample["product_id"] == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# images
+# ---- images ----------------------------------------------------------------------------------------------------------
 
 
 def test_normalisation_by_hand():
@@ -312,29 +295,16 @@ def test_normalisation_by_hand():
     assert data.normalize(image)[0, :, 0, 0].tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_images_of_every_mode(tmp_path):
-    red = Image.new("RGB", (20, 10), (200, 30, 40))
-    files = {
-        "rgb.png": red,
-        "cmyk.jpg": red.convert("CMYK"),
-        "palette.gif": red.quantize(4),
-        "grey.png": red.convert("L"),
-    }
-    for name, image in files.items():
-        image.save(tmp_path / name)
-        opened = photos.open_image(tmp_path / name)
-        assert opened.mode == "RGB" and opened.size == (20, 10)
-        if "grey" not in name:
-            assert np.abs(np.asarray(opened, int)[5, 5] - [200, 30, 40]).max() < 6, name
-    frames = [Image.new("RGB", (8, 8), c) for c in ((250, 0, 0), (0, 250, 0))]
-    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    assert np.asarray(photos.open_image(tmp_path / "moving.gif"))[0, 0, 0] > 200  # its first frame
+def test_photos_are_turned_upright_and_animations_give_their_first_frame(tmp_path):
+    red, green = Image.new("RGB", (20, 10), (250, 0, 0)), Image.new("RGB", (20, 10), (0, 250, 0))
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     xmp = b'<rdf:Description tiff:Orientation="6"/>'
     for name, more in {"turned.jpg": {"exif": exif}, "turned.png": {"exif": exif}, "xmp.jpg": {"xmp": xmp}}.items():
         red.save(tmp_path / name, **more)
         assert photos.open_image(tmp_path / name).size == (10, 20), name
+    red.save(tmp_path / "moving.gif", save_all=True, append_images=[green])
+    assert np.asarray(photos.open_image(tmp_path / "moving.gif"))[0, 0, 0] > 200
 
 
 def test_transforms_crop_and_scale():
@@ -377,17 +347,7 @@ def test_resize_then_crop_in_one_step_has_torchvisions_pixels(size, off, width, 
         assert difference.max() <= off and (difference > 0).mean() < 0.02
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# files
-
-
-def test_labels_are_counted_and_checked(root):
-    products = annotations.load_products(root, "FashionGen", "train")
-    assert annotations.count_labels(products, "attributes") == 3 and annotations.count_labels(products, "category") == 2
-    with pytest.raises(InputError, match="FashionGen 2: attributes id 2, expected below 2"):
-        annotations.count_labels(products, "attributes", 2)
-    with pytest.raises(InputError, match="FashionGen 0: no subcategory_id"):
-        annotations.count_labels(products, "subcategory")
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gallery, size", [("original", 60), ("val", 48)])
@@ -476,25 +436,20 @@ def test_transparent_parts_are_white(tmp_path):
         assert opened[0, 0].tolist() == corner and np.abs(opened[40, 40] - centre).max() < 6, image.mode
 
 
-def write_png(path, bits, rows, *chunks):
-    """A grey PNG of `bits` a pixel: rows of packed bytes, and further chunks (name, bytes) before them."""
-    size = struct.pack(">IIBBBBB", len(rows[0]) * 8 // bits, len(rows), bits, 0, 0, 0, 0)
-    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
-    parts = [(b"IHDR", size), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
+# Value 1 is the transparent one. Pillow scales pixels of few bits to 8 bits, but not that value.
+TRANSPARENT, LONG_TEXT = (b"tRNS", b"\0\1"), (b"zTXt", b"note\0\0" + zlib.compress(b"a" * 2_000_000))
+
+
+@pytest.mark.parametrize(
+    "bits, packed, chunk, expected",
+    [(2, 0x18, TRANSPARENT, [0, 255, 170, 0]), (4, 0x1A, TRANSPARENT, [255, 170]), (8, 0x07, LONG_TEXT, [7])],
+)
+def test_grey_pngs_that_pillow_reads_in_another_way(tmp_path, bits, packed, chunk, expected):
+    size = struct.pack(">IIBBBBB", 8 // bits, 1, bits, 0, 0, 0, 0)
+    parts = [(b"IHDR", size), chunk, (b"IDAT", zlib.compress(bytes([0, packed]))), (b"IEND", b"")]
     whole = [struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x)) for name, x in parts]
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(whole))
-
-
-@pytest.mark.parametrize("bits, packed, expected", [(2, b"\x18", [0, 255, 170, 0]), (4, b"\x1a", [255, 170])])
-def test_the_transparent_grey_of_few_bits_is_white(tmp_path, bits, packed, expected):
-    """Value 1 is the transparent one. Pillow scales the pixels to 8 bits, but not that value."""
-    write_png(tmp_path / "a.png", bits, [packed], (b"tRNS", b"\0\1"))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(whole))
     assert np.asarray(photos.open_image(tmp_path / "a.png"))[0, :, 0].tolist() == expected
-
-
-def test_long_texts_in_a_png_harm_no_pixel(tmp_path):
-    write_png(tmp_path / "a.png", 8, [b"\x07"], (b"zTXt", b"note\0\0" + zlib.compress(b"a" * 2_000_000)))
-    assert np.asarray(photos.open_image(tmp_path / "a.png")).tolist() == [[[7, 7, 7]]]
 
 
 @pytest.mark.parametrize("tag, value", [(262, 0), (258, 12)], ids=["white is 0", "12 bits"])

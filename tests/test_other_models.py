@@ -77,7 +77,6 @@ WRONG = {  # contents of a file, what is said of it
     ),
     "complex": ({"vectors": np.zeros((N, 4), complex)}, r"vectors \(9, 4\) complex128, expected numbers"),
     "keys": ({"list": ""}, r"no .npz of vectors and list, as docs/results.md makes it: .*vectors"),
-    "empty": (b"", r"no \.npz of"),
     "page": (b"<html>", "a web page"),
 }
 
