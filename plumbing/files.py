@@ -14,15 +14,16 @@ def not_the_file(path):
     """What a file is that a download left in the place of another, as a text for a message; "" for other files."""
     try:
         with open(path, "rb") as file:
-            head = file.read(512).replace(b"\0", b"").lstrip(b"\xff\xfe\xef\xbb\xbf \r\n\t").lower()  # UTF-8 or UTF-16
+            head = file.read(4096).replace(b"\0", b"").lstrip(b"\xff\xfe\xef\xbb\xbf \r\n\t").lower()  # UTF-8 or UTF-16
     except OSError:
         return ""
     if head.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the file itself; run `git lfs pull` where it came from"
+    before, drawing, _ = head.partition(b"<svg")
+    if head.startswith(b"<") and drawing and b"html" not in before:  # a web page can hold a drawing
+        return "a drawing (SVG), no photo; export it as PNG"
     if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<meta", b"<script", b"<!--")):
         return "a web page, not the file itself; download it again, perhaps by hand in a browser"
-    if head.startswith((b"<?xml", b"<!doctype svg", b"<svg")) and b"<svg" in head:
-        return "a drawing (SVG), no photo; export it as PNG"
     if head[:12].partition(b"ftyp")[2][:3] in (b"hei", b"hev", b"mif"):
         return "a HEIC photo, as phones take them; save it as JPEG (heif-convert does that)"
     xml_error = head.startswith(b"<?xml") and b"<error" in head

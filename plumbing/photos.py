@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import functools
+import io
 import mimetypes
 import os
 import sys
@@ -11,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin
 
 from plumbing.files import cause_of, not_the_file
 from plumbing.settings import InputError
@@ -27,7 +28,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_PIXELS  # b
 
 
 def open_image(path):
-    """An image file as RGB, turned as its EXIF data say. Transparent parts become white.
+    """An image file in sRGB, turned as its EXIF data say. Transparent parts become white.
 
     An animation gives its first frame, and 16 bits become 8.
     Raises InputError with the file's name where it is missing, broken, cut short or larger than MAX_PIXELS."""
@@ -39,12 +40,17 @@ def open_image(path):
                 # Pillow scales the values of 2 and 4 bits to 8 bits, but not the one that is transparent.
                 image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)
             turn_upright(image)
+            profile = image.info.get("icc_profile")
             if image.mode.startswith(("I", "F")):
                 image = eight_bits(image)
             elif image.has_transparency_data:  # the colour below a transparent pixel is no part of the photo
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image.load()
+            image = image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")
+            transform = to_srgb(profile, image.mode) if profile else None
+            if transform:
+                return transform.apply(image)
             return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # Pillow's readers raise nearly anything on broken files
         cause = not_the_file(path) or cause_of(error)
@@ -63,6 +69,21 @@ def turn_upright(image):
         for key in ("exif", "Raw profile type exif"):  # without them it does not write the metadata anew
             image.info.pop(key, None)
         ImageOps.exif_transpose(image, in_place=True)
+
+
+@functools.lru_cache(16)  # to build one takes longer than to read a small photo
+def to_srgb(profile, mode):
+    """The Pillow transform from the colours of an ICC profile (bytes) to sRGB, for images of `mode`.
+
+    None where the profile is that of sRGB, broken, or made for images of another mode."""
+    with contextlib.suppress(Exception):  # Pillow's reader of profiles raises several kinds
+        transform = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")
+        colours = np.indices((16, 16, 16), np.uint8).reshape(3, 64, 64).transpose(1, 2, 0) * 17
+        colours = Image.fromarray(colours).convert(mode)
+        changes = ImageChops.difference(transform.apply(colours), colours.convert("RGB")).getextrema()
+        if max(high for _, high in changes) > 2:  # two profiles of sRGB differ by their rounding
+            return transform
+    return None
 
 
 def eight_bits(image):

@@ -320,6 +320,13 @@ def test_data_check_finds_all_faults_in_one_pass(root, monkeypatch, capsys):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer.*git lfs pull"),
         (b"\n <!DOCTYPE html><html>Google Drive can't scan this file</html>", "a web page.*download it again"),
         ("<html>".encode("utf-16"), "a web page"),
+        (b"<!DOCTYPE html><title>A shop</title><svg>", "a web page"),
+        (
+            b"<?xml version='1.0'?>\n<!DOCTYPE svg [" + b"<!ENTITY a 'b'>" * 60 + b"]>\n<svg>",
+            r"a drawing \(SVG\).*as PNG",
+        ),
+        (b"<!-- made by hand --><svg>", "a drawing"),
+        (b"\0\0\0\x20ftypheix\0\0\0\0mif1heix", "a HEIC photo.*save it as JPEG"),
         (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "what a server answered"),
         (b"Entry not found", "what a server answered"),
         (b"\x1f\x8b\x08\0\0", "packed by gzip; unpack it first"),

@@ -12,7 +12,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import data
 import pretrain
@@ -305,6 +305,71 @@ def test_photos_are_turned_upright_and_animations_give_their_first_frame(tmp_pat
         assert photos.open_image(tmp_path / name).size == (10, 20), name
     red.save(tmp_path / "moving.gif", save_all=True, append_images=[green])
     assert np.asarray(photos.open_image(tmp_path / "moving.gif"))[0, 0, 0] > 200
+
+
+def numbers(*values):
+    """Numbers as ICC profiles write them."""
+    return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
+
+
+def icc_profile(colours, measured_in, tags):
+    """An ICC profile with the tags {name: content}. `measured_in` is b"XYZ " or b"Lab "."""
+    parts, table, start = b"", struct.pack(">I", len(tags)), 132 + 12 * len(tags)
+    for name, content in tags.items():
+        content += bytes(-len(content) % 4)
+        table += struct.pack(">4sII", name, start + len(parts), len(content))
+        parts += content
+    head = struct.pack(">I4sI4s4s4s", start + len(parts), b"", 0x02400000, b"prtr", colours, measured_in)
+    return head + bytes(12) + b"acsp" + bytes(28) + numbers(0.9642, 1, 0.8249) + bytes(48) + table + parts
+
+
+def curve(gamma):
+    return b"curv" + struct.pack(">IIH", 0, 1, round(gamma * 256))
+
+
+# The primaries of Adobe RGB (1998), adapted to the white of profiles.
+ADOBE = {"r": (0.60974, 0.31111, 0.01947), "g": (0.20528, 0.62567, 0.06087), "b": (0.14919, 0.06322, 0.74457)}
+ADOBE = {f"{c}XYZ".encode(): b"XYZ " + numbers(0, *xyz) for c, xyz in ADOBE.items()}
+ADOBE |= {name: curve(563 / 256) for name in (b"rTRC", b"gTRC", b"bTRC")}
+# A printer that prints sRGB's red for cyan. The colour (Lab) of the 16 mixtures of inks; i & 1 is black, i & 8 is cyan.
+MIXTURES = [(0, 128, 128) if i & 1 else (138, 209, 198) if i & 8 else (255, 128, 128) for i in range(16)]
+PRINTER = b"mft1" + struct.pack(">IBBBB", 0, 4, 3, 2, 0) + numbers(1, 0, 0, 0, 1, 0, 0, 0, 1)
+PRINTER += bytes(range(256)) * 4 + b"".join(map(bytes, MIXTURES)) + bytes(range(256)) * 3
+PROFILES = {
+    "adobe": icc_profile(b"RGB ", b"XYZ ", ADOBE),
+    "grey": icc_profile(b"GRAY", b"XYZ ", {b"kTRC": curve(1)}),
+    "printer": icc_profile(b"CMYK", b"Lab ", {b"A2B0": PRINTER}),
+    "srgb": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+    "broken": icc_profile(b"RGB ", b"XYZ ", ADOBE)[:200],
+}
+
+
+@pytest.mark.parametrize(
+    "name, mode, profile, stored, expected",
+    [
+        ("a.png", "RGB", "adobe", (200, 30, 40), (233, 24, 36)),  # by hand, from the definitions of both
+        ("a.jpg", "RGB", "adobe", (40, 160, 80), (0, 161, 73)),
+        ("a.webp", "RGB", "adobe", (200, 30, 40), (233, 24, 36)),
+        ("a.png", "RGBA", "adobe", (200, 30, 40, 255), (233, 24, 36)),
+        ("a.png", "P", "adobe", (200, 30, 40), (233, 24, 36)),
+        ("a.png", "L", "grey", 82, (154, 154, 154)),  # (82 / 255) ** (1 / 2.4) * 1.055 - 0.055
+        ("a.tif", "I;16", "grey", 82 * 257, (154, 154, 154)),
+        ("a.jpg", "CMYK", "printer", (255, 0, 0, 0), (255, 0, 0)),
+        ("a.tif", "CMYK", "printer", (0, 0, 0, 255), (0, 0, 0)),
+        ("a.png", "RGB", "srgb", (200, 30, 40), (200, 30, 40)),
+        ("a.jpg", "RGB", "printer", (200, 30, 40), (200, 30, 40)),  # it does not fit, so it is ignored
+        ("a.png", "L", "adobe", 82, (82, 82, 82)),
+        ("a.jpg", "RGB", "broken", (200, 30, 40), (200, 30, 40)),
+    ],
+)
+def test_colours_of_a_profile_become_those_of_srgb(name, mode, profile, stored, expected, tmp_path):
+    image = Image.new("RGB" if mode == "P" else mode, (16, 16), stored)
+    image = image.quantize(4) if mode == "P" else image
+    image.save(tmp_path / name, icc_profile=PROFILES[profile])
+    opened = photos.open_image(tmp_path / name)
+    assert opened.mode == "RGB" and np.abs(np.asarray(opened, int)[8, 8] - expected).max() <= 3
+    if profile == "srgb":
+        assert photos.to_srgb(PROFILES["srgb"], "RGB") is None  # no time is spent on it
 
 
 def test_transforms_crop_and_scale():
