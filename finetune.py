@@ -36,7 +36,7 @@ class FinetuneConfig(runs.RunConfig):
 
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, FashionIQ/, ...", group="data")
     vocab: str = setting(
-        "", "vocab.txt or tokenizer.json; empty: the checkpoint's, BERT folder's, DATA_ROOT/vocab.txt or hub's"
+        "", "vocab.txt or tokenizer.json; empty: that of the weights, DATA_ROOT/vocab.txt or the hub's"
     )
     image_size: int = setting(0, "pixels a side, a multiple of 32; 0: the checkpoint's own, else 224")
     missing: str = setting("stop", MISSING, choices=("stop", "skip"))

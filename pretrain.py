@@ -32,7 +32,7 @@ class PretrainConfig(runs.RunConfig):
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, BigFACAD/, ...", group="data")
     sets: tuple = setting(data.SETS, "data sets to train on")
     vocab: str = setting(
-        "", "vocab.txt or tokenizer.json; empty: the checkpoint's, BERT folder's, DATA_ROOT/vocab.txt or hub's"
+        "", "vocab.txt or tokenizer.json; empty: that of the weights, DATA_ROOT/vocab.txt or the hub's"
     )
     image_size: int = setting(224, "pixels a side, a multiple of 32")
     max_tokens: int = setting(0, "longest text, [CLS] and [SEP] included; 0: the paper's 75", FROM_0)

@@ -16,7 +16,7 @@ import torch
 from model import HEADS, RESNETS, SIZES, CSANet, FashionViL, ModelConfig
 from plumbing.files import cause_of, checksum, reading, replacing, shown
 from plumbing.settings import InputError
-from plumbing.weights import FORMAT, MODELS, WORDS, count_words, find_file, find_tokenizer, read_weights
+from plumbing.weights import FORMAT, MODELS, WORDS, bert_tokenizer, count_words, find_file, find_tokenizer, read_weights
 
 
 def save(path, state):
@@ -196,7 +196,7 @@ def read_start(config, reads_text=True):
                 sizes |= found
             if config.init == "pretrained":
                 files.append(file)
-                rows = found["vocab_size"]
+                rows, own = found["vocab_size"], bert_tokenizer(config.bert).to_str()
     tokenizer = None
     if reads_text:
         tokenizer = find_tokenizer(config, own, rows)
@@ -261,8 +261,7 @@ def initialise(model, start):
             if part.startswith(PARTS[info["kind"]]) and not (info["kind"] == "bert" and part in NOT_IN_BERT):
                 check_names(path, own, found)
             if {name: tensor.shape for name, tensor in own.items()} == {name: t.shape for name, t in found.items()}:
-                for name, tensor in own.items():
-                    tensor.copy_(found[name])
+                model.load_state_dict(found, strict=False)
                 loaded.append(part)
                 del new[part], theirs[part]
         left = ", ".join([*theirs, *info["set_aside"]]) or "nothing"

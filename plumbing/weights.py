@@ -8,7 +8,6 @@ import json
 import math
 import pickle
 import re
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -78,10 +77,6 @@ def read_weights(path, kinds=None, setting=""):
     file = read_file(path)
     parts = [file[key] for key in ("model", "state_dict", "model_state_dict") if isinstance(file.get(key), dict)]
     state = parts[0] if parts else file
-    strangers = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
-    if strangers:
-        found = f"{shown(strangers[0])}, a {type(state[strangers[0]]).__name__}"
-        raise InputError(f"{path}: found {found}, expected names of parameters and tensors alone")
     # torch.compile and DistributedDataParallel put these before names.
     state = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in state.items()}
 
@@ -181,29 +176,46 @@ def _from_hub(repository, name):
 def find_tokenizer(config, own=None, rows=None):
     """The `tokenizers.Tokenizer` that the settings mean: that of the first of these places that there is.
 
-    The file `config.vocab`; `own`, the text of the checkpoint's tokenizer (None: it has none); `config.bert`, a folder
-    or a hub name; DATA_ROOT/vocab.txt; the folder DATA_ROOT/../bert-base-uncased; bert-base-uncased on the hub.
-    rows: of the word table that it is for, None for a new one.
-    Raises InputError where `config.vocab` is not `own`, or the word table is not made for so many words."""
+    `own`, the text of the tokenizer that the weights were trained with (None: it is not known); the file
+    `config.vocab`; `config.bert`, a folder or a hub name; DATA_ROOT/vocab.txt; the folder
+    DATA_ROOT/../bert-base-uncased; bert-base-uncased on the hub. rows: of the word table, None for a new one.
+    Raises InputError where `config.vocab` has other words than `own`, or the word table is not made for so many."""
     root = Path(config.data_root)
     places = [root / "vocab.txt", *(root / ".." / "bert-base-uncased" / name for name in TOKENIZER)]
-    if config.vocab:
-        tokenizer = read_tokenizer(config.vocab)
-        if own is not None and tokenizer.to_str() != tokenizers.Tokenizer.from_str(own).to_str():
-            raise InputError(f"vocab: {config.vocab} is not the checkpoint's own tokenizer; leave --vocab out")
-    elif own is not None:
+    if own is not None:
         tokenizer = tokenizers.Tokenizer.from_str(own)
+        if config.vocab:
+            check_words(config.vocab, read_tokenizer(config.vocab), tokenizer)
+    elif config.vocab:
+        tokenizer = read_tokenizer(config.vocab)
     elif not config.bert and any(place.exists() for place in places):
         tokenizer = read_tokenizer(next(place for place in places if place.exists()))
     else:
-        find_file(config.bert, "tokenizer_config.json", optional=True)  # fetches what read_tokenizer looks for
-        tokenizer = read_tokenizer(find_file(config.bert, *TOKENIZER))
+        tokenizer = bert_tokenizer(config.bert)
     words = count_words(tokenizer)
     # Some word tables have a few rows more than words, up to a multiple of 128. One with more is of another tokenizer.
     if rows is not None and not words <= rows < words + 128:
         cure = "set --vocab=FILE to the vocab.txt or tokenizer.json of its training"
         raise InputError(f"tokenizer: found {words} words, but {rows} rows in the word table of the weights; {cure}")
     return tokenizer
+
+
+def bert_tokenizer(bert):
+    """The `tokenizers.Tokenizer` of the folder or hub name `bert`. Raises InputError where it has none."""
+    find_file(bert, "tokenizer_config.json", optional=True)  # fetches what read_tokenizer looks for
+    return read_tokenizer(find_file(bert, *TOKENIZER))
+
+
+def check_words(path, given, trained):
+    """Raise InputError where a word has another number in the tokenizer `given`, of the file `path`, than in `trained`.
+
+    Each row of a word table belongs to a number. In another order, every word would get another word's vector."""
+    ours, theirs = given.get_vocab(), trained.get_vocab()
+    others = sorted(word for word, _ in ours.items() ^ theirs.items())
+    if others:
+        word = others[0]
+        found = f"{shown(word)} has number {ours.get(word)}, expected {theirs.get(word)} as the weights were trained"
+        raise InputError(f"vocab: {path}: {found}; leave --vocab out")
 
 
 def count_words(tokenizer):
@@ -251,10 +263,7 @@ def read_file(path):
     """The dict in a file of torch.save or safetensors: what `read_weights` is made from. Nothing in it is run."""
     if Path(path).suffix == ".safetensors":
         return read_safetensors(path)
-    if Path(path).is_dir():
-        raise InputError(f"{path}: a folder, expected a checkpoint file (a BERT folder goes to --bert)")
-    with reading(path, "not a checkpoint (a file of torch.save), or damaged"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of unusual pickles
+    with reading(path, "not a checkpoint (a file of torch.save), or damaged"):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 # torch compares no checksums. They are 0 where it was told to write none.
@@ -268,8 +277,6 @@ def read_file(path):
                 raise
             cure = f"python -m tools.weights --convert {path} OUT takes the tensors alone"
             raise InputError(f"{path}: holds a pickled {found[1]}, expected tensors, numbers, text; {cure}") from None
-    if not isinstance(file, dict):
-        raise InputError(f"{path}: holds a {type(file).__name__}, expected a dict of tensors or a checkpoint")
     if file.get("format", FORMAT) != FORMAT:
         found = shown(file["format"])
         raise InputError(f"{path}: checkpoint format {found}, expected {FORMAT}; read it with the code that wrote it")
@@ -295,6 +302,5 @@ def read_safetensors(path):
         for name, entry in header.items():
             dtype, n = SAFETENSORS[entry["dtype"]], math.prod(entry["shape"])
             offset = start + entry["data_offsets"][0]
-            values = torch.frombuffer(data, dtype=dtype, count=n, offset=offset) if n else torch.empty(0, dtype=dtype)
-            tensors[name] = values.view(entry["shape"])
+            tensors[name] = torch.frombuffer(data, dtype=dtype, count=n, offset=offset).view(entry["shape"])
     return tensors
