@@ -295,7 +295,7 @@ class Pretraining(TrainingSamples):
         ids, word_numbers = self.texts[index]
         # the first and the last of the shuffled images are two different ones wherever the product has two
         paths = rng.permutation(self.items[index]["image"]).tolist()
-        sample = {"input_ids": ids, "product_id": index, "image": self.read_image(index, paths[0], rng)}
+        sample = {"input_ids": ids, "image": self.read_image(index, paths[0], rng)}
         if objective == "itm":
             sample["itm_draws"] = np.float32(rng.random())
         elif objective == "mlm":

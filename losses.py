@@ -31,13 +31,13 @@ def soft_cross_entropy(logits, labels):
     return -(labels * F.log_softmax(logits.float(), dim=-1)).sum(-1)
 
 
-def hardest_negatives(image, text, product_id, n_candidates=0):
-    """For each image (B, D) the row (B,) of the most similar text (B, D) of *another* product, and whether one exists.
+def hardest_negatives(image, text, input_ids, n_candidates=0):
+    """For each image (B, D) the row (B,) of the most similar text (B, D) of *other* words, and whether one exists.
 
-    Both sides scaled; product_id (B,) int64. n_candidates: only texts of the same block of that many rows count, which
-    makes the negatives easier; 0: all rows. Source: docs/recipe.md "ITM"."""
+    Both sides scaled; input_ids (B, T) int64 of the texts. n_candidates: only texts of the same block of that many rows
+    count, which makes the negatives easier; 0: all rows. Source: docs/recipe.md "ITM"."""
     similarity = image @ text.t()
-    excluded = product_id[:, None] == product_id[None, :]  # (B, B)
+    excluded = (input_ids[:, None] == input_ids[None, :]).all(2)  # (B, B): the own text, and other products' like it
     if n_candidates:
         block = torch.arange(len(image), device=image.device) // n_candidates
         excluded = excluded | (block[:, None] != block[None, :])
@@ -84,14 +84,14 @@ def mine_negatives(model, features, batch):
     """Choose the text of each pair for ITM: the rows of the texts (B,) int64, and target (B,) int64, 1 = matched.
 
     features (B, P, C) are this update's own; batch["itm_draws"] (B,) uniform in 0..1: above .5 the hardest text of
-    another product takes the place of the own text. Where there is none, the pair stays. No gradient, no dropout."""
+    other word pieces takes the place of the own text. Where there is none, the pair stays. No gradient, no dropout."""
     was_training = model.bert.training
     model.bert.eval()  # similarities without dropout
     image = model.scaled(model.encode_image(features))
     text = model.scaled(model.encode_text(batch["input_ids"], batch["attention_mask"]))
     model.bert.train(was_training)
     torch.clear_autocast_cache()  # it holds copies of weights without gradient, which `match_pairs` must not use
-    hardest, exists = hardest_negatives(image, text, batch["product_id"], model.config.itm_candidates)
+    hardest, exists = hardest_negatives(image, text, batch["input_ids"], model.config.itm_candidates)
     replaced = (batch["itm_draws"] > 0.5) & exists
     own = torch.arange(len(hardest), device=hardest.device)
     return torch.where(replaced, hardest, own), (~replaced).long()
@@ -110,7 +110,7 @@ def match_pairs(model, features, batch, text_rows, target):
 def itm(model, batch):
     """Image-text matching with hard negatives from this process's own batch; returns what `match_pairs` returns.
 
-    batch as `itc`, product_id (B,) int64, itm_draws (B,). Source: FashionViL 3.2; docs/recipe.md "ITM"."""
+    batch as `itc`, itm_draws (B,). Source: FashionViL 3.2; docs/recipe.md "ITM"."""
     features = model.patches(batch["image"])  # one image forward serves mining and matching
     return match_pairs(model, features, batch, *mine_negatives(model, features, batch))
 

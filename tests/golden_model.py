@@ -73,7 +73,6 @@ def golden_batch(seed=SEED, n=B, vocab=VOCAB):
         "image2": inputs.images(n, seed, 1),
         "input_ids": text["input_ids"],
         "attention_mask": text["input_mask"],
-        "product_id": torch.arange(n),
         "itm_draws": inputs.itm_draws(n, seed),
         "masked_ids": mlm["input_ids_masked"],
         "mlm_labels": labels,

@@ -34,7 +34,6 @@ def random_batch(n=8, seed=1, size=64, vocab=50):
         "image2": torch.randn(n, 3, size, size, generator=g),
         "input_ids": ids * mask,
         "attention_mask": mask,
-        "product_id": torch.arange(n),
         "itm_draws": torch.rand(n, generator=g),
         "itm_text": torch.where(target.bool(), torch.arange(n), shuffled),
         "itm_target": target,
@@ -73,18 +72,19 @@ def test_global_mean_leaves_out_and_never_divides_by_zero():
     assert float(losses.global_mean(values, torch.zeros(3))) == 0.0
 
 
-def test_hardest_negatives_are_of_another_product():
+def test_hardest_negatives_have_other_word_pieces():
     image = torch.eye(3)
     text = torch.tensor([[0.0, 0.5, 0.1], [0.9, 0.0, 0.8], [0.8, 0.7, 0.0]])
-    index, exists = losses.hardest_negatives(image, text, torch.tensor([0, 1, 2]))
+    ids = torch.tensor([[2, 5, 8, 3], [2, 5, 9, 3], [2, 5, 3, 0]])
+    index, exists = losses.hardest_negatives(image, text, ids)
     assert index.tolist() == [1, 2, 1] and exists.all()
-    # text 1 is of image 0's product as well: the next best of another product is taken
-    index, exists = losses.hardest_negatives(image, text, torch.tensor([7, 7, 2]))
+    # texts 0 and 1 are equal, as those of colour variants: the next best of other words is taken
+    index, exists = losses.hardest_negatives(image, text, ids[[0, 0, 2]])
     assert index.tolist() == [2, 2, 1] and exists.all()
-    _, exists = losses.hardest_negatives(image, text, torch.tensor([7, 7, 7]))
+    _, exists = losses.hardest_negatives(image, text, ids[[1, 1, 1]])
     assert not exists.any()
     # a pool of two rows: image 0 and 1 choose between texts 0 and 1, image 2 has only its own
-    index, exists = losses.hardest_negatives(image, text, torch.tensor([0, 1, 2]), n_candidates=2)
+    index, exists = losses.hardest_negatives(image, text, ids, n_candidates=2)
     assert index[:2].tolist() == [1, 0] and exists.tolist() == [True, True, False]
 
 
@@ -95,9 +95,18 @@ def test_mining_keeps_pairs_without_a_negative_and_restores_training_mode():
     text, target = losses.mine_negatives(model, features, always)
     assert (text != torch.arange(8)).all() and not target.any() and model.bert.training
     assert torch.equal(text, losses.mine_negatives(model, features, always)[0])  # no dropout in it
-    same = {**always, "product_id": torch.zeros(8, dtype=torch.long)}
+    same = {**always, **{key: batch[key][:1].expand(8, -1) for key in ("input_ids", "attention_mask")}}
     text, target = losses.mine_negatives(model, features, same)
     assert torch.equal(text, torch.arange(8)) and target.all()
+
+
+def test_a_colour_variant_s_equal_text_is_no_wrong_text():
+    """Products 0, 3 and 6 share their text, 1 and 2 share another: no pair gets its own words as the wrong text."""
+    model, batch = tiny().eval(), random_batch()
+    texts = [0, 1, 1, 0, 4, 5, 0, 7]
+    batch |= {key: batch[key][texts] for key in ("input_ids", "attention_mask")} | {"itm_draws": torch.ones(8)}
+    rows, target = losses.mine_negatives(model, model.patches(batch["image"]), batch)
+    assert not target.any() and not (batch["input_ids"][rows] == batch["input_ids"]).all(1).any()
 
 
 def test_pac_leaves_out_products_without_attributes():
