@@ -1,4 +1,5 @@
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -24,6 +25,16 @@ def catalogue(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "demo"
     make_catalogue(out, products=150, size=64)
     return out
+
+
+@pytest.fixture
+def root(catalogue, tmp_path):
+    """A copy of the catalogue whose images are links, so that a test may spoil what it likes."""
+
+    def copy(source, target):
+        (shutil.copyfile if source.endswith((".json", ".txt")) else os.symlink)(source, target)
+
+    return Path(shutil.copytree(catalogue, tmp_path / "data", copy_function=copy))
 
 
 @pytest.fixture(scope="session")

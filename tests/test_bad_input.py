@@ -27,24 +27,9 @@ from plumbing import annotations, checkpoint, photos, settings, weights
 from plumbing.processes import Processes
 from plumbing.settings import InputError
 from prepare import check_data
-from prepare.layout import content_keys
 
 ONE = Processes(0, 1, torch.device("cpu"))
 TRAIN, VAL = "FashionGen/train_info.json", "FashionGen/val_info.json"
-
-
-@pytest.fixture
-def root(catalogue, tmp_path):
-    """A copy of the catalogue whose images are links, so that a test may spoil what it likes."""
-    for folder, _, files in os.walk(catalogue):
-        target = tmp_path / "data" / Path(folder).relative_to(catalogue)
-        target.mkdir(parents=True)
-        for name in files:
-            if name.endswith((".json", ".txt")):
-                (target / name).write_bytes(Path(folder, name).read_bytes())
-            else:
-                (target / name).symlink_to(Path(folder, name))
-    return tmp_path / "data"
 
 
 def edit(file, entry, **changes):
@@ -413,15 +398,6 @@ def test_check_reports_fashioniq_images_of_both_splits(root):
     (line,) = set(report) - set(sound)
     path = annotations.fashioniq_image(root, "dress", target, "")
     assert line == f"FashionIQ: 1 images of val stand in train, too, such as {path}"
-
-
-def test_content_keys_tell_files_of_one_size_apart(tmp_path):
-    contents = {"a": b"one", "b": b"two", "c": b"one", "d": b"longer", "e": b"", "f": b""}
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    keys = content_keys([tmp_path / name for name in [*contents, "gone"]])
-    by_name = {path.name: key for path, key in keys.items()}
-    assert by_name["a"] == by_name["c"] and len(set(by_name.values())) == 6
 
 
 def rename_label(what):
