@@ -97,9 +97,9 @@ def load_embedder(config):
 
 def find_categories(config, embedder, info):
     """The `PolyvoreCategories` beside the gallery, or else of data_root. InputError where training had others."""
-    folder = Path(config.gallery).resolve().parent
-    if not (folder / annotations.POLYVORE_ITEMS).exists():
-        folder = Path(embedder.config.data_root, "PolyvoreOutfits")
+    folders = [place.parent for place in annotations.absolute_paths(config.gallery)]
+    folders = [folder for folder in folders if (folder / annotations.POLYVORE_ITEMS).exists()]
+    folder = folders[0] if folders else Path(embedder.config.data_root, "PolyvoreOutfits")
     categories = annotations.PolyvoreCategories(folder, embedder.model.n_categories)
     ours = {"Polyvore categories": [str(category) for category in categories.number]}
     checkpoint.check_labels(config.checkpoint, info["labels"], ours)
@@ -125,7 +125,7 @@ def embed_gallery(config, embedder):
 
     It is made anew where it is not there, damaged, or of another checkpoint or other images. Raises InputError where it
     cannot be written, before the work."""
-    folder = Path(config.gallery).resolve()
+    folder = os.path.abspath(config.gallery)
     path, files = Path(config.index or f"{folder}.index.pt"), photos.list_gallery(folder)
     digest = hashlib.sha256(np.memmap(config.checkpoint, mode="r")).hexdigest()
     fingerprint = f"{digest} {embedder.task.fit.__name__} {embedder.config.image_size}"
@@ -178,15 +178,18 @@ def search(config):
         queries = F.normalize(embedder.embed([{**given, "name": "query"}]), dim=-1)
 
     vectors, names = embed_gallery(config, embedder)
-    folder = Path(config.gallery).resolve()
-    paths = [f"{folder}/{name}" for name in names]
+    paths = [str(Path(config.gallery, name)) for name in names]
     scores = vectors @ queries.numpy().T  # (N, W) for W wanted categories; without an outfit W is 1
-    if config.outfit:  # an image answers the query for its own category, or all if its category is unknown
+    if config.outfit:
+        # An image answers the query for its own category. Where none has a category, every image answers all.
         category = np.array([categories.of_image(path) for path in paths])[:, None]  # (N, 1)
-        scores = np.where((category == wanted) | (category < 0), scores, -np.inf)
+        if (category >= 0).any():
+            scores = np.where(category == wanted, scores, -np.inf)
+        else:
+            print(f"gallery: no image is an item of {categories.folder}, so all of them are answers", file=sys.stderr)
     scores = scores.max(1)  # (N,)
-    own = {os.path.realpath(path) for path in query_images(config)}
-    scores[[path in own for path in paths]] = -np.inf
+    own = [os.stat(path) for path in query_images(config)]
+    scores[[any(os.path.samestat(file, os.stat(path)) for file in own) for path in paths]] = -np.inf
 
     # The best come first, equal ones in the order of the gallery. An image with -inf is no result; those stand last.
     order, itm = np.argsort(-scores, kind="stable")[: np.isfinite(scores).sum()].tolist(), {}
@@ -194,11 +197,11 @@ def search(config):
         order, itm = rerank(config.text, paths, order, embedder)
 
     # Results of a data set's own folder have their ids and titles, others the names of their files.
-    titles, rows = annotations.load_titles(folder), []
+    titles, rows = annotations.load_titles(config.gallery), []
     for rank, i in enumerate(order[: config.top], 1):
-        name, title = titles.get(paths[i], (os.path.splitext(names[i])[0], ""))
+        name, title = titles.get(names[i], (os.path.splitext(names[i])[0], ""))
         row = {"rank": rank, "score": float(scores[i])} | ({"itm": itm[i]} if i in itm else {})
-        rows.append({**row, "id": name, "title": title, "path": str(Path(config.gallery, names[i]))})
+        rows.append({**row, "id": name, "title": title, "path": paths[i]})
     return rows
 
 

@@ -135,18 +135,26 @@ def load_pretraining(root, sets=tuple(SETS)):
     return [product for name in sets for product in load_products(root, name, "train")]
 
 
+def absolute_paths(path):
+    """The two absolute paths of `path`: as it is named, and with every link followed.
+
+    A link to a photo, to a folder of photos or to a data set belongs to what is beside the one or the other."""
+    return Path(os.path.abspath(path)), Path(os.path.realpath(path))
+
+
 def load_titles(folder):
-    """{image path: (product id, title)} of a data set's image folder, {} of another. Faulty entries are left out."""
-    folder, titles = Path(folder).resolve(), {}
-    source, root = folder.parent.name, folder.parent.parent
-    for part, file in SETS[source].files.items() if source in SETS else ():
-        if folder.name == SETS[source].images.format(part=part) and (folder.parent / file).exists():
-            for product in load_products(root, source, part, faults=[]):
-                product_id = product.name.removeprefix(f"{source} ")
-                titles |= dict.fromkeys(product.images, (product_id, product.title))
-    if source == "PolyvoreOutfits" and (folder.parent / POLYVORE_ITEMS).exists():
-        for item, row in load_polyvore_items(folder.parent, faults=[])[0].items():
-            titles[str(folder / f"{item}.jpg")] = item, str(row.get("title", ""))
+    """{path below it: (product id, title)} of a data set's image folder, {} of another. Faulty entries are left out."""
+    titles = {}
+    for images in absolute_paths(folder):
+        source, root = images.parent.name, images.parent.parent
+        for part, file in SETS[source].files.items() if source in SETS else ():
+            if images.name == SETS[source].images.format(part=part) and (images.parent / file).exists():
+                for product in load_products(root, source, part, faults=[]):
+                    named = product.name.removeprefix(f"{source} "), product.title
+                    titles |= {os.path.relpath(path, images): named for path in product.images}
+        if (images.parent / POLYVORE_ITEMS).exists():
+            for item, row in load_polyvore_items(images.parent, faults=[])[0].items():
+                titles[f"{item}.jpg"] = item, str(row.get("title", ""))
     return titles
 
 
@@ -276,7 +284,8 @@ class PolyvoreCategories:
     """The fine categories of a PolyvoreOutfits folder, numbered as in training. n: how many the checkpoint knows."""
 
     def __init__(self, folder, n):
-        self.folder, self.names = Path(folder).resolve(), {}  # {a category's name or id: its numbers}
+        self.folder, self.names = Path(folder), {}  # {a category's name or id: its numbers}
+        self.images = os.path.realpath(self.folder / "images")
         self.metadata, self.number = load_polyvore_items(folder)
         if len(self.number) != n:
             found = f"{len(self.number)} categories, but the checkpoint's CSA-Net has {n}"
@@ -297,10 +306,12 @@ class PolyvoreCategories:
         return sorted(set().union(*found))
 
     def of_image(self, path):
-        """The number of the item whose photo a file of images/ is; -1 for other files."""
-        folder, name = os.path.split(os.path.realpath(path))
-        item = self.metadata.get(os.path.splitext(name)[0]) if folder == f"{self.folder}/images" else None
-        return self.number[int(item["category_id"])] if item else -1
+        """The number of the item whose photo a file of images/ is, or a link to one; -1 for other files."""
+        for place in absolute_paths(path):
+            item = self.metadata.get(place.stem)
+            if item and os.path.realpath(place.parent) == self.images:
+                return self.number[int(item["category_id"])]
+        return -1
 
 
 class Polyvore(NamedTuple):

@@ -126,6 +126,44 @@ def test_outfit_ranks_the_wanted_category(files, catalogue, tmp_path):
         rows(files["O"], folder / "images", index, "--category=umbrella", "--outfit", str(outfit[0]))
 
 
+@pytest.mark.parametrize("linked", ["photos", "images/", "data set", "gallery", "photos of the gallery"])
+def test_links_do_not_hide_what_a_photo_is(linked, files, catalogue, tmp_path):
+    """A photo of Polyvore keeps its category, its title and its identity through links of every kind."""
+    real, folder, elsewhere = catalogue / "PolyvoreOutfits", tmp_path / "PolyvoreOutfits", tmp_path / "elsewhere"
+    metadata = json.loads((real / annotations.POLYVORE_ITEMS).read_text())
+    some = sorted(path.name for path in (real / "images").glob("*.jpg"))[:40]
+    folder.mkdir()
+    shutil.copy(real / annotations.POLYVORE_ITEMS, folder)
+    copy = os.symlink if linked == "photos" else shutil.copy
+    photo_folder = elsewhere if linked == "images/" else folder / "images"
+    photo_folder.mkdir()
+    for name in some:
+        copy(real / "images" / name, photo_folder / name)
+    copy(real / "images" / some[0], photo_folder / "unlisted.jpg")
+    gallery = folder / "images"
+    if linked == "images/":
+        gallery.symlink_to(elsewhere)
+    elif linked == "data set":
+        gallery = Path(shutil.move(folder, tmp_path / "other name"), "images")
+        folder.symlink_to(gallery.parent)
+    elif linked == "gallery":
+        gallery = tmp_path / "a link"
+        gallery.symlink_to(folder / "images")
+    elif linked == "photos of the gallery":
+        gallery = tmp_path / "chosen"
+        gallery.mkdir()
+        for name in some:
+            (gallery / name).symlink_to(folder / "images" / name)
+    wanted = metadata[Path(some[0]).stem]["category_id"]
+    options = [f"--category={wanted}", "--top=99", f"--data_root={tmp_path}"]
+    for query in (gallery / some[0], folder / "images" / some[0]):
+        found = rows(files["O"], gallery, "--outfit", str(query), *options)
+        right = {Path(name).stem for name in some[1:] if metadata[Path(name).stem]["category_id"] == wanted}
+        assert {Path(r["path"]).stem for r in found} == right != set()
+        if linked != "photos of the gallery":
+            assert all((r["id"], r["title"]) == (Path(r["path"]).stem, metadata[r["id"]]["title"]) for r in found)
+
+
 def test_a_coarse_category_asks_each_image_as_its_own(files, catalogue, tmp_path):
     """Polyvore's coarse names stand for several fine categories."""
     folder = tmp_path / "PolyvoreOutfits"
