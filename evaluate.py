@@ -23,6 +23,7 @@ import losses
 from metrics import composed_retrieval, full_gallery, outfit_retrieval, recognition, sample_100
 from model import CSANet
 from plumbing import annotations, checkpoint, ending, loading, photos, pictures, settings, tables
+from plumbing.files import check_place
 from plumbing.other_models import OtherModel, write_list
 from plumbing.pictures import Ranking, dot_products
 from plumbing.processes import gather_objects, start_processes
@@ -374,19 +375,23 @@ def main():
         raise InputError(f"checkpoint: expected {expected}; --baseline compares two")
     path = config.checkpoint or config.embeddings
     out = config.out or f"{path}.{config.task}.{'png' if config.show else 'json'}"
-    if config.show:
-        pictures.check_page(out)
+    table = str(Path(out).with_suffix(".json")) if config.show else out
     processes = start_processes(config.device)
     if config.list:
         if processes.is_main:
+            check_place(config.list, "list")
             write_list(config.list, list_items(config))
         return
+    if processes.is_main and (config.out or Path(path).exists()):  # a checkpoint that is missing is named as such below
+        check_place(table, "out")
+        if config.show:
+            pictures.check_page(out)
     started = time.perf_counter()
     results = evaluate_checkpoint(path, config, processes)
     baseline = evaluate_checkpoint(config.baseline, config, processes) if config.baseline else None
     if not processes.is_main:
         return
-    table, seconds = str(Path(out).with_suffix(".json")) if config.show else out, time.perf_counter() - started
+    seconds = time.perf_counter() - started
     tables.report(results, config, processes.device, path, table, seconds, baseline, config.bootstrap)
     if config.show:
         protocol, result = next(iter(results.items()))

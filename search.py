@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import evaluate
 from plumbing import annotations, checkpoint, ending, photos, pictures, settings
-from plumbing.files import replacing
+from plumbing.files import check_place, replacing
 from plumbing.processes import start_processes
 from plumbing.settings import COUNT, DEVICES, FROM_0, MISSING, InputError, setting
 
@@ -133,8 +133,7 @@ def embed_gallery(config, embedder):
         index = torch.load(path, mmap=True, weights_only=True)
         if (index["fingerprint"], index["files"]) == (fingerprint, files):
             return index["vectors"].numpy(), index["names"]
-    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: cannot be written there; set --index=FILE to where it can")
+    check_place(path, "index")
     names = [name for name in files if config.missing == "stop" or photos.is_readable(f"{folder}/{name}")]
     left_out = f"{len(files) - len(names)} cannot be read and are left out"
     print(f"index {path}: embedding {len(names)} images; {left_out}", file=sys.stderr)

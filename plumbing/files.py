@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import reprlib
+import tempfile
 from pathlib import Path
 
 from plumbing.settings import InputError
@@ -69,6 +70,19 @@ def writing(path):
         while not isinstance(error, OSError) and error.__context__:  # torch's writer hides what the disk said
             error = error.__context__
         raise InputError(f"{path}: cannot be saved: {cause_of(error)}; what was there before is unharmed") from None
+
+
+def check_place(path, name):
+    """Raise InputError where no file can be written to `path`, so that a run stops before its work.
+
+    name: the setting that can name another place."""
+    cause = "it is a folder" if os.path.isdir(path) else ""
+    try:
+        tempfile.TemporaryFile(dir=Path(path).absolute().parent).close()
+    except OSError as error:
+        cause = cause_of(error)
+    if cause:
+        raise InputError(f"{path}: cannot be written there: {cause}; set --{name}=FILE to where it can")
 
 
 @contextlib.contextmanager

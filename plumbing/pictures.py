@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from plumbing import photos
-from plumbing.files import replacing
+from plumbing.files import check_place, replacing
 from plumbing.settings import InputError
 
 CELL, GAP, LINE = 200, 18, 19  # pixels: side of a picture, space between cells, height of a text line
@@ -132,5 +132,6 @@ def draw_rankings(path, name, rankings, n, seed):
 
 def check_page(path):
     """Raise InputError where a page could not be written to `path`, so that a run stops before its work."""
-    if Path(path).suffix != ".png" or not Path(path).absolute().parent.is_dir():
-        raise InputError(f"out: found {str(path)!r}, expected the name of a .png in a folder that exists")
+    if Path(path).suffix != ".png":
+        raise InputError(f"out: found {str(path)!r}, expected the name of a .png")
+    check_place(path, "out")

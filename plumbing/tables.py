@@ -33,5 +33,8 @@ def report(results, config, device, path, out, seconds, baseline=None, intervals
                 text = f"{100 * x[0]:.1f} to {100 * x[1]:.1f}" if isinstance(x, tuple) else f"{100 * x:+.1f}"
                 line += f" {text:>19}"
             lines.append(line)
-    write_json(out, rows)  # first, for whoever reads what is printed may close the pipe
-    print(*lines, f"written: {out}", sep="\n")
+    try:
+        write_json(out, rows)  # first, for whoever reads what is printed may close the pipe
+        lines.append(f"written: {out}")
+    finally:
+        print(*lines, sep="\n")  # also where the disk is full

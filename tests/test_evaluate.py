@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot
 
 import evaluate
 import metrics
-from plumbing import annotations
+from plumbing import annotations, tables
 from plumbing.processes import Processes
 from plumbing.settings import InputError
 
@@ -456,3 +456,38 @@ def test_bootstrap_of_averages_that_are_not_means_over_queries():
         narrow = metrics.bootstrap(metric, ten_times, draws=300)[key]
         assert (narrow[1] - narrow[0]) * math.sqrt(10) == pytest.approx(high - low, rel=0.3)
         assert metrics.bootstrap(metric, ten_times, draws=300)[key] == narrow
+
+
+# ---- where the tables go ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, cause",
+    [
+        (["--checkpoint=c.pt", "--out=nowhere/a.json"], "nowhere/a.json: ***No such file or directory; set --out=FILE"),
+        (["--checkpoint=c.pt", "--out=nowhere/a.png", "--show=2"], "nowhere/a.json: ***No such file or directory"),
+        (["--checkpoint=c.pt", "--out=c.pt/a.json"], "c.pt/a.json: ***Not a directory"),
+        (["--checkpoint=c.pt"], "c.pt.fashioniq.json: ***it is a folder; set --out=FILE to where it can"),
+        (["--list=nowhere/a.jsonl"], "nowhere/a.jsonl: ***No such file or directory; set --list=FILE to where it can"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_said_before_the_work(words, cause, tmp_path, monkeypatch):
+    (tmp_path / "c.pt").write_text("")
+    (tmp_path / "c.pt.fashioniq.json").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--task=fashioniq", *words])
+    monkeypatch.setattr(evaluate, "evaluate_checkpoint", None)
+    monkeypatch.setattr(evaluate, "list_items", None)
+    with pytest.raises(InputError, match=cause.replace("***", "cannot be written there: ")):
+        evaluate.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.pt", "c.pt.fashioniq.json"]
+
+
+def test_the_table_is_printed_where_its_file_cannot_be_written(tmp_path, capsys):
+    """A disk can fill up, or go, while the work is done."""
+    results = {"every image": evaluate.recognition(one_hot(torch.tensor([1, 0])).float(), torch.tensor([1, 1]))}
+    config, out = evaluate.EvalConfig("fashiongen_category"), tmp_path / "gone" / "table.json"
+    with pytest.raises(InputError, match="table.json: cannot be saved: No such file or directory"):
+        tables.report(results, config, torch.device("cpu"), "c.pt", out, 1.0)
+    printed = capsys.readouterr().out
+    assert "accuracy    50.0" in printed and "written" not in printed

@@ -289,7 +289,7 @@ WRONG = {
     "rerank of an image": (["C", "G", "--image=a.jpg", "--rerank"], "rerank: the ITM head"),
     "no gallery": (["C", "", "--text=a"], "search: expected --checkpoint=FILE and --gallery=FOLDER"),
     "neither way": (["C", "G", "--text=a", "--missing=skpi"], "missing: found 'skpi', expected one of stop, skip"),
-    "sheet nowhere": (["C", "G", "--text=a", "--out=/nowhere/a.png"], "folder that exists"),
+    "sheet nowhere": (["C", "G", "--text=a", "--out=/nowhere/a.png"], "No such file or directory; set --out=FILE"),
     "missing image": (["C", "G", "--image=/nowhere.jpg"], "/nowhere.jpg: no such image; expected the name"),
     "empty gallery": (["C", Path(__file__).parent, "--text=a"], "gallery: no images in '"),
     "missing checkpoint": (["/nowhere.pt", "G", "--text=a"], "/nowhere.pt"),
