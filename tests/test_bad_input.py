@@ -70,7 +70,6 @@ def refuse(call, message, root):
 
 SETTINGS = [
     (dict(batch_size=0), "batch_size: found 0, expected 1 or more"),
-    (dict(batch_size=100_000), "batch_size: found 100000, but the data has only *** products"),
     (dict(eval_interval=-2), "eval_interval: found -2, expected -1 or more"),
     (dict(workers=-1), "workers: found -1, expected 0 or more"),
     (dict(seed=-1), "seed: found -1, expected 0 to 9223372036854775807"),
@@ -79,13 +78,10 @@ SETTINGS = [
     (dict(n_attributes=3), "*** ***: attributes id ***, expected below 3; check the label file or n_attributes"),
     (dict(milestones=("a",)), "milestones: found ('a',), expected whole numbers of updates"),
     (dict(dtype="half"), "dtype: found 'half', expected one of float32, bfloat16, float16"),
-    (dict(image_size=100), "image_size: found 100, expected a multiple of 32"),
     (dict(max_tokens=2), "max_tokens: found 2, expected 3 to 512, the positions of the model"),
     (dict(max_tokens=513), "max_tokens: found 513, expected 3 to 512, the positions of the model"),
     (dict(sets=("Wear",)), "sets: found ('Wear',), expected some of FashionGen, BigFACAD, Fashion200k, *** once"),
     (dict(sets=("FashionGen",) * 2), "sets: found ('FashionGen', 'FashionGen'), expected some of ***, each once"),
-    (dict(objectives={"itx": 1.0}), "objectives: found 'itx', expected some of itc, itm, mlm, mpfc, mvc, pac"),
-    (dict(objectives={"itc": 0.5}), "objectives: found probabilities {{'itc': 0.5}}, expected none below 0 and a ***"),
     (dict(objectives={"itc": float("nan")}), "objectives: found probabilities {{'itc': nan}}, expected ***"),
     (dict(resume="gone.pt"), "gone.pt: ***: No such file or directory"),
 ]
@@ -109,8 +105,6 @@ def test_missing_data_are_named_before_anything_is_fetched(stage, monkeypatch, t
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(task="fashionik"), "task: found 'fashionik', expected one of ***"),
-        (dict(task="polyvore", split="both"), "split: found 'both', expected one of disjoint, nondisjoint"),
         (dict(task="fashioniq", gallery="all"), "gallery: found 'all', expected one of original, val"),
         (dict(task="fashioniq", batch_size=7, grad_accum=2), "batch_size: found 7, expected a multiple of *** = 1 x 2"),
         (dict(task="fashioniq", init="gone.pt"), "gone.pt: ***: No such file or directory"),
@@ -386,11 +380,6 @@ def test_check_reports_what_stands_in_train_and_in_val(root):
     iq_line = "FashionIQ: 1 images of val stand in train, too, such as "
     iq_line += annotations.fashioniq_image(root, "dress", target, "")
     assert {row for row in report if row not in sound and "images of val" in row} == {line, iq_line}
-    for row in moved:  # another name for the same photos
-        row["id"] = f"copy of {row['id']}"
-    put(VAL, val + moved)(root)
-    report, faults = check_data.check(root)
-    assert not faults and line in report
 
 
 def rename_label(what):

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFont
+from PIL import Image
 
 import evaluate
 import metrics
@@ -77,16 +77,6 @@ def test_a_query_shows_only_items_of_its_category():
     ranking = Ranking(queries, items, dot_products(torch.eye(4), torch.eye(4)))
     query, cells, _ = pictures.ranked_row(ranking, 2)
     assert query.label == "right one: rank 1 of 2" and [cell.text for cell in cells] == ["item 2", "item 0"]
-
-
-@pytest.mark.parametrize(
-    "text", ["", "word", "a long text of many words " * 9, "unbroken" * 40, "x" * 3 + " " + "y" * 99]
-)
-def test_wrapped_text_fits(text):
-    font = ImageFont.load_default(15)
-    lines = pictures.wrap(text, font, 120, 3).splitlines()
-    assert len(lines) <= 3 and all(font.getlength(line) <= 120 for line in lines)
-    assert "".join(lines) == text.replace(" ", "") or lines[-1].endswith("...") or text == " ".join(lines)
 
 
 def test_page(tmp_path):
