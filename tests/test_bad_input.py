@@ -70,6 +70,7 @@ def refuse(call, message, root):
 
 SETTINGS = [
     (dict(batch_size=0), "batch_size: found 0, expected 1 or more"),
+    (dict(batch_size=100_000), "batch_size: found 100000, but the data has only *** products"),
     (dict(eval_interval=-2), "eval_interval: found -2, expected -1 or more"),
     (dict(workers=-1), "workers: found -1, expected 0 or more"),
     (dict(seed=-1), "seed: found -1, expected 0 to 9223372036854775807"),
