@@ -6,6 +6,7 @@ epoch, index), and every batch from (seed, step). So neither the number of proce
 import functools
 import math
 import os
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from plumbing.settings import NO_LABEL, STRIDE, InputError
 
 SETS = tuple(annotations.SETS)  # names of the data sets that pre-training can use
 MAX_TOKENS, FASHIONIQ_MAX_TOKENS = 75, 50  # [CLS] and [SEP] included
+MANY_UNKNOWN = 0.02  # the share of word pieces that are [UNK] from which on it is said
 MEAN = (0.46777044, 0.44531429, 0.40661017)  # of fashion photos (not ImageNet's), for model and image tokenizer
 STD = (0.12221994, 0.12145835, 0.14380469)
 
@@ -48,20 +50,33 @@ def tokenize(tokenizer, texts, max_tokens=MAX_TOKENS):
 class Texts:
     """Many texts, tokenized once; to do it at every visit takes a quarter of a sample's time. texts[i] is a `Tokens`.
 
-    Memory: 6 bytes for each of max_tokens of a text. The loader's workers share it."""
+    Memory: 6 bytes for each of max_tokens of a text. The loader's workers share it. Raises as `check_unknown`."""
 
     def __init__(self, tokenizer, texts, max_tokens, chunk=4096):
         self.ids = np.zeros((len(texts), max_tokens), np.int32)
         self.word_numbers = np.zeros((len(texts), max_tokens), np.int16)
-        self.lengths = np.zeros(len(texts), np.int16)
+        self.lengths, n_unknown = np.zeros(len(texts), np.int16), 0
         for start in range(0, len(texts), chunk):
             for i, tokens in enumerate(tokenize(tokenizer, texts[start : start + chunk], max_tokens), start):
                 n = self.lengths[i] = len(tokens.ids)
                 self.ids[i, :n], self.word_numbers[i, :n] = tokens
+                n_unknown += tokens.ids.count(tokenizer.token_to_id("[UNK]"))
+        check_unknown(n_unknown, int(self.lengths.sum()) - 2 * len(texts))  # without [CLS] and [SEP]
 
     def __getitem__(self, i):
         n = self.lengths[i]
         return Tokens(self.ids[i, :n].tolist(), self.word_numbers[i, :n].tolist())
+
+
+@functools.cache  # a validation reads the same texts as the one before
+def check_unknown(n_unknown, n_pieces):
+    """Say how many of all word pieces are [UNK] where it is more than MANY_UNKNOWN. InputError above half."""
+    share = n_unknown / max(1, n_pieces)
+    said = f"texts: {share:.1%} of their {n_pieces} word pieces are [UNK]"
+    if share > 0.5:
+        raise InputError(f"{said}; the vocabulary does not know this script; take a BERT that does")
+    if share > MANY_UNKNOWN:
+        print(f"{said}; the vocabulary does not know these words", file=sys.stderr)
 
 
 def check_lengths(config, positions, max_tokens=MAX_TOKENS):

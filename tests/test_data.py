@@ -57,6 +57,31 @@ def test_long_text_is_cut_to_the_limit_with_sep_last():
     assert len(ids) == len(words) == 75 and ids[0] == 2 and ids[-1] == 3 and set(ids[1:-1]) == {5}
 
 
+@pytest.mark.parametrize(
+    "texts, said",
+    [
+        (["red dress"] * 49 + ["red платье"], ""),  # 1 of 100
+        (["red dress"] * 24 + ["red платье"], ""),  # 1 of 50 is not above 2 %
+        (["red dress"] * 23 + ["red платье"], "texts: 2.1% of their 48 word pieces are [UNK]"),
+        (["red платье", "красное dress"], "texts: 50.0% of their 4 word pieces are [UNK]"),
+        (["red платье", "red 드레스", "", "красное"], "stop: texts: 60.0% of their 5 word pieces are [UNK]"),
+        (["ชุดเดรสสีแดง"], "stop: texts: 100.0% of their 1 word pieces are [UNK]"),
+        ([], ""),
+        (["", " "], ""),
+    ],
+)
+def test_unknown_words_are_counted(texts, said, capsys):
+    data.check_unknown.cache_clear()  # another test may have had as many
+    tokenizer = weights.wordpiece(SMALL_VOCAB)
+    try:
+        data.Texts(tokenizer, texts, 9), data.Texts(tokenizer, texts, 9)
+        found = capsys.readouterr().err
+    except InputError as error:
+        found = f"stop: {error}"
+        assert found.endswith("the vocabulary does not know this script; take a BERT that does")
+    assert found.partition(";")[0] == said and found.count("[UNK]") <= 1  # the same texts are counted once
+
+
 def test_texts_are_what_encode_says_of_each():
     tokenizer = weights.wordpiece(SMALL_VOCAB)
     texts = ["red dress", "", "red dresses a red", "\ud83d red", "a " * 100]
