@@ -454,9 +454,9 @@ def fashiongen_items(config):
     train, val = (annotations.load_products(config.data_root, "FashionGen", part) for part in ("train", "val"))
     key, counts = annotations.RECOGNITION_LABELS.get(config.task), {}
     if key:
+        train = annotations.with_label(train, key, "FashionGen train")
+        val = annotations.with_label(val, key, "FashionGen val")
         counts = {"n_classes": annotations.count_labels([*train, *val], key)}
-    else:
-        annotations.has_subcategories(val)  # retrieval is evaluated within them
     train = leave_out_of_products(train, config, "FashionGen train")
     items = [{"image": p.images, "text": p.text, "name": p.name} for p in train]
     if key:

@@ -10,6 +10,7 @@ An item is a dict. A model reads its "image" (a path), its "text", or both. Its 
 number: the right items of a query have its id. This file makes vectors of items, and metrics.py makes the numbers."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,21 +132,36 @@ def embed_retrieval(embedder, products):
     return embedder.embed(images), embedder.embed(texts), column(images, "id"), column(texts, "id")
 
 
+def count_equal_texts(result, texts, image_id, text_id):
+    """{"i2t_equal_texts", "t2i_equal_texts"}: the queries that have an equal text among the wrong ones; {} if none has.
+
+    No model can rank those. texts: of each product, equal where they meet. ids of the queries, as in `full_gallery`."""
+    times, draws = Counter(texts), result.counts.get("draws", 1)
+    equal = torch.tensor([times[text] > 1 for text in texts])
+    rows = {"i2t": equal[image_id], "t2i": equal[text_id]}
+    counts = {f"{way}_equal_texts": (result.outcomes[way][rows[way]] > 0).sum().item() / draws for way in rows}
+    return counts if equal.any() else {}
+
+
 def evaluate_retrieval(embedder, config):
-    """ITR and TIR on FashionGen val: full gallery, and sample-100 where the products have sub-categories."""
+    """ITR and TIR on FashionGen val: full gallery, and sample-100 of the products that have a sub-category."""
     products, left_out = load_val_products(config)
     image, text, image_id, text_id = embeddings = embed_retrieval(embedder, products)
     result = full_gallery(*embeddings)
-    result.counts |= left_out
+    result.counts |= left_out | count_equal_texts(result, [p.text for p in products], image_id, text_id)
     images, texts = product_items(products)
     captioned = [{**item, "text": products[item["id"]].text} for item in images]  # what a page shows below an image
     result.rankings.append(Ranking(images, texts, dot_products(image, text)))
     result.rankings.append(Ranking(texts, captioned, dot_products(text, image)))
     yield "full gallery", result
-    if annotations.has_subcategories(products):
-        group = torch.tensor([product.subcategory for product in products])
-        result = sample_100(*embeddings, group[image_id], group, config.seed)
-        result.counts |= left_out
+    group = torch.tensor([-1 if p.subcategory is None else p.subcategory for p in products])
+    some_images, some_texts = group[image_id] >= 0, group >= 0  # those of products that have a sub-category
+    if some_texts.any():
+        ids = image_id[some_images], text_id[some_texts]
+        result = sample_100(image[some_images], text[some_texts], *ids, *(group[i] for i in ids), config.seed)
+        lost = {"images_left_out": (~some_images).sum().item(), "texts_left_out": (~some_texts).sum().item()}
+        result.counts |= {key: n + lost[key] for key, n in left_out.items()}
+        result.counts |= count_equal_texts(result, [(p.text, p.subcategory) for p in products], *ids)
         yield "sample-100", result
 
 
@@ -186,8 +202,9 @@ def evaluate_fashioniq(embedder, config):
 
 def evaluate_recognition(embedder, config):
     """CR or SCR on FashionGen val: every image with its product's text is one sample. A label is an id."""
-    products, left_out = load_val_products(config)
+    listed, left_out = load_val_products(config)
     key = annotations.RECOGNITION_LABELS[config.task]
+    products = annotations.with_label(listed, key, "FashionGen val")
     annotations.count_labels(products, key, embedder.model.config.n_classes)
     samples = []
     for product in products:
@@ -195,7 +212,8 @@ def evaluate_recognition(embedder, config):
         samples += [{"image": path, **sample} for path in product.images]
     logits = embedder.embed(samples, encode=embedder.model.classify)
     result = recognition(logits, column(samples, "id"))
-    result.counts["samples_left_out"] = left_out["images_left_out"]
+    no_label = sum(len(product.images) for product in listed) - len(samples)
+    result.counts["samples_left_out"] = left_out["images_left_out"] + no_label
     # On a page, each image shows its class and the class that was predicted for it.
     names = next(iter(annotations.label_names(config.data_root, config.task).values()), [])
     names = [*names, *(f"class {i}" for i in range(len(names), logits.shape[1]))]

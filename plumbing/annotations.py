@@ -174,11 +174,9 @@ def label_names(root, task):
 
 
 def count_labels(products, key, limit=0):
-    """Number of rows of a head for the products' label `key`: `limit`, or with 0 the largest id + 1. `key` is
-    "attributes", "category" or "subcategory". Raises InputError on a missing label and on an id of `limit` or more."""
+    """Number of rows of a head for the products' label `key`, which all have: `limit`, or with 0 the largest id + 1.
+    `key` is "attributes", "category" or "subcategory". Raises InputError on an id of `limit` or more."""
     labels = [getattr(product, key) for product in products]
-    if None in labels:
-        raise InputError(f"{products[labels.index(None)].name}: no {key}_id, which this task needs")
     tops = [max(ids, default=-1) for ids in labels] if key == "attributes" else labels
     largest = max(tops, default=-1)
     if limit and largest >= limit:
@@ -187,12 +185,16 @@ def count_labels(products, key, limit=0):
     return limit or largest + 1
 
 
-def has_subcategories(products):
-    """True where all products have a sub-category, False where none has. Raises InputError where only some have."""
-    found = any(product.subcategory is not None for product in products)
-    if found:
-        count_labels(products, "subcategory")  # raises for the first product that has none
-    return found
+def with_label(products, key, what):
+    """The products that have a label `key`, and a printed line where some have none. Raises InputError if all lack it.
+
+    what: the part of the data, for the message."""
+    kept = [product for product in products if getattr(product, key) is not None]
+    if not kept:
+        raise InputError(f"{what}: no product has a {key}_id, which this task needs")
+    if len(kept) < len(products):
+        print(f"{what}: {len(products) - len(kept)} of {len(products)} products have no {key}_id and are left out")
+    return kept
 
 
 @functools.cache

@@ -137,19 +137,17 @@ ENTRIES = [  # changes of entry 1 of the training file, what the message says of
 IQ, SPLIT = "FashionIQ/captions/cap.shirt.val.json", "FashionIQ/image_splits/split.shirt.val.json"
 OCIR = "PolyvoreOutfits/ocir_disjoint_train.json"
 ITEMS = "PolyvoreOutfits/polyvore_item_metadata.json"
-CATEGORY, SUBCATEGORY, RETRIEVAL = "fashiongen_category", "fashiongen_subcategory", "fashiongen_retrieval"
+CATEGORY, SUBCATEGORY = "fashiongen_category", "fashiongen_subcategory"
 CUT = "Expecting ',' delimiter: line 1 column 10 (char 9)"
 ONE_ITEM = "is the only item of the question, expected two items"
-NO_SUBCATEGORY = "FashionGen ***: no subcategory_id, which this task needs"
+NO_SUBCATEGORY = "FashionGen val: no product has a subcategory_id, which this task needs"
 FILES = [  # task ("": pre-training), what is done to the data, message; FILE is the file that was spoilt
     *(("", edit(TRAIN, 1, **changes), f"FILE: entry 1: {text}") for changes, text in ENTRIES),
     ("", edit(TRAIN, None, id=7), "FILE: entry 1: id 7 stood before; ids must be unique"),
     ("", put(TRAIN, []), "FILE: found an empty list, expected a filled list"),
     ("", put(TRAIN, {"a": 1}), "FILE: found a filled dict, expected a filled list"),
     ("", put(TRAIN, '[{"id": 1'), f"FILE: cannot be read as JSON ({CUT}); fetch the file again"),
-    (CATEGORY, edit(VAL, 3, category_id=None), "FashionGen ***: no category_id, which this task needs"),
     (SUBCATEGORY, edit(VAL, None, subcategory_id=None), NO_SUBCATEGORY),
-    (RETRIEVAL, edit(VAL, 3, subcategory_id=None), NO_SUBCATEGORY),
     ("fashioniq", edit(IQ, 2, candidate=None), "FILE: entry 2: key 'candidate': found None, expected str"),
     ("fashioniq", edit(IQ, 2, captions=[1, 2]), "FILE: entry 2: key 'captions': found [1, 2], expected texts"),
     ("fashioniq", edit(IQ, 2, candidate="../a"), "FILE: entry 2: image path '../a.jpg' leaves the folder ***"),

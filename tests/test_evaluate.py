@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
+import data
 import evaluate
 import metrics
 from plumbing import annotations, tables
@@ -351,6 +353,60 @@ def test_recognition_counts_a_class_absent_from_the_truth_and_not_one_absent_fro
     assert result.chance == pytest.approx({"accuracy": 3 / 4, "macro_f1": 1 / 2})
     never = evaluate.recognition(torch.ones(2, 3), torch.tensor([0, 2]))  # a class in the truth, never predicted
     assert never.metrics["macro_f1"] == pytest.approx((2 / 3 + 0) / 2)
+
+
+@pytest.fixture
+def partly_labelled(root):
+    """A FashionGen val of six products, two images each; the fourth has no category and the fifth no sub-category."""
+    names = sorted(path.name for path in (root / "FashionGen" / "val").iterdir())
+    labels = zip("AABCCD", (0, 1, 0, None, 1, 1), (5, 5, 5, 9, None, 9), strict=True)
+    products = [
+        {"id": i, "images": names[2 * i : 2 * i + 2], "title": text, "description": "", "attributes_id": []}
+        | {"category_id": category, "subcategory_id": subcategory}
+        for i, (text, category, subcategory) in enumerate(labels)
+    ]
+    (root / "FashionGen" / "val_info.json").write_text(json.dumps(products))
+    (root / "labels.json").unlink(missing_ok=True)
+    return root
+
+
+def test_retrieval_counts_equal_texts_and_needs_no_sub_category(partly_labelled):
+    vectors = torch.eye(6)
+    embedder = SimpleNamespace(embed=lambda items: vectors[[item["id"] for item in items]])
+    config = evaluate.EvalConfig("fashiongen_retrieval", data_root=str(partly_labelled), workers=0)
+    full, sampled = (result.counts for _, result in evaluate.evaluate_retrieval(embedder, config))
+    assert (full["images"], full["texts"], full["images_left_out"], full["texts_left_out"]) == (12, 6, 0, 0)
+    assert (full["i2t_equal_texts"], full["t2i_equal_texts"]) == (8, 4)  # A twice and C twice
+    assert (sampled["images"], sampled["texts"]) == (sampled["i2t_queries"], sampled["t2i_queries"]) == (10, 5)
+    assert (sampled["images_left_out"], sampled["texts_left_out"]) == (2, 1)
+    assert (sampled["i2t_equal_texts"], sampled["t2i_equal_texts"]) == (4, 2)  # C meets no other C in its sub-category
+
+
+def test_retrieval_without_sub_categories_and_equal_texts_says_nothing_of_them(root):
+    rows = json.loads((root / "FashionGen" / "val_info.json").read_text())[:5]
+    rows = [{**row, "subcategory_id": None, "title": str(i)} for i, row in enumerate(rows)]
+    (root / "FashionGen" / "val_info.json").write_text(json.dumps(rows))
+    embedder = SimpleNamespace(embed=lambda items: torch.eye(5)[[item["id"] for item in items]])
+    config = evaluate.EvalConfig("fashiongen_retrieval", data_root=str(root), workers=0)
+    ((protocol, result),) = evaluate.evaluate_retrieval(embedder, config)
+    assert protocol == "full gallery"
+    assert result.counts.keys() == {"images", "texts", "images_left_out", "texts_left_out"}
+
+
+def test_recognition_leaves_out_products_without_a_label(partly_labelled, capsys):
+    model = SimpleNamespace(config=SimpleNamespace(n_classes=2), classify=None)
+    embedder = SimpleNamespace(model=model, embed=lambda items, encode: one_hot(torch.tensor([i["id"] for i in items])))
+    config = evaluate.EvalConfig("fashiongen_category", data_root=str(partly_labelled), workers=0)
+    ((_, result),) = evaluate.evaluate_recognition(embedder, config)
+    assert result.counts == {"samples": 10, "classes": 2, "samples_left_out": 2} and result.metrics["accuracy"] == 1
+    said = "FashionGen val: 1 of 6 products have no category_id and are left out"
+    assert said in capsys.readouterr().out
+    folder = partly_labelled / "FashionGen"
+    shutil.copytree(folder / "val", folder / "train", dirs_exist_ok=True)
+    shutil.copy(folder / "val_info.json", folder / "train_info.json")
+    items, sizes, _ = data.fashiongen_items(config)
+    assert [item["label"] for item in items] == [0, 1, 0, 1, 1] and sizes == {"n_classes": 2}
+    assert said.replace("val", "train") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task", ["polyvore", "fashioniq"])

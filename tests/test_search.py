@@ -292,6 +292,7 @@ WRONG = {
     "sheet nowhere": (["C", "G", "--text=a", "--out=/nowhere/a.png"], "No such file or directory; set --out=FILE"),
     "missing image": (["C", "G", "--image=/nowhere.jpg"], "/nowhere.jpg: no such image; expected the name"),
     "empty gallery": (["C", Path(__file__).parent, "--text=a"], "gallery: no images in '"),
+    "unknown script": (["C", "G", "--text=ชุดเดรสสีแดง"], "100.0% .* are \\[UNK\\]; .* take a BERT that does"),
     "missing checkpoint": (["/nowhere.pt", "G", "--text=a"], "/nowhere.pt"),
     "text for an outfit model": (["O", "G", "--text=a"], "expected one trained for a task with contrastive"),
     "outfit for a text model": (["C", "G", "--outfit", __file__, "--category=shoe"], "with csa_net"),
