@@ -113,11 +113,15 @@ def column(items, key):
 
 
 def load_val_products(config):
-    """The products of FashionGen val as far as their images are there, and counts of what is left out."""
+    """(products of FashionGen val as they are listed, the same as far as their images are there)."""
     listed = annotations.load_products(config.data_root, "FashionGen", "val")
-    products = photos.leave_out_of_products(listed, config, "FashionGen val")
+    return listed, photos.leave_out_of_products(listed, config, "FashionGen val")
+
+
+def count_left_out(listed, products):
+    """How many images and texts of the listed products are none of `products`."""
     n_images = [sum(len(product.images) for product in some) for some in (listed, products)]
-    return products, {"images_left_out": n_images[0] - n_images[1], "texts_left_out": len(listed) - len(products)}
+    return {"images_left_out": n_images[0] - n_images[1], "texts_left_out": len(listed) - len(products)}
 
 
 def product_items(products):
@@ -145,22 +149,23 @@ def count_equal_texts(result, texts, image_id, text_id):
 
 def evaluate_retrieval(embedder, config):
     """ITR and TIR on FashionGen val: full gallery, and sample-100 of the products that have a sub-category."""
-    products, left_out = load_val_products(config)
+    listed, products = load_val_products(config)
     image, text, image_id, text_id = embeddings = embed_retrieval(embedder, products)
     result = full_gallery(*embeddings)
-    result.counts |= left_out | count_equal_texts(result, [p.text for p in products], image_id, text_id)
+    result.counts |= count_left_out(listed, products)
+    result.counts |= count_equal_texts(result, [p.text for p in products], image_id, text_id)
     images, texts = product_items(products)
     captioned = [{**item, "text": products[item["id"]].text} for item in images]  # what a page shows below an image
     result.rankings.append(Ranking(images, texts, dot_products(image, text)))
     result.rankings.append(Ranking(texts, captioned, dot_products(text, image)))
     yield "full gallery", result
-    group = torch.tensor([-1 if p.subcategory is None else p.subcategory for p in products])
-    some_images, some_texts = group[image_id] >= 0, group >= 0  # those of products that have a sub-category
-    if some_texts.any():
+    grouped = [product for product in products if product.subcategory is not None]
+    if grouped:
+        group = torch.tensor([-1 if p.subcategory is None else p.subcategory for p in products])
+        some_images, some_texts = group[image_id] >= 0, group >= 0
         ids = image_id[some_images], text_id[some_texts]
         result = sample_100(image[some_images], text[some_texts], *ids, *(group[i] for i in ids), config.seed)
-        lost = {"images_left_out": (~some_images).sum().item(), "texts_left_out": (~some_texts).sum().item()}
-        result.counts |= {key: n + lost[key] for key, n in left_out.items()}
+        result.counts |= count_left_out(listed, grouped)
         result.counts |= count_equal_texts(result, [(p.text, p.subcategory) for p in products], *ids)
         yield "sample-100", result
 
@@ -202,9 +207,9 @@ def evaluate_fashioniq(embedder, config):
 
 def evaluate_recognition(embedder, config):
     """CR or SCR on FashionGen val: every image with its product's text is one sample. A label is an id."""
-    listed, left_out = load_val_products(config)
+    listed, products = load_val_products(config)
     key = annotations.RECOGNITION_LABELS[config.task]
-    products = annotations.with_label(listed, key, "FashionGen val")
+    products = annotations.with_label(products, key, "FashionGen val")
     annotations.count_labels(products, key, embedder.model.config.n_classes)
     samples = []
     for product in products:
@@ -212,8 +217,7 @@ def evaluate_recognition(embedder, config):
         samples += [{"image": path, **sample} for path in product.images]
     logits = embedder.embed(samples, encode=embedder.model.classify)
     result = recognition(logits, column(samples, "id"))
-    no_label = sum(len(product.images) for product in listed) - len(samples)
-    result.counts["samples_left_out"] = left_out["images_left_out"] + no_label
+    result.counts["samples_left_out"] = count_left_out(listed, products)["images_left_out"]
     # On a page, each image shows its class and the class that was predicted for it.
     names = next(iter(annotations.label_names(config.data_root, config.task).values()), [])
     names = [*names, *(f"class {i}" for i in range(len(names), logits.shape[1]))]
@@ -323,7 +327,7 @@ def run_task(model, tokenizer, config, processes):
 def list_items(config):
     """The items whose vectors are all that `config.task` needs of a model. InputError for a task that needs more."""
     if config.task == "fashiongen_retrieval":
-        images, texts = product_items(load_val_products(config)[0])
+        images, texts = product_items(load_val_products(config)[1])
         return images + texts
     if config.task == "fashioniq":
         garments = [load_garment(name, config) for name in annotations.FASHIONIQ_CLASSES]
