@@ -55,13 +55,16 @@ class Texts:
     def __init__(self, tokenizer, texts, max_tokens, chunk=4096):
         self.ids = np.zeros((len(texts), max_tokens), np.int32)
         self.word_numbers = np.zeros((len(texts), max_tokens), np.int16)
-        self.lengths, n_unknown = np.zeros(len(texts), np.int16), 0
+        self.lengths = np.zeros(len(texts), np.int16)
+        n_unknown = n_stops = 0
         for start in range(0, len(texts), chunk):
             for i, tokens in enumerate(tokenize(tokenizer, texts[start : start + chunk], max_tokens), start):
                 n = self.lengths[i] = len(tokens.ids)
                 self.ids[i, :n], self.word_numbers[i, :n] = tokens
                 n_unknown += tokens.ids.count(tokenizer.token_to_id("[UNK]"))
-        check_unknown(n_unknown, int(self.lengths.sum()) - 2 * len(texts))  # without [CLS] and [SEP]
+                n_stops += tokens.ids.count(tokenizer.token_to_id("."))
+        # [CLS], [SEP] and the full stops that join a product's title and description are no words.
+        check_unknown(n_unknown, int(self.lengths.sum()) - 2 * len(texts) - n_stops)
 
     def __getitem__(self, i):
         n = self.lengths[i]

@@ -66,13 +66,14 @@ def test_long_text_is_cut_to_the_limit_with_sep_last():
         (["red платье", "красное dress"], "texts: 50.0% of their 4 word pieces are [UNK]"),
         (["red платье", "red 드레스", "", "красное"], "stop: texts: 60.0% of their 5 word pieces are [UNK]"),
         (["ชุดเดรสสีแดง"], "stop: texts: 100.0% of their 1 word pieces are [UNK]"),
+        (["ชุดเดรสสีแดง."], "stop: texts: 100.0% of their 1 word pieces are [UNK]"),  # a title without description
         ([], ""),
         (["", " "], ""),
     ],
 )
 def test_unknown_words_are_counted(texts, said, capsys):
     data.check_unknown.cache_clear()  # another test may have had as many
-    tokenizer = weights.wordpiece(SMALL_VOCAB)
+    tokenizer = weights.wordpiece(SMALL_VOCAB + "\n.")
     try:
         data.Texts(tokenizer, texts, 9), data.Texts(tokenizer, texts, 9)
         found = capsys.readouterr().err
