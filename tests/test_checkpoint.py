@@ -8,6 +8,7 @@ import pickle
 import re
 import resource
 import shutil
+import string
 import struct
 import sys
 import zipfile
@@ -434,7 +435,8 @@ def test_words_in_another_order_than_the_weights_are_refused(tmp_path, monkeypat
 
 def tokenizer_json(path, added=()):
     """Write a cased tokenizer.json as transformers does, which cuts and pads texts; returns one that does not."""
-    words = {word: i for i, word in enumerate([*VOCAB, *"redsRDCcafévï", "##ed", "dress", "Dress", "naive", "红"])}
+    letters = [*string.ascii_letters, *(f"##{letter}" for letter in string.ascii_lowercase), "é", "##ï", "红"]
+    words = {word: i for i, word in enumerate([*VOCAB, *letters, "##ed", "dress", "Dress", "naive"])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(words, unk_token="[UNK]"))
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=False)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
