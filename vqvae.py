@@ -304,10 +304,8 @@ def load_image_tokenizer(path, device="cpu"):
     file of the original, which holds one. The tensors tell the sizes.
 
     Raises InputError where a tensor is missing or has another shape, and where patches are not those of the ResNet."""
-    inside = "model.image_tokenizer"  # how tensors of the original's pre-training file begin
-    state, info = weights.read_weights(path)
-    state = info["set_aside"].get(inside, state)
-    state = {k.removeprefix(f"{inside}."): v for k, v in state.items() if not k.startswith(TRAINING_ONLY)}
+    state, _ = weights.read_weights(path, ("image_tokenizer",), "image_tokenizer")
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(TRAINING_ONLY)}
     with reading(path, "no image tokenizer in it"):
         tokenizer = random_image_tokenizer(read_sizes(state))
     checkpoint.check_names(path, tokenizer.state_dict(), state)

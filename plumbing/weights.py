@@ -47,19 +47,22 @@ BERT = (
     ("cls.predictions.transform.", "heads.mlm."),
     *((f"{part}.", f"bert.{part}.") for part in ("embeddings", "encoder", "pooler")),  # some files leave "bert." out
 )
-RESNET = (("", "image_encoder."),)
+RESNET = tuple(
+    (f"{part}.", f"image_encoder.{part}.") for part in ("conv1", "bn1", *(f"layer{n}" for n in (1, 2, 3, 4)))
+)
 # Files hold these and the model has no use for them: the image tokenizer, an objective that the final recipe does not
-# use, BERT's next-sentence head, ResNet's classifier, and counters of positions.
-LEFT_OVER = r"(model\.image_tokenizer|model\.heads\.mpfr|cls\.seq_relationship|fc)\.|((?:.*\.)?position_ids)$"
-# (a name that only this layout has, layout, kind, how its names become ours). The first row whose name is found counts.
+# use, BERT's next-sentence head, and counters of positions.
+LEFT_OVER = r"(model\.image_tokenizer|model\.heads\.mpfr|cls\.seq_relationship)\.|((?:.*\.)?position_ids)$"
+# (how a name of this layout alone ends, layout, kind, how its names become ours). The first row that is found counts.
 LAYOUTS = (
     ("proj_layer.weight", "csa_net", "csa_net", RELEASED),
-    ("model.classifier.1.weight", "classification", "fashionvil", RELEASED),
+    ("model.classifier.0.dense.weight", "classification", "fashionvil", RELEASED),
     ("model.contrastive_norm.norm_s", "pretraining", "fashionvil", RELEASED),
     ("model.norm_layer.norm_s", "contrastive or composition", "fashionvil", RELEASED),
     ("quantize.embedding.weight", "vqvae", "image_tokenizer", ()),
-    ("embeddings.word_embeddings.weight", "bert", "bert", BERT),
+    ("image_encoder.conv1.weight", "ours", "fashionvil", ()),
     ("bert.embeddings.word_embeddings.weight", "bert", "bert", BERT),
+    ("embeddings.word_embeddings.weight", "bert", "bert", BERT),
     ("layer1.0.conv1.weight", "resnet", "resnet", RESNET),
 )
 
@@ -75,33 +78,15 @@ def read_weights(path, kinds=None, setting=""):
     ({what of LEFT_OVER: its tensors}).
     Raises InputError where the file is none of `kinds`, as the setting `setting` needs."""
     file = read_file(path)
-    parts = [file[key] for key in ("model", "state_dict", "model_state_dict") if isinstance(file.get(key), dict)]
-    state = parts[0] if parts else file
-    # torch.compile and DistributedDataParallel put these before names.
-    state = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in state.items()}
-
-    info = {"kind": None, "layout": "ours", "task": None, "step": None, "tokenizer": None}
+    (_, layout, kind, names), state = find_model(path, file, kinds)
+    info = {"kind": kind, "layout": layout, "task": None, "step": None, "tokenizer": None}
     info |= {"config": {}, "model_config": {}, "labels": {}, "set_aside": {}}
     if "format" in file:
-        info |= {key: file[key] for key in info if key in file}
-    else:
-        state = _with_our_names(path, state, info)
-        config = file.get("config")
-        info["model_config"] = config if isinstance(config, dict) else {}
-    if {DECODER, WORDS} <= state.keys() and not torch.equal(state[DECODER], state[WORDS]):
-        raise InputError(f"{path}: {DECODER} and {WORDS} differ, but are one tensor in the model")
+        info |= {key: file[key] for key in info if key in file} | {"layout": "ours"}
+    elif isinstance(file.get("config"), dict):
+        info["model_config"] = file["config"]
     if kinds and info["kind"] not in kinds:
         raise InputError(f"{setting}: {path}: {info['kind']} weights, expected {' or '.join(kinds)}")
-    return state, info
-
-
-def _with_our_names(path, state, info):
-    """The state dict of a file that is not ours under our names. Fills "kind", "layout" and "set_aside" of info."""
-    rows = [row for row in LAYOUTS if row[0] in state]
-    if not rows:
-        found = ", ".join(list(state)[:3]) or "no names"
-        raise InputError(f"{path}: found {found}, expected those of FashionViL, CSA-Net, BERT, ResNet or VQ-VAE")
-    _, info["layout"], info["kind"], names = rows[0]
     for name in list(state):
         found = re.match(LEFT_OVER, name)
         if found:
@@ -117,7 +102,39 @@ def _with_our_names(path, state, info):
     if info["kind"] == "resnet":
         for name in [name for name in state if name.endswith("running_mean")]:  # files of before 2018 have no counters
             state.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
-    return state
+    if {DECODER, WORDS} <= state.keys() and not torch.equal(state[DECODER], state[WORDS]):
+        raise InputError(f"{path}: {DECODER} and {WORDS} differ, but are one tensor in the model")
+    return state, info
+
+
+def find_model(path, file, kinds=None):
+    """(its row of LAYOUTS, its tensors) of the model in `file`, whatever stands before its names.
+
+    Programs keep a model in a part of their file, and put something before its names: state_dict, module, teacher.
+    kinds: what is looked for first. Raises InputError where there is none, and names all where there are several."""
+    tensors = all_tensors(file)
+    for row in sorted(LAYOUTS, key=lambda row: bool(kinds) and row[2] not in kinds):
+        before = [name.removesuffix(row[0]) for name in tensors if f".{name}".endswith(f".{row[0]}")]
+        if len(before) > 1:
+            cure = f"python -m tools.weights --convert {path} OUT --part=PREFIX takes one"
+            raise InputError(f"{path}: found models under {' and '.join(map(repr, before))}; {cure}")
+        if before:
+            return row, {n.removeprefix(before[0]): tensor for n, tensor in tensors.items() if n.startswith(before[0])}
+    found = ", ".join(list(tensors)[:3]) or "no tensors"
+    raise InputError(f"{path}: found {found}, expected those of FashionViL, CSA-Net, BERT, ResNet or VQ-VAE")
+
+
+def all_tensors(file):
+    """{name: tensor} of a dict and of all dicts in it. The keys that lead to a tensor, joined by dots, are its name."""
+    tensors, parts, seen = {}, [("", file)], set()
+    for before, part in parts:  # which grow meanwhile
+        for key, value in part.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{before}{key}"] = value
+            elif isinstance(value, dict) and id(value) not in seen:  # a dict can hold itself
+                seen.add(id(value))
+                parts.append((f"{before}{key}.", value))
+    return tensors
 
 
 def rename(state, rows):

@@ -269,7 +269,13 @@ def bert_file(folder, form, prefix="", gamma=False, mlm=True, pooler=True, **siz
 
 @pytest.mark.parametrize("form", ["bin", "zip", "safetensors"])
 @pytest.mark.parametrize(
-    "prefix, gamma, mlm, pooler", [("bert.", True, True, True), ("", False, False, True), ("bert.", False, True, False)]
+    "prefix, gamma, mlm, pooler",
+    [
+        ("bert.", True, True, True),
+        ("", False, False, True),
+        ("bert.", False, True, False),
+        ("text.", False, False, True),
+    ],
 )
 def test_bert_folders(tmp_path, form, prefix, gamma, mlm, pooler):
     """Old, new and safetensors files, names with and without prefix, gamma and beta, absent heads: said and right."""
@@ -659,7 +665,7 @@ CONTENTS = [
     ("resnet weights, expected fashionvil or csa_net", lambda: torchvision_resnet("resnet18").state_dict()),
     ("checkpoint format 99, expected 2", lambda: own(format=99)),
     ("kind 'gan', expected fashionvil or csa_net or image_tokenizer", lambda: own(kind="gan")),
-    ("'image_encoder.conv1.weight' is missing", lambda: own(model={})),
+    ("found no tensors, expected those of FashionViL", lambda: own(model={})),
     ("64 does not divide into 7 attention heads", lambda: own(model_config={"num_attention_heads": 7})),
     (rf"2 missing: {QUERY}, {BIAS}$", lambda: own({QUERY: None, BIAS: None})),
     (rf"{QUERY} \(64, 65\), expected \(64, 64\)$", lambda: own({QUERY: torch.ones(64, 65)})),

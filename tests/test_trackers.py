@@ -25,6 +25,7 @@ from plumbing import annotations, checkpoint, ending, photos, runs, settings, we
 from plumbing.processes import Processes, start_processes
 from plumbing.settings import InputError
 from prepare import check_data
+from tools.weights import convert, describe
 
 ONE = Processes(0, 1, torch.device("cpu"))
 
@@ -153,17 +154,59 @@ def test_vocabulary_with_the_line_ends_of_windows(tmp_path, catalogue):
     assert weights.read_tokenizer(tmp_path / "vocab.txt").get_vocab() == weights.wordpiece(text).get_vocab()
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict"])
-def test_weights_in_a_part_of_the_file(tmp_path, prefix, key):
+@pytest.mark.parametrize("prefix", ["", "module._orig_mod.", "backbone.0.body.", "encoder."])
+@pytest.mark.parametrize("part", [(), ("model",), ("state_dict",), ("module",), ("checkpoint", "ema")])
+def test_weights_in_a_part_of_the_file(tmp_path, prefix, part):
     """mlfoundations/open_clip#639, huggingface/pytorch-image-models#2003, pytorch/examples#410: training scripts add
     to names, and keep weights in a part of the file."""
     state = torchvision.models.resnet18().state_dict()
-    file = {"epoch": 9, "arch": "resnet18", key: {f"{prefix}{name}": tensor for name, tensor in state.items()}}
+    file = {f"{prefix}{name}": tensor for name, tensor in state.items()} | {f"{prefix}head.0.bias": torch.ones(3)}
+    file |= {"queue": torch.ones(9)} if prefix else {}
+    for key in reversed(part):
+        file = {key: file, "epoch": 9, "optimizer": {"state": {0: {"exp_avg": torch.ones(9)}}}}
     torch.save(file, tmp_path / "a.pth")
     found, info = checkpoint.read_weights(tmp_path / "a.pth", ("resnet",), "resnet_file")
-    assert info["kind"] == "resnet"
-    assert torch.equal(found["image_encoder.layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
+    expected = {f"image_encoder.{name}" for name in state if not name.startswith("fc.")}
+    assert info["kind"] == "resnet" and found.keys() - expected == {"fc.weight", "fc.bias", "head.0.bias"}
+    assert all(torch.equal(found[name], state[name.removeprefix("image_encoder.")]) for name in expected)
+
+
+def test_one_of_several_models_and_a_whole_one(tmp_path):
+    """What self-supervised training leaves: a student and its teacher in one file. And torch.save(model)."""
+    student, teacher = torchvision.models.resnet18(), torchvision.models.resnet18()
+    states = {f"module.backbone.{name}": tensor for name, tensor in student.state_dict().items()}
+    torch.save({"student": states, "teacher": {"backbone": teacher.state_dict()}}, tmp_path / "both.pth")
+    problem = r"found models under 'student.module.backbone.' and 'teacher.backbone.'; .*--convert .* --part=PREFIX"
+    with pytest.raises(InputError, match=problem):
+        checkpoint.read_weights(tmp_path / "both.pth")
+    torch.save(torch.nn.DataParallel(student), tmp_path / "whole.pth")
+    with pytest.raises(InputError, match="a pickled torch.nn.parallel.data_parallel.DataParallel, .*--convert"):
+        checkpoint.read_weights(tmp_path / "whole.pth")
+    for name, part, model in (
+        ("both", "teacher.backbone", teacher),
+        ("both", "student", student),
+        ("both", "teacher.backbone.", teacher),
+        ("whole", None, student),
+    ):
+        path = tmp_path / f"{name}_{part}.pth"
+        convert(tmp_path / f"{name}.pth", path, part)
+        found, _ = checkpoint.read_weights(path, ("resnet",), "resnet_file")
+        expected = model.state_dict()
+        assert len(found) == len(expected)
+        assert all(torch.equal(found[f"image_encoder.{n}"], t) for n, t in expected.items() if not n.startswith("fc."))
+    with pytest.raises(InputError, match="both.pth: no tensors under ema"):
+        convert(tmp_path / "both.pth", tmp_path / "none.pth", "ema")
+
+
+def test_info_calls_no_other_network_a_resnet(tmp_path):
+    """CLIP's ResNet has another beginning, and torchvision's other networks share names with released files."""
+    blocks = {f"visual.{n}": t for n, t in torchvision.models.resnet18().state_dict().items() if n.startswith("layer")}
+    torch.save({**blocks, "visual.conv1.weight": torch.ones(64, 3, 3, 3)}, tmp_path / "clip.pth")
+    with pytest.raises(InputError, match=r"of other shapes: image_encoder.conv1.weight \(64, 3, 3, 3\), expected"):
+        describe(tmp_path / "clip.pth")
+    torch.save({"model": torchvision.models.alexnet().state_dict()}, tmp_path / "alexnet.pth")
+    with pytest.raises(InputError, match="found model.features.0.weight, .*, expected those of"):
+        describe(tmp_path / "alexnet.pth")
 
 
 def test_our_checkpoint_with_the_names_of_torch_compile(trained, tmp_path):

@@ -256,7 +256,7 @@ def test_files_that_are_no_tokenizer_end_in_one_line(tmp_path):
     conv = "encoder.mid.block_1.conv1.weight"
     for broken, said in (
         ({"fc.weight": torch.ones(2, 2)}, "found fc.weight, expected those of .* or VQ-VAE"),
-        ({"model.contrastive_norm.norm_s": torch.ones(1)}, "'encoder.conv_in.weight' is missing"),
+        ({"model.contrastive_norm.norm_s": torch.ones(1)}, "fashionvil weights, expected image_tokenizer"),
         ({k: v for k, v in state.items() if k != conv}, conv),
         ({**state, "encoder.extra.weight": torch.ones(1)}, "encoder.extra.weight"),
         ({**state, conv: torch.ones(3, 3)}, conv),
