@@ -136,10 +136,10 @@ def load_pretraining(root, sets=tuple(SETS)):
 
 
 def absolute_paths(path):
-    """The two absolute paths of `path`: as it is named, and with every link followed.
+    """The absolute paths of `path`: as it is named and, if that is another, with every link followed.
 
     A link to a photo, to a folder of photos or to a data set belongs to what is beside the one or the other."""
-    return Path(os.path.abspath(path)), Path(os.path.realpath(path))
+    return [*map(Path, dict.fromkeys([os.path.abspath(path), os.path.realpath(path)]))]
 
 
 def load_titles(folder):
