@@ -137,14 +137,14 @@ def embed_retrieval(embedder, products):
 
 
 def count_equal_texts(result, texts, image_id, text_id):
-    """{"i2t_equal_texts", "t2i_equal_texts"}: the queries that have an equal text among the wrong ones; {} if none has.
+    """{"i2t_equal_texts", "t2i_equal_texts"}: the queries with an equal text among the wrong ones; no key for none.
 
     No model can rank those. texts: of each product, equal where they meet. ids of the queries, as in `full_gallery`."""
     times, draws = Counter(texts), result.counts.get("draws", 1)
     equal = torch.tensor([times[text] > 1 for text in texts])
     rows = {"i2t": equal[image_id], "t2i": equal[text_id]}
     counts = {f"{way}_equal_texts": (result.outcomes[way][rows[way]] > 0).sum().item() / draws for way in rows}
-    return counts if equal.any() else {}
+    return {way: n for way, n in counts.items() if n}
 
 
 def evaluate_retrieval(embedder, config):
