@@ -26,7 +26,7 @@ MANY_UNKNOWN = 0.02  # the share of word pieces that are [UNK] from which on it 
 MEAN = (0.46777044, 0.44531429, 0.40661017)  # of fashion photos (not ImageNet's), for model and image tokenizer
 STD = (0.12221994, 0.12145835, 0.14380469)
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # texts are tokenized before loaders fork; this stops a warning
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else tokenizers warns when a loader forks after its use
 
 # ---- text ------------------------------------------------------------------------------------------------------------
 
@@ -198,26 +198,26 @@ def mask_words(ids, word_numbers, tokenizer, rng, share=0.15):
 
 
 def mask_patches(side, rng):
-    """BEiT's block-wise mask of a side x side grid: bool (side * side,), True = masked; docs/recipe.md "MPFC"."""
+    """BEiT's block-wise mask of a side x side grid: bool (side * side,), True = masked; docs/recipe.md "MPFC".
+
+    Blocks are placed until enough patches are masked, or until ten tries in a row have placed none."""
     remaining = max(1, round(8 * side * side / 49))  # patches that are still to be masked: 8 of 49 at 224 pixels
-    smallest = max(1, remaining // 2)  # patches of a block
-    mask = np.zeros((side, side), bool)
-    while remaining > 0:
-        for _ in range(10):  # tries to place a block; the mask is done when all ten fail
-            area = smallest + (remaining - smallest) * rng.random()  # between the two, whichever is smaller
-            aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
-            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if h >= side or w >= side:
-                continue
-            top, left = rng.integers(side - h + 1), rng.integers(side - w + 1)
-            block = mask[top : top + h, left : left + w]
-            new = block.size - int(block.sum())
-            if 0 < new <= remaining:
-                block[:] = True
-                remaining -= new
-                break
-        else:
-            break
+    least = max(1, remaining // 2)  # of the first block; a last block may be smaller
+    mask, failures = np.zeros((side, side), bool), 0
+    while remaining > 0 and failures < 10:
+        # The area is uniform between `least` and `remaining`, also where `remaining` has become the smaller one.
+        area = least + (remaining - least) * rng.random()
+        aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        failures += 1
+        if h >= side or w >= side:
+            continue
+        top, left = rng.integers(side - h + 1), rng.integers(side - w + 1)
+        block = mask[top : top + h, left : left + w]
+        new = block.size - int(block.sum())
+        if 0 < new <= remaining:
+            block[:] = True
+            remaining, failures = remaining - new, 0
     if not mask.any():  # on tiny grids all tries can fail, and every image must have a target
         mask.flat[rng.integers(mask.size)] = True
     return mask.reshape(-1)
@@ -332,7 +332,11 @@ class Pretraining(TrainingSamples):
         return sample
 
 
-PADDING = {"masked_ids": 0, "mlm_labels": NO_LABEL, "text_keep": False}  # key with a value a token: what pads it
+PADDING = {
+    "masked_ids": 0,
+    "mlm_labels": NO_LABEL,
+    "text_keep": False,
+}  # keys of one value a token: their padding
 
 
 def places(mask):
@@ -368,11 +372,12 @@ def to_device(batch, device):
     return {key: normalize(v) if v.dtype == torch.uint8 and v.ndim == 4 else v for key, v in batch.items()}
 
 
-def check_candidates(config, processes=1):
+def check_candidates(config, parts=1):
     """Raise InputError where a contrastive loss has one candidate: it is 0, its accuracy 100 %, and nothing is learnt.
 
-    processes: how many share the products of a micro-batch before the loss compares them."""
-    least = 2 * config.grad_accum * processes
+    parts: 1 for a loss that compares all products of a micro-batch, whichever process has them (ITC, MVC, tasks); the
+    number of processes for one that compares the products of one process alone (ITM)."""
+    least = 2 * config.grad_accum * parts
     if config.batch_size < least:
         found = f"found {config.batch_size} with grad_accum={config.grad_accum}"
         raise InputError(f"batch_size: {found}, expected {least} or more, for one product alone has no negatives")
@@ -472,6 +477,7 @@ def fashioniq_items(config):
     items = []
     for garment in annotations.FASHIONIQ_CLASSES:
         annotations.load_fashioniq(config.data_root, garment, "val", config.gallery)
+        # Training needs no gallery. With gallery="val" no split file is read, which the training part may lack.
         queries, _ = annotations.load_fashioniq(config.data_root, garment, "train", gallery="val")
         items += [{key: query[key] for key in ("image", "image2", "text", "name")} for query in queries]
     broken = leave_out([item[key] for item in items for key in ("image", "image2")], config, "FashionIQ train")

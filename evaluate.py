@@ -55,7 +55,7 @@ class Embedder:
         rank, world_size, device = self.processes.rank, self.processes.world_size, self.processes.device
         # Neighbours have texts of similar length, so that batches hold little padding.
         order = sorted(range(len(items)), key=lambda i: len(items[i].get("text", "")))
-        # Where there are fewer items than processes, the others embed the first item again.
+        # Where there are fewer items than processes, the others repeat one item, so that none is without work.
         shares = [order[i::world_size] or order[:1] for i in range(world_size)]
         vectors = []
         for batch in tqdm(self.load([items[i] for i in shares[rank]]), unit=" batches", disable=not progress):
@@ -74,7 +74,7 @@ class Embedder:
         config, on_gpu = self.config, self.processes.device.type == "cuda"
         max_tokens = config.max_tokens or self.task.max_tokens
         dataset = data.Samples(items, self.tokenizer, self.task.fit, config, max_tokens)
-        # Workers only pay for more images than a batch. Texts are tokenized already.
+        # A start of workers is only worth it for more images than a batch. Texts are tokenized already.
         workers = config.workers if "image" in items[0] and len(items) > config.eval_batch_size else 0
         if workers:  # each reads two batches ahead
             loading.check_shared_memory(2 * workers + 1, config.eval_batch_size, config.image_size)
@@ -231,8 +231,10 @@ def evaluate_recognition(embedder, config):
 def embed_outfits(embedder, outfits):
     """Each outfit as `outfit_retrieval` takes it: (len(outfits), D) float32 on the CPU.
 
-    An outfit is a dict with "image", the paths of its photos; "categories", a list of numbers for each photo, which
-    counts as their mean; "category", the number of what is wanted with it; and "name"."""
+    An outfit is a dict with "image", the paths of its photos; "categories", a list of numbers for each photo;
+    "category", the number of what is wanted with it; and "name". A photo has several categories only in search.py,
+    where a coarse name such as "shoes" stands for several. It then counts as the mean of its vectors for all of them.
+    """
     model, device = embedder.model, embedder.processes.device
     # The categories count only after the image encoder, so each photo is encoded once for all outfits.
     paths = list(dict.fromkeys(path for outfit in outfits for path in outfit["image"]))
@@ -240,8 +242,9 @@ def embed_outfits(embedder, outfits):
     encoded = embedder.embed(photo_items, encode=lambda batch: model.encode_item(batch["image"])).to(device)
     place, vectors = {path: i for i, path in enumerate(paths)}, []
     for outfit in outfits:
+        # A row for each category of each photo, whose vector has a share in the photo's.
         pairs = zip(outfit["image"], outfit["categories"], strict=True)
-        rows = [(place[path], one, 1 / len(several)) for path, several in pairs for one in several]
+        rows = [(place[path], number, 1 / len(numbers)) for path, numbers in pairs for number in numbers]
         row, category, share = (torch.tensor(values, device=device) for values in zip(*rows, strict=True))
         fused = model.fuse(encoded[row], category, torch.full_like(category, outfit["category"]))  # (len(rows), D)
         vectors.append((share[:, None] * fused).sum(0).cpu() / len(outfit["image"]))
@@ -251,7 +254,10 @@ def embed_outfits(embedder, outfits):
 
 
 def evaluate_polyvore(embedder, config):
-    """OCIR on Polyvore Outfits test, split `config.split`. The blank is the item that a row takes out of its outfit."""
+    """OCIR on Polyvore Outfits test, split `config.split`.
+
+    The blank is the item that a row takes out of its outfit. It is to be found. A row that is marked as fake is no
+    query: it only adds its blank to the gallery."""
     rows, n_categories = annotations.load_polyvore(config.data_root, config.split, "test")
     if n_categories != embedder.model.n_categories:
         expected = f"the {embedder.model.n_categories} of the checkpoint's CSA-Net"
@@ -306,7 +312,7 @@ class Task:
 RECOGNITION = Task(
     evaluate_recognition, losses.recognition, data.fashiongen_items, data.pick_image, ("recognition",), "accuracy"
 )
-WHOLE = data.crop_then_resize  # in evaluation it keeps the whole image
+WHOLE = data.crop_then_resize  # it crops in training alone; an evaluation sees the whole image
 TASKS = {
     "fashiongen_retrieval": Task(evaluate_retrieval, losses.itc, data.fashiongen_items, data.pick_image),
     "fashioniq": Task(

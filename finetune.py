@@ -107,7 +107,7 @@ def train(config, processes):
 
     def validate():
         model.eval()
-        _, result = next(evaluate.run_task(model, tokenizer, config, processes))  # its first protocol selects
+        _, result = next(evaluate.run_task(model, tokenizer, config, processes))  # the first protocol selects best.pt
         run.end_validation(result.metrics, task.criterion)
 
     # The earlier run may have ended while it validated.
@@ -149,7 +149,7 @@ def train(config, processes):
 
     # The best checkpoint is evaluated as evaluate.py does it, in exact float32. The main process surely has its file.
     # The others take the weights from that process.
-    if config.eval_interval < 0:
+    if config.eval_interval < 0:  # without validations there is no best checkpoint
         return {}
     allow_tf32(False)
     config = dataclasses.replace(config, dtype="float32")

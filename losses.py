@@ -27,7 +27,7 @@ def info_nce(queries, candidates, rank=0):
 
 
 def soft_cross_entropy(logits, labels):
-    """-sum(labels * log_softmax(logits)) per row of (B, A); labels weigh 1 in all, or 0 where nothing is known."""
+    """-sum(labels * log_softmax(logits)) per row of (B, A); a row of labels sums to 1, or to 0 where none is known."""
     return -(labels * F.log_softmax(logits.float(), dim=-1)).sum(-1)
 
 
@@ -44,7 +44,7 @@ def hardest_negatives(image, text, input_ids, n_candidates=0):
     return similarity.masked_fill(excluded, float("-inf")).argmax(1), ~excluded.all(1)
 
 
-# ---- over all processes: only these three functions call the others --------------------------------------------------
+# ---- over all processes: all that the losses send to each other is in these three functions --------------------------
 def one_way(queries, candidates):
     """InfoNCE of queries (B, D) against the candidates of all processes, with gradient -> (loss, accuracy)."""
     return info_nce(queries, processes.gather_with_gradient(candidates), processes.rank())
@@ -60,11 +60,11 @@ def symmetric(a, b):
 def global_mean(values, weights=None):
     """The mean of values (n,) over all processes, as a loss that DDP may average; weights (n,) 0 or 1 leave rows out.
 
-    n differs between processes, so each divides its own sum by the mean count of a process. The mean of their results
-    is then the sum over everything divided by the count over everything. A count of 0 over all is taken as 1."""
+    Process p has the sum S_p of n_p values, and n_p differs. It returns S_p / mean(n). The mean over processes,
+    mean(S) / mean(n), is sum(S) / sum(n): the mean over all values. A sum(n) of 0 is taken as 1."""
     weights = torch.ones_like(values) if weights is None else weights
-    count = weights.sum()
-    return (values * weights).sum() / processes.all_mean(count).clamp(min=1 / processes.world_size())
+    mean_count = processes.all_mean(weights.sum()).clamp(min=1 / processes.world_size())
+    return (values * weights).sum() / mean_count
 
 
 # ---- the six objectives of pre-training ------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def mine_negatives(model, features, batch):
     image = model.scaled(model.encode_image(features))
     text = model.scaled(model.encode_text(batch["input_ids"], batch["attention_mask"]))
     model.bert.train(was_training)
-    torch.clear_autocast_cache()  # it holds copies of weights without gradient, which `match_pairs` must not use
+    torch.clear_autocast_cache()  # its copies of weights carry no gradient, so `match_pairs` must make new ones
     hardest, exists = hardest_negatives(image, text, batch["input_ids"], model.config.itm_candidates)
     replaced = (batch["itm_draws"] > 0.5) & exists
     own = torch.arange(len(hardest), device=hardest.device)
@@ -158,7 +158,8 @@ def mvc(model, batch):
     """Multi-view contrastive learning (`icc` in the original's code).
 
     batch: image (view 0), image2 (view 1), input_ids, attention_mask (B, T), text_keep (B, T) and patch_keep (B, P)
-    bool, False = left out of attention, a patch also of the mean. View 0 is compared with view 1 composed with text.
+    bool, False = left out of attention; such a patch does not count in the mean either. View 0 is compared with view 1
+    composed with text.
     Returns the symmetric InfoNCE in nats and {"mvc_acc"}. Source: docs/recipe.md "MVC"."""
     image = model.scaled(model.encode_image(batch["image"]))
     kept = batch["attention_mask"] * batch["text_keep"]
@@ -171,8 +172,9 @@ def pac(model, batch):
     """Pseudo-attribute classification of both modalities by one cosine head.
 
     batch as `itc`, attributes (B, A) float: a product's attributes share weight 1; all 0 = none known, left out.
-    Returns image term + text term, and {"pac_recall"}: the share of the label weight among the head's five best. With
-    pac_scale 1 a term is at least 5.7 over 2232 attributes; cosines stay in [-1, 1]. Source: docs/recipe.md "PAC"."""
+    Returns image term + text term, and {"pac_recall"}: the share of the label weight among the head's five best. The
+    logits are cosines, so a term over 2232 attributes cannot fall below log(1 + 2231 e^-2) = 5.7: judge PAC by its
+    recall. Source: docs/recipe.md "PAC"."""
     labels = batch["attributes"]
     known = (labels.sum(1) > 0).float()
     text = model.encode_text(batch["input_ids"], batch["attention_mask"])
@@ -187,7 +189,7 @@ def pac(model, batch):
 
 # A new objective needs a function here, a probability in --objectives, and what `data.Pretraining.sample` adds for it.
 # A new head needs its name in model.HEADS, its layers in FashionViL, and the tensor that tells its size in
-# checkpoint.SIZE_OF. tools/summary.py reads an objective's accuracy as NAME_acc.
+# checkpoint.SIZE_OF. tools/summary.py reads an objective's accuracy as NAME_acc (of PAC pac_recall).
 OBJECTIVES = {"itc": itc, "itm": itm, "mlm": mlm, "mpfc": mpfc, "mvc": mvc, "pac": pac}
 
 

@@ -37,8 +37,9 @@ def check_embeddings(queries, gallery):
 def find_positives(query_id, gallery_id):
     """Each query's correct items, gallery indices in ascending order, and their number: (Q, m), (Q,) int64.
 
-    The last item fills the rest of its row. Raises ValueError for a query without a correct item, with its id."""
-    sorted_id, order = gallery_id.sort(stable=True)
+    Gallery ids 7 5 7 and query ids 5 7 give [[1, 1], [0, 2]] and [1, 2]: a shorter row repeats its last item.
+    Raises ValueError for a query without a correct item, with its id."""
+    sorted_id, order = gallery_id.sort(stable=True)  # the items of one id are now neighbours, from `start` on
     start = torch.searchsorted(sorted_id, query_id)
     count = torch.searchsorted(sorted_id, query_id, right=True) - start
     missing = (count == 0).nonzero().flatten().tolist()
@@ -67,8 +68,9 @@ def best_ranks(queries, gallery, query_id, gallery_id, block=512):
         # The best correct item's score comes from this product, too, so it has the same bits as its equals.
         own_scores = scores.gather(1, own)  # (b, m)
         best = own_scores.amax(dim=1, keepdim=True)  # (b, 1)
-        first = own.masked_fill(own_scores < best, len(gallery)).amin(dim=1, keepdim=True)  # (b, 1), its place
-        before = (scores > best) | ((scores == best) & (place < first))
+        # Its place in the gallery: the first of the correct items that have this score.
+        best_place = own.masked_fill(own_scores < best, len(gallery)).amin(dim=1, keepdim=True)  # (b, 1)
+        before = (scores > best) | ((scores == best) & (place < best_place))
         ranks.append(1 + before.sum(dim=1, dtype=torch.int32).long())  # int32 needs half the memory of int64
     return torch.cat(ranks).cpu()
 
@@ -198,17 +200,20 @@ def sample_100(image, text, image_id, text_id, image_group, text_group, seed=0, 
     generator = torch.Generator().manual_seed(seed)  # its own, so that the global state neither counts nor changes
     outcomes, sizes, counts = {}, {}, {"images": len(image), "texts": len(text), "draws": draws, "seed": seed}
     check_embeddings(image, text)
-    images, texts = (image, image_id, image_group), (text, text_id, text_group)
-    for way, (queries, *of_queries), (gallery, *of_gallery) in (("i2t", images, texts), ("t2i", texts, images)):
+
+    def rank_one_way(way, queries, query_id, query_group, gallery, gallery_id, gallery_group):
         outcomes[way], negatives = torch.zeros(len(queries), draws, dtype=torch.int64), []
         for draw in range(draws):
             for q in torch.randperm(len(queries), generator=generator)[:n_queries].tolist():
-                candidates = sample_candidates(q, *of_queries, *of_gallery, generator)
+                candidates = sample_candidates(q, query_id, query_group, gallery_id, gallery_group, generator)
                 outcomes[way][q, draw] = candidate_rank(queries[q], gallery, candidates)
                 negatives.append(len(candidates) - 1)
         sizes[way] = [(1, 1 + n) for n in negatives]
         counts[f"{way}_queries"] = len(negatives) // draws
         counts[f"{way}_negatives_min"], counts[f"{way}_negatives_mean"] = min(negatives), statistics.fmean(negatives)
+
+    rank_one_way("i2t", image, image_id, image_group, text, text_id, text_group)
+    rank_one_way("t2i", text, text_id, text_group, image, image_id, image_group)
     return Result(partial(recalls, ks=ks), chance_recalls(sizes, ks), counts, outcomes)
 
 

@@ -5,9 +5,9 @@ what is fed in differs. Letters in shape comments: B batch, T text tokens, P ima
 L positions of a sequence (T, or T + P), C channels of the image encoder (2048), D hidden size (768), K image codes
 (1024), A pseudo-attributes (2232).
 
-One rule for all masks: True or 1 marks what is kept. These are the tokens and patches that the Transformer sees
-(`attention_mask`, `*_keep`, `seen`) and the hidden states that the caller reads (`read*`). The only exception has its
-name from the original: in MPFC's `patch_mask` True marks a masked patch.
+One rule for all attention masks: True or 1 marks what is kept. These are the tokens and patches that the Transformer
+sees (`attention_mask`, `*_keep`, `seen`) and the hidden states that the caller reads (`read*`). The only exception has
+its name from the original: in MPFC's `patch_mask` True marks a masked patch.
 
 Parameters are named as torchvision (image_encoder) and Hugging Face (bert) name them, so that loading is copying."""
 
@@ -85,7 +85,8 @@ class Block(nn.Module):
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
         if self.bottleneck:
             out = self.bn3(self.conv3(F.relu(out, inplace=True)))
-        out += x if self.downsample is None else self.downsample(x)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out += shortcut
         return F.relu(out, inplace=True)
 
 
@@ -146,13 +147,14 @@ class Embeddings(nn.Module):
 
 
 class Places:
-    """Where N tokens stand in the (B, L) grid of a padded batch: `pick` takes them out of it, `put` puts them back.
+    """Saves the time of padding: linear layers see a list of the real tokens, attention sees the padded grid.
 
     A third of a usual batch of texts is padding. "red dress" and "bag" make this grid of 2 x 4 places:
         0 [CLS]  1 red  2 dress  3 [SEP]
         4 [CLS]  5 bag  6 [SEP]  7 [PAD]
-    Linear layers, LayerNorm and dropout treat every token alone. They get a list of the 7 tokens, (7, D), so padding
-    costs no time. Attention compares the tokens of a row. It gets the grid, (2, 4, D), with zeros at place 7."""
+    Linear layers, LayerNorm and dropout treat every token alone, so they get the list of 7 tokens, (7, D). Attention
+    compares the tokens of a row, so it gets the grid, (2, 4, D), with zeros at place 7. `pick` makes a list of a grid,
+    and `put` makes a grid of a list."""
 
     def __init__(self, mask, device="cpu"):  # mask (B, L) bool on the CPU, True at the N tokens; device of the vectors
         self.shape = mask.shape
@@ -183,24 +185,25 @@ class Layer(nn.Module):
     def _output(n_in, n_out):
         return nn.ModuleDict({"dense": nn.Linear(n_in, n_out), "LayerNorm": nn.LayerNorm(n_out, eps=1e-12)})
 
-    def _project(
-        self, name, tokens, places
-    ):  # tokens (N, D) -> (B, n_heads, L, D / n_heads); name: query, key or value
+    def _project(self, name, tokens, places):
+        """Tokens (N, D) -> their queries, keys or values, as `name` says, in the grid: (B, n_heads, L, D / n_heads)."""
         grid = places.put(self.attention["self"][name](tokens))  # (B, L, D)
         return grid.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
 
     def _add_and_norm(self, module, x, residual):
         return module["LayerNorm"](F.dropout(module["dense"](x), self.dropout, self.training) + residual)
 
-    def forward(self, x, x_at, context, context_at):
-        """The layer's outputs (M, D) for the tokens x (M, D), which attend to the tokens `context` (N, D) of their row.
+    def forward(self, x, x_places, context, context_places):
+        """The outputs (M, D) of the tokens x (M, D). Each attends to those tokens of `context` (N, D) in its own row.
 
-        x_at and context_at are their Places. All layers but the last get the same tokens as x and as context."""
-        q = self._project("query", x, x_at)
-        k, v = self._project("key", context, context_at), self._project("value", context, context_at)
+        In all layers but the last, x and context are the same tokens. In the last layer x may be some of them."""
+        q = self._project("query", x, x_places)
+        k, v = self._project("key", context, context_places), self._project("value", context, context_places)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, context_at.attention_mask, dropout)  # (B, n_heads, L, D / n_heads)
-        y = x_at.pick(y.transpose(1, 2).flatten(2))  # (M, D)
+        y = F.scaled_dot_product_attention(
+            q, k, v, context_places.attention_mask, dropout
+        )  # (B, n_heads, L, D / n_heads)
+        y = x_places.pick(y.transpose(1, 2).flatten(2))  # (M, D)
         x = self._add_and_norm(self.attention["output"], y, x)
         return self._add_and_norm(self.output, F.gelu(self.intermediate["dense"](x)), x)
 
@@ -213,7 +216,7 @@ class Bert(nn.Module):
         self.embeddings = Embeddings(config, image_channels)
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
         self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
-        std = 0.02 * (768 / config.hidden_size) ** 0.5  # BERT's .02 at width 768; narrow ones learn slowly from it
+        std = 0.02 * (768 / config.hidden_size) ** 0.5  # BERT's .02 at width 768; narrow models learn slowly from .02
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=std)
@@ -229,15 +232,17 @@ class Bert(nn.Module):
         seen (B, L) bool, False = padding or left out: nothing is computed for such a token, and its hidden state is 0.
         read (B, L) bool, some of the seen: the caller reads only these hidden states. The last layer computes no others
         and leaves them 0. None: all that are seen."""
-        # The numbers of tokens decide shapes, so the host waits for a GPU here. One copy of both masks is one wait.
+        # The number of tokens decides shapes, so the CPU waits for a GPU here. Both masks go in one copy, for one wait.
         masks = torch.stack([seen, seen if read is None else read]).cpu()
-        seen_at, read_at = (Places(mask, embedded.device) for mask in masks)
-        x = self.embeddings.norm_and_dropout(seen_at.pick(embedded))  # (N, D)
+        seen_places, read_places = (Places(mask, embedded.device) for mask in masks)
+        x = self.embeddings.norm_and_dropout(seen_places.pick(embedded))  # (N, D)
+        # In all layers but the last, every seen token attends to every seen token.
         *layers, last = self.encoder["layer"]
         for layer in layers:
-            x = layer(x, seen_at, x, seen_at)
-        x_read = read_at.pick(seen_at.put(x))  # (M, D), the tokens that are read
-        return read_at.put(last(x_read, read_at, x, seen_at))
+            x = layer(x, seen_places, x, seen_places)
+        # In the last layer only the tokens that are read attend, still to every seen token.
+        x_read = read_places.pick(seen_places.put(x))  # (M, D)
+        return read_places.put(last(x_read, read_places, x, seen_places))
 
     def pool(self, hidden):  # (B, L, D) -> (B, D): BERT's pooler on the first token
         return torch.tanh(self.pooler["dense"](hidden[:, 0]))
@@ -276,10 +281,10 @@ def masked_mean(x, mask):  # x (B, L, D) -> (B, D), over the positions where mas
 
 
 class ContrastiveModel(nn.Module):
-    """What FashionViL and CSA-Net share: the learned scale s, `logit_scale`, and the way into a loss."""
+    """What FashionViL and CSA-Net share: the learned scale s, `logit_scale`, and a forward that computes a loss."""
 
     def scaled(self, x):
-        """Embeddings (B, D) -> `s * x / ||x||` float32. The dot product of two, `s^2 cos`, is a contrastive logit."""
+        """Embeddings (B, D) -> `s * x / ||x||` float32. The dot product of two is a contrastive logit, `s^2 cos`."""
         with torch.autocast(x.device.type, enabled=False):  # logits near 16 are too coarse in bfloat16
             return self.logit_scale * F.normalize(x.float(), dim=-1)
 
@@ -290,7 +295,7 @@ class ContrastiveModel(nn.Module):
 class FashionViL(ContrastiveModel):
     """The whole model. An `image` argument is pixels (B, 3, H, W) or patch features (B, P, C) computed before.
 
-    In train mode every image forward is one BatchNorm batch, so views and sides go through one at a time."""
+    Encode the two images of a pair (MVC, TGIR) in two calls, because BatchNorm in train mode mixes what is in one."""
 
     def __init__(self, config):
         super().__init__()
@@ -299,7 +304,7 @@ class FashionViL(ContrastiveModel):
         self.bert = Bert(config, self.image_encoder.out_channels)
         self.heads = nn.ModuleDict()
         if "contrastive" in config.heads:
-            self.logit_scale = nn.Parameter(torch.full((1,), 4.0))
+            self.logit_scale = nn.Parameter(torch.full((1,), 4.0))  # 16 cos at first: a temperature of 1/16
         if "itm" in config.heads:
             self.heads["itm"] = nn.Linear(d, 2)  # class 1 = matched
         if "mlm" in config.heads:
@@ -328,7 +333,7 @@ class FashionViL(ContrastiveModel):
         """Text + patches through the Transformer -> hidden states of the text (B, T, D) and of the patches (B, P, D).
 
         patch_keep (B, P) bool, False = left out of attention, as tokens are by a 0 in attention_mask.
-        read_text (B, T) bool, or read_patches (B, P) bool: the caller reads only these hidden states; others are 0."""
+        read_text (B, T) bool, or read_patches (B, P) bool, not both: the caller reads only these; the others are 0."""
         features, embeddings = self.patches(image), self.bert.embeddings
         T, P = input_ids.shape[1], features.shape[1]
         if patch_keep is None:
@@ -336,7 +341,7 @@ class FashionViL(ContrastiveModel):
         read = None
         if read_text is not None:
             read = F.pad(read_text, (0, P))  # (B, T + P), False at the patches
-        if read_patches is not None:
+        elif read_patches is not None:
             read = F.pad(read_patches, (T, 0))  # (B, T + P), False at the text
         embedded = torch.cat([embeddings.text(input_ids), embeddings.image(features)], 1)  # (B, T + P, D)
         seen = torch.cat([attention_mask.bool(), patch_keep], 1)  # (B, T + P)
@@ -365,7 +370,8 @@ class FashionViL(ContrastiveModel):
 class CSANet(ContrastiveModel):
     """Category-based subspace attention network (Lin et al. 2020) on the image encoder alone, for outfits (OCIR).
 
-    All BatchNorms, statistics and weights, and the last stage of the image encoder are frozen."""
+    All BatchNorms, statistics and weights, and the last stage of the image encoder (not the first) are frozen, as in
+    the original."""
 
     def __init__(self, config, n_categories, dim=256, n_masks=5, hidden=64):
         super().__init__()
@@ -397,7 +403,7 @@ class CSANet(ContrastiveModel):
         one_hot = torch.cat([F.one_hot(category, self.n_categories), F.one_hot(wanted, self.n_categories)], 1)
         weights = self.fusion_module["weight_classifier"](one_hot.to(item.dtype)).softmax(-1)  # (B, 5)
         masks = self.fusion_module["masks"].weight  # (5, 256)
-        return self.scaled((item * (weights @ masks)) / len(masks))  # the original divides, too; `scaled` undoes it
+        return self.scaled((item * (weights @ masks)) / len(masks))  # the mean, as in the original; `scaled` undoes it
 
 
 def compile_parts(model):

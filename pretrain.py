@@ -78,8 +78,8 @@ def check_config(config, world_size=1):
         raise InputError(f"objectives: found probabilities {config.objectives}, expected none below 0 and a sum of 1")
     used = {name for name, share in config.objectives.items() if share}
     if used & {"itc", "mvc", "itm"}:
-        # ITC and MVC compare the products of all processes, ITM those of its own.
-        data.check_candidates(config, world_size if "itm" in used else 1)
+        # ITC and MVC compare the products of all processes, ITM only those of its own process.
+        data.check_candidates(config, parts=world_size if "itm" in used else 1)
     if "itm" in used and config.itm_candidates == 1:
         raise InputError("itm_candidates: found 1, expected 0 or at least 2, for the only candidate is the text itself")
     if not 0 < config.mask_share < 1:
@@ -102,7 +102,7 @@ def train(config, processes):
     # The data come first: where they are missing, nothing is fetched.
     products, val_products, n_attributes, labels = data.pretraining_products(config)
 
-    # The image tokenizer is frozen, so it is a variable here and no part of what is trained and saved.
+    # The image tokenizer is frozen, so it is a variable here and no part of the model. Checkpoints keep its checksum.
     image_tokenizer = vqvae.prepare_image_tokenizer(config, device)
     n_codes = image_tokenizer.config.n_codes if image_tokenizer else ModelConfig.n_codes
 

@@ -107,7 +107,9 @@ def find_categories(config, embedder, info):
 
 
 def embed_outfit(config, embedder, categories, wanted):
-    """A unit vector of the outfit for each of the category numbers `wanted`: (W, D) float32."""
+    """The outfit's vector for each of the category numbers `wanted`: (W, D) float32.
+
+    It is the mean of its items' unit vectors, and not normalised again."""
     numbers_of = []
     for path, name in config.outfit.items():
         numbers = categories.numbers(name) if name else [categories.of_image(path)]

@@ -34,7 +34,9 @@ class ImageTokenizerConfig:
     n_blocks: int = setting(2, "residual blocks a level", COUNT)
     latent_dim: int = setting(256, "size of a code's vector", COUNT)
     n_codes: int = setting(1024, "codes in the codebook", COUNT)
-    unshuffle: int = setting(1, "squares of this many pixels become channels first; 1: none, as released", COUNT)
+    unshuffle: int = setting(
+        1, "pixels a side that PixelUnshuffle turns into channels first; 1: off, as released", COUNT
+    )
 
     @property
     def stride(self):
@@ -269,7 +271,7 @@ class VQVAE(ImageTokenizer):
         sums = all_mean(z.new_zeros(K, D + 1).index_add_(0, codes, rows)) * world_size()
         counts = sums[:, D].round()  # exact again after the mean
 
-        # The moving averages, and the codes as their quotient.
+        # The moving averages of both, and each code as their quotient.
         book.embed_avg.lerp_(sums[:, :D], 1 - self.DECAY)
         book.cluster_size.lerp_(counts, 1 - self.DECAY)
         total = book.cluster_size.sum()
@@ -424,8 +426,8 @@ def train(config, processes):
         # The batches of this update. A run that was asked to stop, or lost a loader worker, saves and ends here.
         batches = run.next_batches(loader)
 
-        # The learning rate follows from the update's number alone. So does what is picked at random, as rank 0 picks
-        # it, for all processes must seed the same codes anew.
+        # The learning rate follows from the update's number alone. So does what is picked at random: all processes draw
+        # as rank 0 does, because all must restart the same idle codes with the same latents.
         run.set_lr(step)
         processes.seed(config.seed, step, rank=0)
         model.train()
