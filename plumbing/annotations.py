@@ -232,6 +232,7 @@ def load_fashioniq(root, garment, part, gallery="original", faults=None):
     folder = Path(root, "FashionIQ")
     path = folder / "captions" / f"cap.{garment}.{part}.json"
     rows, queries, images = read_json(path, list), [], {}  # images: the gallery
+    # The authors' own files have rows of all classes, and fake rows, which only add their target to the gallery.
     extended = isinstance(rows[0], dict) and "fake_data" in rows[0]
     for i, row in enumerate(rows):
         where = f"{path}: entry {i}"

@@ -98,11 +98,13 @@ def read_sizes(path, state, info):
         if "bert" in PARTS[kind]:
             sizes["num_hidden_layers"] = len({n.split(".")[3] for n in state if n.startswith("bert.encoder.layer.")})
         for field, (name, axis) in SIZE_OF.items():
-            if name in state or name.startswith(PARTS[kind]):
+            if name in state or name.startswith(PARTS[kind]):  # a file without a part that it must have: KeyError
                 sizes[field] = state[name].shape[axis]
         if kind == "fashionvil":
-            heads = {name.split(".")[1] for name in state if name.startswith("heads.")} | {"contrastive"}
-            sizes["heads"] = tuple(h for h in HEADS if h in heads and (h != "contrastive" or "logit_scale" in state))
+            heads = {name.split(".")[1] for name in state if name.startswith("heads.")}
+            if "logit_scale" in state:
+                heads.add("contrastive")
+            sizes["heads"] = tuple(head for head in HEADS if head in heads)
             if "num_attention_heads" not in info["model_config"] and sizes["hidden_size"] % 64:
                 raise ValueError(f"nothing says the number of attention heads of {sizes['hidden_size']} units")
             sizes["num_attention_heads"] = sizes["hidden_size"] // 64  # 64 is the width of BERT's attention heads
@@ -179,13 +181,14 @@ def read_start(config, reads_text=True):
     those of the BERT folder, or model.SIZES[config.size]. reads_text: False for a CSANet.
     The tokenizer is that of `weights.find_tokenizer`. A new word table has a row for each of its words.
     Raises InputError where a file cannot be had, is of another kind, or is not what its config.json says."""
-    files, trained, own, rows = [], {}, None, None
-    if config.init not in ("random", "pretrained"):
+    files, trained = [], {}
+    own, rows = None, None  # the tokenizer that the weights come with, and the rows of their word table
+    if config.init not in ("random", "pretrained"):  # a checkpoint
         state, info = read_weights(config.init, ("fashionvil",) if reads_text else MODELS, "init")
         files.append((config.init, state, info))
         sizes, trained, own = read_sizes(config.init, state, info), info["config"], info["tokenizer"]
         rows = sizes.get("vocab_size")
-    else:
+    else:  # ResNet and BERT, each with its weights or random
         sizes = {"resnet": config.resnet, "width": config.width, **SIZES[config.size]}
         if config.init == "pretrained" and config.resnet_file != "random":
             path = config.resnet_file or fetch_resnet(config.resnet)
@@ -253,18 +256,19 @@ def initialise(model, start):
         return ["init: random weights"]
     new, report = _by_part(model.state_dict()), []  # new: the parts that no file has filled yet
     for path, state, info in start.files:
-        theirs, loaded = _by_part(state), []
-        theirs.pop("logit_scale", None)
-        for part, own in list(new.items()):
-            found = theirs.get(part, {})
+        in_file, loaded = _by_part(state), []
+        in_file.pop("logit_scale", None)
+        for part, ours in list(new.items()):
+            theirs = in_file.get(part, {})
             # Image encoder and Transformer must fit. A head of another shape, or one that is not there, stays new.
-            if part.startswith(PARTS[info["kind"]]) and not (info["kind"] == "bert" and part in NOT_IN_BERT):
-                check_names(path, own, found)
-            if {name: tensor.shape for name, tensor in own.items()} == {name: t.shape for name, t in found.items()}:
-                model.load_state_dict(found, strict=False)
+            may_lack = info["kind"] == "bert" and part in NOT_IN_BERT
+            if part.startswith(PARTS[info["kind"]]) and not may_lack:
+                check_names(path, ours, theirs)
+            if {name: tensor.shape for name, tensor in ours.items()} == {name: t.shape for name, t in theirs.items()}:
+                model.load_state_dict(theirs, strict=False)
                 loaded.append(part)
-                del new[part], theirs[part]
-        left = ", ".join([*theirs, *info["set_aside"]]) or "nothing"
+                del new[part], in_file[part]
+        left = ", ".join([*in_file, *info["set_aside"]]) or "nothing"
         sizes = "; its sizes count, not --size, --resnet and --width" if info["kind"] in MODELS else ""
         report.append(f"{path}: loaded {', '.join(loaded)}; left over {left}{sizes}")
     start.files.clear()  # their tensors can take as much memory as the model

@@ -116,7 +116,10 @@ def in_group():
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """Concatenation over processes. The gradient of a row is the sum of its gradients in all processes' losses."""
+    """Concatenation over processes. The gradient of a row is the sum of its gradients in all processes' losses.
+
+    It is a sum because DDP divides gradients by the number of processes afterwards. So the mean loss is differentiated.
+    """
 
     @staticmethod
     def forward(ctx, x):

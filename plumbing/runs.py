@@ -113,7 +113,8 @@ class Run:
                 raise ValueError(f"{state['step']} updates done, but max_steps is {config.max_steps}")
         for group, (base_lr, decay) in zip(self.optimizer.param_groups, rates, strict=True):
             group["base_lr"], group["weight_decay"] = base_lr, decay
-        # Between updates a parameter that was used has a gradient of zero, not None. A resumed run needs it, too.
+        # An update begins with a gradient of zero, not None, for each parameter that was used before. It is so after a
+        # resume, too, else pre-training's heads would not move by their momentum.
         for parameter in self.optimizer.state:
             parameter.grad = torch.zeros_like(parameter)
         self.report = [f"{path}: resumed after update {state['step']}"]
@@ -149,6 +150,7 @@ class Run:
             print(*lines, *self.report, sep="\n")
         steps = range(self.start, self.config.max_steps)
         self.bar = tqdm(steps, disable=not self.processes.is_main, initial=self.start)
+        # For the speed in the log: since when time counts, when the last update ended, and the update of the last line.
         self.clock = self.ended = time.perf_counter()
         self.logged = self.start
 
@@ -320,6 +322,8 @@ class Health:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradients = [] if self.scaler.is_enabled() else [p.grad for p in parameters]
         norm = torch.nn.utils.get_total_norm(gradients).to(loss.device)  # of nothing: 0
+        # After an update that it skipped, the scaler lowers its scale. If even a scale below 1 gives infinite
+        # gradients, they are broken, and not only too large for float16.
         before, self.scale = self.scale, self.scaler.get_scale()
         if self.scale < before:
             self.skipped_updates += 1
@@ -416,7 +420,7 @@ def cut_log(path, step, validating):
             rows.append(json.loads(line))
     with replacing(path) as file:
         for row in rows:
-            is_repeated = validating and row["step"] == step and "lr" not in row
+            is_repeated = validating and row["step"] == step and "lr" not in row  # of a validation
             if row["step"] <= step and not is_repeated:
                 file.write((json.dumps(row) + "\n").encode())
 

@@ -74,8 +74,8 @@ def read_weights(path, kinds=None, setting=""):
     """(state dict under our names, info) of any file of weights. Take it when you need the tensors and no model.
 
     info: "kind" (one of KINDS, "bert" or "resnet"), "layout" ("ours" or the released one's), "task", "step" and
-    "tokenizer" (None where the file says none), "config", "model_config" and "labels" ({} there), and "set_aside"
-    ({what of LEFT_OVER: its tensors}).
+    "tokenizer" (None where the file says none), "config", "model_config" and "labels" ({} where it says none; of a file
+    that is not ours, "model_config" is its "config"), and "set_aside" ({what of LEFT_OVER: its tensors}).
     Raises InputError where the file is none of `kinds`, as the setting `setting` needs."""
     file = read_file(path)
     (_, layout, kind, names), state = find_model(path, file, kinds)
