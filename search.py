@@ -182,12 +182,10 @@ def search(config):
     paths = [str(Path(config.gallery, name)) for name in names]
     scores = vectors @ queries.numpy().T  # (N, W) for W wanted categories; without an outfit W is 1
     if config.outfit:
-        # An image answers the query for its own category. Where none has a category, every image answers all.
+        # An image answers the query for its own category. One without answers all, but not in Polyvore's own folder.
         category = np.array([categories.of_image(path) for path in paths])[:, None]  # (N, 1)
-        if (category >= 0).any():
-            scores = np.where(category == wanted, scores, -np.inf)
-        else:
-            print(f"gallery: no image is an item of {categories.folder}, so all of them are answers", file=sys.stderr)
+        answers_all = (category < 0) & (os.path.realpath(config.gallery) != categories.images)
+        scores = np.where((category == wanted) | answers_all, scores, -np.inf)
     scores = scores.max(1)  # (N,)
     own = [os.stat(path) for path in query_images(config)]
     scores[[any(os.path.samestat(file, os.stat(path)) for file in own) for path in paths]] = -np.inf
