@@ -53,9 +53,9 @@ def open_image(path):
                 return transform.apply(image)
             return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # Pillow's readers raise nearly anything on broken files
-        cause = not_the_file(path) or cause_of(error)
         cure = "replace the file, or leave it out by --missing=skip"
-        raise InputError(f"{path}: image cannot be read: {cause}; {cure}") from None
+        cause = not_the_file(path) or f"{cause_of(error)}; {cure}"
+        raise InputError(f"{path}: image cannot be read: {cause}") from None
 
 
 def turn_upright(image):
