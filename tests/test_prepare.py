@@ -320,7 +320,7 @@ SIZES = '[{"thumb": "//a/t.jpg", "large": "//a/1.jpg", "n": null}]'
         # texts that are lists, and by language
         ('{"id": 1, "images": "photos/1.jpg", "title": ["red", "dress"]}', RED, JSON),
         (f'{{"id": 1, "images": "photos/1.jpg", "title": {BY_LANGUAGE}}}', RED, ENGLISH),
-        ('{"id": 1, "images": "photos/1.jpg", "title": {"fr": "x", "en": "red dress"}}', RED, ENGLISH),
+        ('{"id": 1, "images": "photos/1.jpg", "title": {"en-GB": "red dress", "en-US": "x"}}', RED, ENGLISH),
         ("id,images,title\n1,photos/1.jpg,\"['red', 'dress']\"\n", RED, {}),
         # an id that became a float
         ("id,images,title\n1.0,photos/1.jpg,red dress\n", RED, {}),
