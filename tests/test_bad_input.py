@@ -106,6 +106,7 @@ def test_missing_data_are_named_before_anything_is_fetched(stage, monkeypatch, t
 @pytest.mark.parametrize(
     "changes, message",
     [
+        (dict(task="fashionik"), "task: found 'fashionik', expected one of fashiongen_retrieval***"),
         (dict(task="fashioniq", gallery="all"), "gallery: found 'all', expected one of original, val"),
         (dict(task="fashioniq", batch_size=7, grad_accum=2), "batch_size: found 7, expected a multiple of *** = 1 x 2"),
         (dict(task="fashioniq", init="gone.pt"), "gone.pt: ***: No such file or directory"),

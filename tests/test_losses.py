@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers import in_two_processes
 from test_model import tiny
 from torch.nn.parallel import DistributedDataParallel
 
@@ -186,18 +186,8 @@ def five_steps(rank, world_size):
     return results
 
 
-def two_process_worker(rank, port, out):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    results = five_steps(rank, 2)
-    if rank == 0:
-        torch.save(results, out)
-    dist.destroy_process_group()
-
-
 def test_two_processes_train_as_one(tmp_path, free_port):
-    mp.spawn(two_process_worker, (free_port, str(tmp_path / "two.pt")), nprocs=2)
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    two, _ = in_two_processes(five_steps, free_port, tmp_path, 2)
     for name, (values, weights) in five_steps(0, 1).items():
         assert (two[name][0] - values).abs().max() < 1e-5, name
         moved = max((weights[key] - value).abs().max() for key, value in tiny().named_parameters())

@@ -21,7 +21,7 @@ import finetune
 import pretrain
 import search
 from model import CSANet, FashionViL, ModelConfig
-from plumbing import annotations, checkpoint, ending, photos, runs, settings, weights
+from plumbing import annotations, checkpoint, ending, photos, runs, weights
 from plumbing.processes import Processes, start_processes
 from plumbing.settings import InputError
 from prepare import check_data
@@ -386,15 +386,6 @@ def test_placeholders_of_dead_links_are_reported(catalogue, tmp_path):
         report, faults = check_data.check(tmp_path / "data")
         line = f"10 images are one and the same file, such as {photos[0]}: what a shop sends for a dead link?"
         assert (line in report) is says and not faults
-
-
-def test_a_setting_twice_in_a_config_file(tmp_path):
-    """No thread was found; the last one won without a word."""
-    (tmp_path / "a.py").write_text("lr = 1e-3\nwarmup = 3\nlr = 1e-4\n")
-    with pytest.raises(
-        InputError, match=f"^{tmp_path}/a.py:3: setting 'lr' stands in the file twice, expected it once$"
-    ):
-        settings.load_config(pretrain.PretrainConfig, [f"{tmp_path}/a.py"])
 
 
 def test_outfit_weights_that_are_nan_find_nothing(catalogue, tmp_path):
