@@ -9,23 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import ONE, small_finetuning, small_pretraining
 from soak import ROOT, read_log, same_runs
-from test_pretrain import small
 
 import evaluate
 import finetune
 import pretrain
-from plumbing import annotations, checkpoint, ending, optim, runs
-from plumbing.processes import Processes
+from plumbing import annotations, ending, optim, runs
 from plumbing.settings import InputError
-
-ONE = Processes(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -46,21 +42,7 @@ def at_update(monkeypatch):
 
 def itc(catalogue, out, **changes):
     settings = dict(objectives={"itc": 1.0}, max_steps=8, log_interval=1, eval_interval=3)
-    return small(catalogue, out, **{**settings, **changes})
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves_and_the_resumed_run_is_the_whole_one(catalogue, tmp_path, at_update, number):
-    pretrain.train(itc(catalogue, tmp_path / "whole"), ONE)
-    at_update(4, lambda loss: os.kill(os.getpid(), number) or loss)
-    before = signal.getsignal(number)
-    config = itc(catalogue, tmp_path / "parts", resume="auto")
-    with pytest.raises(ending.Stopped, match="stopped after update 4, .*parts/last.pt; --resume=auto goes on"):
-        pretrain.train(config, ONE)
-    assert signal.getsignal(number) is before
-    assert torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["step"] == 4
-    pretrain.train(config, ONE)
-    same_runs(tmp_path / "whole", tmp_path / "parts")
+    return small_pretraining(catalogue, out, **{**settings, **changes})
 
 
 def terminate_all():
@@ -78,17 +60,24 @@ def kill_a_worker():
 @pytest.mark.parametrize(
     "end, says",
     [
+        (signal.SIGTERM, "^stopped after update 4, .*; --resume=auto goes on"),
+        (signal.SIGINT, "^stopped after update 4, .*; --resume=auto goes on"),
         (terminate_all, "^stopped after update 4, .*; --resume=auto goes on"),
         (kill_a_worker, "a data loader worker was lost, .*fewer --workers; stopped after update 4, .*=auto goes on"),
     ],
 )
-def test_a_run_whose_workers_get_a_signal_saves_and_resumes(catalogue, tmp_path, at_update, end, says):
-    pretrain.train(itc(catalogue, tmp_path / "whole", max_steps=20), ONE)
-    at_update(4, lambda loss: end() or loss)
-    config = itc(catalogue, tmp_path / "parts", max_steps=20, resume="auto", workers=1)
+def test_a_stopped_run_saves_and_its_resume_is_the_whole_run(catalogue, tmp_path, at_update, end, says):
+    """By a signal to its only process, by one to its loader worker, or to both."""
+    workers, steps = (1, 20) if callable(end) else (0, 8)
+    pretrain.train(itc(catalogue, tmp_path / "whole", max_steps=steps), ONE)
+    at_update(4, lambda loss: (end() if callable(end) else os.kill(os.getpid(), end)) or loss)
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    config = itc(catalogue, tmp_path / "parts", max_steps=steps, resume="auto", workers=workers)
     with pytest.raises(ending.Stopped, match=says):
         pretrain.train(config, ONE)
     assert not multiprocessing.active_children()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["step"] == 4
     pretrain.train(config, ONE)
     same_runs(tmp_path / "whole", tmp_path / "parts")
 
@@ -113,32 +102,47 @@ def test_a_program_with_two_workers_ends(catalogue, tmp_path, number, code, says
     assert (tmp_path / "last.pt").exists() and not any(Path(f"/proc/{child}").exists() for child in children)
 
 
-def test_a_worker_killed_in_an_evaluation_ends_in_one_line(capsys):
-    def evaluate():
-        raise RuntimeError("DataLoader worker (pid(s) 1234) exited unexpectedly")
+@pytest.mark.parametrize(
+    "error, code, says",
+    [
+        (
+            RuntimeError("DataLoader worker (pid(s) 1234) exited unexpectedly"),
+            2,
+            "error: a data loader worker was lost.*",
+        ),
+        (ending.Stopped("stopped after update 4"), 75, "stopped after update 4"),
+    ],
+)
+def test_a_program_ends_in_one_line_with_an_exit_code(capsys, error, code, says):
+    def fail():
+        raise error
 
     with pytest.raises(SystemExit) as left:
-        ending.run(evaluate)
-    said = capsys.readouterr().err
-    assert left.value.code == 2 and said.startswith("error: a data loader worker was lost") and said.count("\n") == 1
+        ending.run(fail)
+    assert left.value.code == code and re.fullmatch(f"{says}\n", capsys.readouterr().err)
+    assert ending.EXIT_STOPPED == 75
 
 
-def test_a_run_that_fails_in_its_validation_has_saved_and_resumes_with_that_validation(
-    catalogue, tmp_path, monkeypatch
-):
+def test_a_run_that_ends_in_its_validation_has_saved_and_resumes_with_that_validation(catalogue, tmp_path, monkeypatch):
     pretrain.train(itc(catalogue, tmp_path / "whole"), ONE)
     config = itc(catalogue, tmp_path / "parts", resume="auto")
     measure = pretrain.evaluate.embed_retrieval
-    for due, kept in ((3, 0), (6, 1), (8, 2)):  # each of the run's validations fails once
+    by_signal, by_fault = ending.Stopped, InputError
+    # The first validation is stopped by a signal, and then each one fails once.
+    for due, kept, end in ((3, 0, by_signal), (3, 0, by_fault), (6, 1, by_fault), (8, 2, by_fault)):
 
-        def fail(model, *args, kept=kept):
+        def validate(model, *args, kept=kept, end=end):
             if len([row for row in read_log(tmp_path / "parts") if "val_mean_recall" in row]) == kept:
-                raise InputError("9.jpg: image cannot be read")
+                if end is by_fault:
+                    raise InputError("9.jpg: image cannot be read")
+                os.kill(os.getpid(), signal.SIGTERM)
             return measure(model, *args)
 
-        with monkeypatch.context() as patch, pytest.raises(InputError, match=r"9\.jpg: image cannot be read"):
-            patch.setattr(pretrain.evaluate, "embed_retrieval", fail)
+        says = r"9\.jpg: image cannot be read" if end is by_fault else f"stopped after update {due}, "
+        with monkeypatch.context() as patch, pytest.raises(end, match=says):
+            patch.setattr(pretrain.evaluate, "embed_retrieval", validate)
             pretrain.train(config, ONE)
+        assert len([row for row in read_log(tmp_path / "parts") if "val_mean_recall" in row]) == kept
         state = torch.load(tmp_path / "parts" / "last.pt", weights_only=True)
         assert state["step"] == due and state["validation_due"]
     pretrain.train(config, ONE)
@@ -161,36 +165,11 @@ def test_a_broken_photo_in_the_middle_of_training_ends_the_run_after_a_save(cata
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 3
 
 
-def test_a_signal_in_a_validation_ends_the_run_at_once_and_the_resume_validates(catalogue, tmp_path, monkeypatch):
-    pretrain.train(itc(catalogue, tmp_path / "whole"), ONE)
-    config, measure = itc(catalogue, tmp_path / "parts", resume="auto"), pretrain.evaluate.embed_retrieval
-
-    def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return measure(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(ending.Stopped, match="stopped after update 3, "):
-        patch.setattr(pretrain.evaluate, "embed_retrieval", interrupted)
-        pretrain.train(config, ONE)
-    assert not [row for row in read_log(tmp_path / "parts") if "val_mean_recall" in row]
-    pretrain.train(config, ONE)
-    same_runs(tmp_path / "whole", tmp_path / "parts")
-
-
 def test_a_float32_run_goes_on_as_float16(catalogue, tmp_path):
     pretrain.train(itc(catalogue, tmp_path, max_steps=3), ONE)
     pretrain.train(itc(catalogue, tmp_path, max_steps=4, dtype="float16", resume="auto"), ONE)
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert state["step"] == 4 and state["scaler"]["scale"] > 0
-
-
-def test_a_stopped_process_has_its_own_exit_code(capsys):
-    def stop():
-        raise ending.Stopped("stopped after update 4")
-
-    with pytest.raises(SystemExit) as left:
-        ending.run(stop)
-    assert left.value.code == ending.EXIT_STOPPED == 75 and capsys.readouterr().err == "stopped after update 4\n"
 
 
 @pytest.mark.parametrize(
@@ -244,10 +223,6 @@ def test_float16_counts_the_updates_that_the_scaler_skips_and_gives_up_below_sca
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# several processes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # disks and folders
 
 
@@ -278,55 +253,24 @@ def test_a_run_folder_that_cannot_be_written_ends_before_the_first_update(catalo
         assert str(error.value).startswith(f"{out}: cannot be saved: {cause}")
 
 
-def test_a_folder_without_permission_is_named():
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
-        path = Path(folder, "last.pt")
-        checkpoint.save(path, {"kind": "image_tokenizer", "model": {}})
-        whole = path.read_bytes()
-        os.chmod(folder, 0o555)
-        root = os.geteuid() == 0
-        try:
-            if root:  # to whom nothing is forbidden
-                os.seteuid(65534)
-            for call, file in (
-                (lambda: checkpoint.save(path, {"kind": "image_tokenizer", "model": {}}), path),
-                (lambda: runs.open_folder(Path(folder, "run"), False), f"{folder}/run"),
-                (lambda: runs.append_log(f"{folder}/log.jsonl", {"step": 1}), f"{folder}/log.jsonl"),
-            ):
-                with pytest.raises(InputError, match=f"{file}: cannot be saved: Permission denied"):
-                    call()
-        finally:
-            if root:
-                os.seteuid(0)
-            os.chmod(folder, 0o755)
-        assert path.read_bytes() == whole and os.listdir(folder) == ["last.pt"]
-
-
-def test_a_resume_says_which_settings_are_new_and_uses_them(catalogue, tmp_path, capsys):
-    config = itc(catalogue, tmp_path, max_steps=2, resume="auto")
+def test_a_resume_says_which_settings_and_data_are_new_and_uses_them(catalogue, tmp_path, capsys):
+    config = itc(catalogue, tmp_path, max_steps=2, resume="auto", sets=("FashionGen",))
     pretrain.train(config, ONE)
-    pretrain.train(dataclasses.replace(config, max_steps=4, lr=2e-3), ONE)
+    assert "resume: the data" not in capsys.readouterr().out
+    more = dataclasses.replace(config, max_steps=4, lr=2e-3, sets=("FashionGen", "Fashion200k"))
+    pretrain.train(more, ONE)
     printed = capsys.readouterr().out
     assert f"{tmp_path}/last.pt: resumed after update 2" in printed
     assert "resume: lr was 0.001, is 0.002 from here on" in printed
+    n = [len(annotations.load_products(catalogue, name, "train")) for name in more.sets]
+    assert f"resume: the data had {n[0]} items, has {sum(n)}; their order is another" in printed
     assert read_log(tmp_path)[-2]["lr"] == 2e-3
     with pytest.raises(InputError, match="last.pt: cannot be resumed: 4 updates done, but max_steps is 2"):
         pretrain.train(config, ONE)
 
 
-def test_a_resume_with_other_data_says_so(catalogue, tmp_path, capsys):
-    config = itc(catalogue, tmp_path, max_steps=2, resume="auto", sets=("FashionGen",))
-    pretrain.train(config, ONE)
-    assert "resume: the data" not in capsys.readouterr().out
-    pretrain.train(dataclasses.replace(config, max_steps=4, sets=("FashionGen", "Fashion200k")), ONE)
-    n = [len(annotations.load_products(catalogue, name, "train")) for name in ("FashionGen", "Fashion200k")]
-    assert f"resume: the data had {n[0]} items, has {sum(n)}; their order is another" in capsys.readouterr().out
-
-
 def test_fine_tuning_stops_for_signals_and_broken_numbers_too(catalogue, tmp_path, monkeypatch):
-    from test_finetune import small
-
-    config = small("fashioniq", catalogue, tmp_path, eval_interval=-1, resume="auto")
+    config = small_finetuning("fashioniq", catalogue, tmp_path, eval_interval=-1, resume="auto")
     task = evaluate.TASKS["fashioniq"]
     objective = task.objective
     for effect, error, says in (

@@ -314,10 +314,10 @@ def test_all_kinds_of_images_and_linked_folders_are_listed(tmp_path, capsys):
     (tmp_path / "gallery" / "deep").mkdir(parents=True)
     (tmp_path / "other").mkdir()
     names = "gallery/a.jfif gallery/b.jpe gallery/deep/c.JPG other/d.avif gallery/e.mpo gallery/f.jpg_large".split()
-    for name in (*names, "gallery/notes.txt", "gallery/g.heic", "gallery/h", "gallery/film.mpg"):
+    for name in (*names, "gallery/notes.txt", "gallery/g.HEIC", "gallery/._c.heic", "gallery/h", "gallery/film.mpg"):
         (tmp_path / name).write_bytes(b"1")
     (tmp_path / "gallery" / "link").symlink_to(tmp_path / "other")
     (tmp_path / "other" / "back").symlink_to(tmp_path / "gallery")  # a circle
     names = photos.list_gallery(tmp_path / "gallery")
     assert list(names) == ["a.jfif", "b.jpe", "deep/c.JPG", "e.mpo", "f.jpg_large", "link/d.avif"]
-    assert "gallery: 2 files are left out for their endings" in capsys.readouterr().err
+    assert "gallery: 2 files are left out for their endings, as " in capsys.readouterr().err

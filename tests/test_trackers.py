@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from helpers import ONE
+from helpers import small_pretraining as small
 from PIL import Image, features
-from test_pretrain import small
 from torch.utils.data import DataLoader
 
 import data
@@ -26,8 +27,6 @@ from plumbing.processes import Processes, start_processes
 from plumbing.settings import InputError
 from prepare import check_data
 from tools.weights import convert, describe
-
-ONE = Processes(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -93,22 +92,39 @@ def save_png_16(path, rows, transparent=b""):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
-def test_cut_out_of_16_bits_lies_on_white(tmp_path):
-    """python-pillow/Pillow#5991: 16 bits a channel became noise or black in a conversion."""
-    rows = np.zeros((4, 4, 4), np.uint16)
-    rows[:2] = (200 * 257, 30 * 257, 40 * 257, 65535)
-    save_png_16(tmp_path / "a.png", rows)
-    pixels = np.asarray(photos.open_image(tmp_path / "a.png"))
-    assert pixels[0, 0].tolist() == [200, 30, 40]
-    assert pixels[3, 3].tolist() == [255, 255, 255]
+RED = np.array([[[200 * 257, 30 * 257, 40 * 257, 65535], [0, 0, 0, 0]]], np.uint16)
+GREY = np.array([[300, 301, 200 * 256, 65535]], np.uint16)
+PHOTOS = {  # file and source: how it is made at a path, the pixels of its first row
+    # python-pillow/Pillow#5991: 16 bits a channel became noise or black in a conversion. Transparent parts are white.
+    "cut-out.png": (lambda path: save_png_16(path, RED), [(200, 30, 40), (255, 255, 255)]),
+    "transparent.png": (lambda path: save_png_16(path, GREY, (300).to_bytes(2, "big")), [255, 1, 200, 255]),
+    "grey.png": (lambda path: save_png_16(path, GREY), [1, 1, 200, 255]),
+    "grey.tif": (lambda path: Image.fromarray(GREY[:, 2:3]).save(path), [200]),
+    # Its header says which value is white.
+    "grey.pgm": (lambda path: path.write_bytes(b"P5 1 1 65535\n" + (200 * 256).to_bytes(2, "big")), [200]),
+    # python-pillow/Pillow#4860, haraldk/TwelveMonkeys#147: Adobe stores CMYK inverted, so red came out as cyan.
+    "cmyk.jpg": (lambda path: Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(path), [(255, 0, 0)] * 16),
+    "cmyk.tif": (lambda path: Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(path), [(255, 0, 0)] * 16),
+    # Esri/data-collection-ios#184, instructure/canvas-lms#1206: a shop's server sends other formats as .jpg.
+    "webp.jpg": (lambda path: save_red(path, "WEBP"), [(200, 30, 40)] * 16),
+    "avif.jpg": (lambda path: save_red(path, "AVIF"), [(200, 30, 40)] * 16),
+}
 
 
-def test_transparent_colour_of_16_bit_grey_lies_on_white(tmp_path):
-    rows = np.array([[300, 301, 200 * 256, 65535]], np.uint16)
-    save_png_16(tmp_path / "a.png", rows, transparent=(300).to_bytes(2, "big"))
-    assert np.asarray(photos.open_image(tmp_path / "a.png"))[0, :, 0].tolist() == [255, 1, 200, 255]
-    save_png_16(tmp_path / "b.png", rows)
-    assert np.asarray(photos.open_image(tmp_path / "b.png"))[0, :, 0].tolist() == [1, 1, 200, 255]
+def save_red(path, kind):
+    if not features.check(kind.lower()):
+        pytest.skip(f"this Pillow has no {kind}")
+    Image.new("RGB", (16, 16), (200, 30, 40)).save(path, kind)
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_photos_have_the_right_colours(tmp_path, name):
+    save, expected = PHOTOS[name]
+    save(tmp_path / name)
+    pixels = np.asarray(photos.open_image(tmp_path / name))[0].astype(int)
+    expected = np.array([np.broadcast_to(colour, 3) for colour in expected])
+    lossy = name.startswith(("cmyk", "webp", "avif"))
+    assert pixels.shape == expected.shape and np.abs(pixels - expected).max() <= (3 if lossy else 0)
 
 
 @pytest.mark.parametrize("mode, value", [("I", 200), ("F", 0.8)])
@@ -116,35 +132,9 @@ def test_32_bits_a_pixel_are_refused(tmp_path, mode, value):
     """python-pillow/Pillow#3838 and #5991: nothing says which value is white, and the photo became black."""
     path = tmp_path / "a.tif"
     Image.new(mode, (8, 8), value).save(path)
-    with pytest.raises(
-        InputError, match=rf"a.tif: image cannot be read: grey of an unusual kind \(mode {mode}\); save"
-    ):
+    says = rf"a.tif: image cannot be read: grey of an unusual kind \(mode {mode}\); save"
+    with pytest.raises(InputError, match=says):
         photos.open_image(path)
-
-
-def test_grey_of_16_bits_keeps_its_brightness(tmp_path):
-    """Its siblings that are right: a TIFF of 16 bits, and a PGM, whose header says which value is white."""
-    Image.fromarray(np.full((8, 8), 200 * 256, np.uint16)).save(tmp_path / "a.tif")
-    (tmp_path / "a.pgm").write_bytes(b"P5 1 1 65535\n" + (200 * 256).to_bytes(2, "big"))
-    for name in ("a.tif", "a.pgm"):
-        assert np.asarray(photos.open_image(tmp_path / name))[0, 0].tolist() == [200, 200, 200]
-
-
-@pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
-def test_cmyk_is_not_inverted(tmp_path, name):
-    """python-pillow/Pillow#4860, haraldk/TwelveMonkeys#147: Adobe stores CMYK inverted, so red came out as cyan."""
-    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / name)
-    pixel = np.asarray(photos.open_image(tmp_path / name))[8, 8]
-    assert np.abs(pixel - np.array([255, 0, 0])).max() <= 3
-
-
-@pytest.mark.parametrize("kind", ["WEBP", "AVIF"])
-def test_content_counts_and_not_the_ending(tmp_path, kind):
-    """Esri/data-collection-ios#184, instructure/canvas-lms#1206: a shop's server sends other formats as .jpg."""
-    if not features.check(kind.lower()):
-        pytest.skip(f"this Pillow has no {kind}")
-    Image.new("RGB", (16, 16), (200, 30, 40)).save(tmp_path / "a.jpg", kind)
-    assert np.abs(np.asarray(photos.open_image(tmp_path / "a.jpg"))[8, 8] - np.array([200, 30, 40])).max() <= 3
 
 
 def test_vocabulary_with_the_line_ends_of_windows(tmp_path, catalogue):
@@ -318,33 +308,26 @@ def test_one_candidate_teaches_nothing(objectives, processes, grad_accum, least)
         pretrain.check_config(config, processes)
 
 
-def test_one_candidate_of_itm_teaches_nothing():
+def test_one_candidate_of_itm_and_of_fine_tuning_teaches_nothing():
     config = pretrain.PretrainConfig(objectives={"itm": 1.0}, itm_candidates=1)
     with pytest.raises(InputError, match="^itm_candidates: found 1, expected 0 or at least 2, "):
         pretrain.check_config(config)
+    for task in ("fashiongen_retrieval", "fashioniq", "polyvore"):
+        with pytest.raises(InputError, match="^batch_size: found 4 with grad_accum=4, expected 8 or more, "):
+            finetune.train(finetune.FinetuneConfig(task=task, batch_size=4, grad_accum=4), ONE)
 
 
-@pytest.mark.parametrize("task", ["fashiongen_retrieval", "fashioniq", "polyvore"])
-def test_one_candidate_teaches_nothing_in_fine_tuning(task):
-    with pytest.raises(InputError, match="^batch_size: found 4 with grad_accum=4, expected 8 or more, "):
-        finetune.train(finetune.FinetuneConfig(task=task, batch_size=4, grad_accum=4), ONE)
-
-
-def test_world_size_without_torchrun(monkeypatch):
-    """NVIDIA/apex#99, pytorch/examples#458: the variable of another launcher ended in a traceback."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+def test_variables_of_another_launcher(monkeypatch):
+    """NVIDIA/apex#99, pytorch/examples#458: WORLD_SIZE alone ended in a traceback. RANK alone must not stop saving."""
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "3")
+    assert start_processes("cpu").is_main
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     line = "WORLD_SIZE=2, but RANK is not set; start by torchrun, or unset WORLD_SIZE"
     with pytest.raises(InputError, match=f"^{line}$"):
         start_processes("cpu")
-
-
-def test_rank_of_another_launcher(monkeypatch):
-    """Its sibling: RANK alone. A single process that is not the main one would save nothing."""
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setenv("RANK", "3")
-    assert start_processes("cpu").is_main
 
 
 def test_a_photo_that_stands_twice_is_one():
@@ -404,12 +387,3 @@ def test_outfit_weights_that_are_nan_find_nothing(catalogue, tmp_path):
     config = evaluate.EvalConfig(task="polyvore", data_root=str(catalogue), workers=0)
     with pytest.raises(InputError, match="ocir_disjoint_test.json: entry .*: its embedding is not finite "):
         evaluate.evaluate_checkpoint(str(tmp_path / "nan.pt"), config, ONE)
-
-
-def test_images_of_other_kinds_are_counted(tmp_path, capsys):
-    """photoprism/photoprism#189, nextcloud/photos#313: the HEIC of phones was left out without a word."""
-    for name in ("b.HEIC", "a.heif", "._c.heic", "notes.txt"):
-        (tmp_path / name).write_text("")
-    Image.new("RGB", (8, 8)).save(tmp_path / "d.jpg")
-    assert list(photos.list_gallery(tmp_path)) == ["d.jpg"]
-    assert capsys.readouterr().err == f"gallery: 2 files are left out for their endings, as {tmp_path}/a.heif\n"
