@@ -202,10 +202,10 @@ def mask_patches(side, rng):
 
     Blocks are placed until enough patches are masked, or until ten tries in a row have placed none."""
     remaining = max(1, round(8 * side * side / 49))  # patches that are still to be masked: 8 of 49 at 224 pixels
-    least = max(1, remaining // 2)  # of the first block; a last block may be smaller
+    least = max(1, remaining // 2)  # stays as it is, although later fewer patches may be missing
     mask, failures = np.zeros((side, side), bool), 0
     while remaining > 0 and failures < 10:
-        # The area is uniform between `least` and `remaining`, also where `remaining` has become the smaller one.
+        # The area is uniform between `least` and `remaining`, as in BEiT also where `remaining` is the smaller one.
         area = least + (remaining - least) * rng.random()
         aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))

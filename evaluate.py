@@ -137,14 +137,15 @@ def embed_retrieval(embedder, products):
 
 
 def count_equal_texts(result, texts, image_id, text_id):
-    """{"i2t_equal_texts", "t2i_equal_texts"}: the queries with an equal text among the wrong ones; no key for none.
+    """{"i2t_equal_texts", "t2i_equal_texts"}: how many queries no model can rank; a direction without any has no key.
 
-    No model can rank those. texts: of each product, equal where they meet. ids of the queries, as in `full_gallery`."""
+    Such a query has another product with the very same text in its gallery. texts: a key of each product; equal keys
+    cannot be told apart. image_id, text_id: the queries' products, as in `full_gallery`."""
     times, draws = Counter(texts), result.counts.get("draws", 1)
     equal = torch.tensor([times[text] > 1 for text in texts])
     rows = {"i2t": equal[image_id], "t2i": equal[text_id]}
     counts = {f"{way}_equal_texts": (result.outcomes[way][rows[way]] > 0).sum().item() / draws for way in rows}
-    return {way: n for way, n in counts.items() if n}
+    return {key: n for key, n in counts.items() if n}
 
 
 def evaluate_retrieval(embedder, config):

@@ -7,7 +7,7 @@ every process returns a loss whose mean over the processes is the loss of the gl
 import torch
 import torch.nn.functional as F
 
-from plumbing import processes
+from plumbing.processes import all_mean, gather_with_gradient, rank, world_size
 from plumbing.settings import NO_LABEL
 
 
@@ -47,7 +47,7 @@ def hardest_negatives(image, text, input_ids, n_candidates=0):
 # ---- over all processes: all that the losses send to each other is in these three functions --------------------------
 def one_way(queries, candidates):
     """InfoNCE of queries (B, D) against the candidates of all processes, with gradient -> (loss, accuracy)."""
-    return info_nce(queries, processes.gather_with_gradient(candidates), processes.rank())
+    return info_nce(queries, gather_with_gradient(candidates), rank())
 
 
 def symmetric(a, b):
@@ -63,7 +63,7 @@ def global_mean(values, weights=None):
     Process p has the sum S_p of n_p values, and n_p differs. It returns S_p / mean(n). The mean over processes,
     mean(S) / mean(n), is sum(S) / sum(n): the mean over all values. A sum(n) of 0 is taken as 1."""
     weights = torch.ones_like(values) if weights is None else weights
-    mean_count = processes.all_mean(weights.sum()).clamp(min=1 / processes.world_size())
+    mean_count = all_mean(weights.sum()).clamp(min=1 / world_size())
     return (values * weights).sum() / mean_count
 
 
@@ -119,7 +119,7 @@ def _loss_of_targets(head, hidden, labels, index, name):
     """Cross-entropy and accuracy of head(hidden) at the n targets, over the n of all processes.
 
     hidden (B, L, D), labels (B, L) int64, index (n,) int64: the places of the targets in the flattened labels. They
-    come with the batch: to find them in a mask on a GPU, the host would have to wait for it."""
+    come with the batch, because finding them in a mask on a GPU would make the CPU wait once more."""
     if not len(index):
         raise ValueError(f"{name}: no token or patch of the batch is a target")
     logits, target = head(hidden.flatten(0, 1)[index]).float(), labels.flatten()[index]  # (n, classes), (n,)

@@ -63,7 +63,8 @@ def best_ranks(queries, gallery, query_id, gallery_id, block=512):
     place = torch.arange(len(gallery), device=queries.device)
     ranks = []
     for rows, own in zip(queries.split(block), own_items.split(block), strict=True):
-        # Zeros fill up the last block. A matrix product of another shape may round otherwise, and twins may not tie.
+        # Equal gallery items must get equal bits, or their order would be an accident of rounding. With few rows a
+        # matrix product may take another kernel that rounds them differently, so zeros fill up the last block.
         scores = (F.pad(rows, (0, 0, 0, block - len(rows))) @ gallery.t())[: len(rows)]  # (b, G)
         # The best correct item's score comes from this product, too, so it has the same bits as its equals.
         own_scores = scores.gather(1, own)  # (b, m)

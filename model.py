@@ -196,7 +196,8 @@ class Layer(nn.Module):
     def forward(self, x, x_places, context, context_places):
         """The outputs (M, D) of the tokens x (M, D). Each attends to those tokens of `context` (N, D) in its own row.
 
-        In all layers but the last, x and context are the same tokens. In the last layer x may be some of them."""
+        In all layers but the last, x and context are the same tokens. In the last layer x may be some of them.
+        Attention runs on the whole grid, with a zero at every other place. `pick` drops what comes out there."""
         q = self._project("query", x, x_places)
         k, v = self._project("key", context, context_places), self._project("value", context, context_places)
         dropout = self.dropout if self.training else 0.0
@@ -229,7 +230,7 @@ class Bert(nn.Module):
     def forward(self, embedded, seen, read=None):
         """Embedded tokens (B, L, D), of `embeddings.text` and `.image` -> hidden states (B, L, D).
 
-        seen (B, L) bool, False = padding or left out: nothing is computed for such a token, and its hidden state is 0.
+        seen (B, L) bool, False = padding or left out: no linear layer runs for such a token, and its hidden state is 0.
         read (B, L) bool, some of the seen: the caller reads only these hidden states. The last layer computes no others
         and leaves them 0. None: all that are seen."""
         # The number of tokens decides shapes, so the CPU waits for a GPU here. Both masks go in one copy, for one wait.

@@ -182,7 +182,8 @@ def search(config):
     paths = [str(Path(config.gallery, name)) for name in names]
     scores = vectors @ queries.numpy().T  # (N, W) for W wanted categories; without an outfit W is 1
     if config.outfit:
-        # An image answers the query for its own category. One without answers all, but not in Polyvore's own folder.
+        # A photo with a Polyvore category competes only for that one. A photo of no known category competes for every
+        # wanted one, unless the gallery is Polyvore's own folder.
         category = np.array([categories.of_image(path) for path in paths])[:, None]  # (N, 1)
         answers_all = (category < 0) & (os.path.realpath(config.gallery) != categories.images)
         scores = np.where((category == wanted) | answers_all, scores, -np.inf)
