@@ -188,8 +188,9 @@ def search(config):
         answers_all = (category < 0) & (os.path.realpath(config.gallery) != categories.images)
         scores = np.where((category == wanted) | answers_all, scores, -np.inf)
     scores = scores.max(1)  # (N,)
-    own = [os.stat(path) for path in query_images(config)]
-    scores[[any(os.path.samestat(file, os.stat(path)) for file in own) for path in paths]] = -np.inf
+    query_files = [os.stat(path) for path in query_images(config)]
+    is_query = [any(os.path.samestat(file, os.stat(path)) for file in query_files) for path in paths]
+    scores[np.array(is_query)] = -np.inf
 
     # The best come first, equal ones in the order of the gallery. An image with -inf is no result; those stand last.
     order, itm = np.argsort(-scores, kind="stable")[: np.isfinite(scores).sum()].tolist(), {}

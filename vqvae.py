@@ -239,8 +239,8 @@ class VQVAE(ImageTokenizer):
         super().__init__(config)
         self.post_quant_conv = nn.Conv2d(config.latent_dim, config.latent_dim, 1)
         self.decoder = Decoder(config)
-        # (K,): updates since a code was chosen last. At the start that is long ago, so the first update gives a new value
-        # to every code that its batch did not choose, as far as there are latents.
+        # (K,): updates since a code was chosen last. At the start that is long ago, so the first update gives a new
+        # value to every code that its batch did not choose, as far as there are latents.
         self.register_buffer("idle", torch.full((config.n_codes,), 1_000_000_000))
         self.to(memory_format=torch.channels_last)
 
