@@ -188,8 +188,8 @@ def pac(model, batch):
 
 
 # A new objective needs a function here, a probability in --objectives, and what `data.Pretraining.sample` adds for it.
-# A new head needs its name in model.PRETRAINING_HEADS or HEADS, its layers in FashionViL, and the tensor that tells its size in
-# checkpoint.SIZE_OF. tools/summary.py reads an objective's accuracy as NAME_acc (of PAC pac_recall).
+# A new head needs its name in model.PRETRAINING_HEADS or HEADS, its layers in FashionViL, and the tensor that tells its
+# size in checkpoint.SIZE_OF. tools/summary.py reads an objective's accuracy as NAME_acc (of PAC pac_recall).
 OBJECTIVES = {"itc": itc, "itm": itm, "mlm": mlm, "mpfc": mpfc, "mvc": mvc, "pac": pac}
 
 

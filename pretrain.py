@@ -53,9 +53,7 @@ class PretrainConfig(runs.RunConfig):
     objectives: dict = setting(PAPER_MIX, "objectives and their probabilities, itc:0.5,mlm:0.5", group="objectives")
     mask_share: float = setting(0.15, "share of the words that MLM predicts")
     pac_scale: float = setting(1.0, "multiplies the cosines of PAC's head")
-    itm_candidates: int = setting(
-        0, "texts among which ITM seeks its hardest negative; 0: all of this process in a micro-batch", FROM_0
-    )
+    itm_candidates: int = setting(0, "texts among which ITM seeks its hardest negative; 0: all of this process", FROM_0)
 
     batch_size: int = setting(256, "products per update, all processes together", COUNT, group="optimization")
     grad_accum: int = setting(1, "micro-batches per update; contrastive candidates are one micro-batch", COUNT)
