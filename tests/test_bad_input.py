@@ -84,6 +84,12 @@ SETTINGS = [
     (dict(sets=("Wear",)), "sets: found ('Wear',), expected some of FashionGen, BigFACAD, Fashion200k, *** once"),
     (dict(sets=("FashionGen",) * 2), "sets: found ('FashionGen', 'FashionGen'), expected some of ***, each once"),
     (dict(objectives={"itc": float("nan")}), "objectives: found probabilities {{'itc': nan}}, expected ***"),
+    (dict(objectives={"itx": 1.0}), "objectives: found 'itx', expected some of itc, itm, mlm, mpfc, mvc, pac***"),
+    (dict(objectives={"itc": 0.5}), "objectives: ***a sum of 1***"),
+    (dict(objectives={"itc": 1.5, "mlm": -0.5}), "objectives: ***none below 0***"),
+    (dict(image_size=100), "image_size: found 100, expected a multiple of 32***"),
+    (dict(size="huge"), "size: found 'huge', expected one of base***"),
+    (dict(objectives={"mpfc": 1.0}, image_tokenizer="", init="pretrained"), "image_tokenizer: MPFC needs one***"),
     (dict(resume="gone.pt"), "gone.pt: ***: No such file or directory"),
 ]
 

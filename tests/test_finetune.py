@@ -193,8 +193,7 @@ def test_readme_snippet(catalogue, tmp_path):
     assert (names["image"] - expected).abs().max() < 1e-5 and names["changed"].shape == (2, 64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# batch size and number of processes
+# ---- batch size and number of processes ------------------------------------------------------------------------------
 
 
 def embeddings(catalogue, path, processes, batch_size, workers=0):

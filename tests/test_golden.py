@@ -251,8 +251,7 @@ def test_csa_net_in_evaluation(batch):
     close(losses.symmetric(query, blank)[0].view(1), golden["loss"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# two processes
+# ---- two processes ---------------------------------------------------------------------------------------------------
 
 
 def losses_of_half_a_batch(rank):
@@ -278,8 +277,7 @@ def test_two_processes(tmp_path, free_port):
             close(ours[name]["grad_targets"], golden["grad_targets"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the optimizer
+# ---- the optimizer ---------------------------------------------------------------------------------------------------
 
 
 class OriginalAdamW(torch.optim.Optimizer):
@@ -367,8 +365,7 @@ def test_learning_rate_schedule(entry):
         assert ours == pytest.approx(expected), n
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# training, step by step
+# ---- training, step by step ------------------------------------------------------------------------------------------
 
 TRAIN = torch.load(HERE / "train.pt", weights_only=True)
 TOLERANCE_OF = dict.fromkeys(("mlm", "mpfc", "pac", "itm", "classification"), 5e-3)

@@ -148,8 +148,7 @@ def test_each_objective_overfits_eight_pairs(name):
     assert all(torch.equal(batch[k], before[k]) for k in batch)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# one process and two
+# ---- one process and two ---------------------------------------------------------------------------------------------
 
 
 def five_steps(rank, world_size):

@@ -78,24 +78,6 @@ def test_help_lists_every_setting(capsys):
         assert f"--{field.name} " in text and " ".join(field.metadata["meaning"].split())[:40] in text
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"objectives": {"itx": 1.0}}, "objectives: found 'itx', expected some of itc, itm, mlm, mpfc, mvc, pac"),
-        ({"objectives": {"itc": 0.5}}, "a sum of 1"),
-        ({"objectives": {"itc": 1.5, "mlm": -0.5}}, "none below 0"),
-        ({"image_size": 100}, "image_size: found 100, expected a multiple of 32"),
-        ({"size": "huge"}, "size: found 'huge', expected one of base"),
-        ({"image_tokenizer": "", "init": "pretrained"}, "image_tokenizer: MPFC needs one"),
-    ],
-)
-def test_wrong_runs_end_before_the_first_update(catalogue, tmp_path, changes, message):
-    config = small(catalogue, tmp_path / "run", **changes)
-    with pytest.raises(InputError, match=message):
-        pretrain.train(config, ONE)
-    assert not (tmp_path / "run").exists()
-
-
 def test_objectives_are_drawn_by_their_probabilities_from_seed_and_step():
     config = load()
     drawn = [pretrain.objective_at(step, config.objectives, config.seed) for step in range(20_000)]
