@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import ONE, small_finetuning, small_pretraining
 from PIL import Image
-from test_finetune import small as small_finetune
-from test_pretrain import small as small_pretrain
 
 import data
 import evaluate
@@ -24,11 +23,9 @@ import finetune
 import pretrain
 import vqvae
 from plumbing import annotations, checkpoint, photos, settings, weights
-from plumbing.processes import Processes
 from plumbing.settings import InputError
 from prepare import check_data
 
-ONE = Processes(0, 1, torch.device("cpu"))
 TRAIN, VAL = "FashionGen/train_info.json", "FashionGen/val_info.json"
 
 
@@ -96,7 +93,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("changes, message", SETTINGS)
 def test_settings(changes, message, catalogue, tmp_path):
-    config = small_pretrain(catalogue, tmp_path / "run", **{"objectives": {"itc": 1.0}, **changes})
+    config = small_pretraining(catalogue, tmp_path / "run", **{"objectives": {"itc": 1.0}, **changes})
     refuse(lambda: pretrain.train(config, ONE), message, catalogue)
     assert not os.listdir(tmp_path)
 
@@ -104,7 +101,7 @@ def test_settings(changes, message, catalogue, tmp_path):
 @pytest.mark.parametrize("stage", [pretrain, finetune])
 def test_missing_data_are_named_before_anything_is_fetched(stage, monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoint, "read_start", None)  # it fetches BERT and the ResNet
-    small = small_pretrain if stage is pretrain else functools.partial(small_finetune, "fashioniq")
+    small = small_pretraining if stage is pretrain else functools.partial(small_finetuning, "fashioniq")
     message = "/nowhere/***: this file of the data set is missing; README***prepare.demo data/demo***"
     refuse(lambda: stage.train(small("/nowhere", tmp_path / "run", init="pretrained"), ONE), message, "")
 
@@ -119,7 +116,7 @@ def test_missing_data_are_named_before_anything_is_fetched(stage, monkeypatch, t
     ],
 )
 def test_settings_of_fine_tuning(changes, message, catalogue, tmp_path):
-    config = small_finetune(changes["task"], catalogue, tmp_path / "run")
+    config = small_finetuning(changes["task"], catalogue, tmp_path / "run")
     for name, value in changes.items():
         setattr(config, name, value)
     refuse(lambda: finetune.train(config, ONE), message, catalogue)
@@ -172,9 +169,9 @@ def test_annotation_files(task, spoil, message, root, tmp_path):
     message = message.replace("FILE", "{root}/" + spoil.file)
     before = sorted(path for path in tmp_path.rglob("*"))
     if task:
-        refuse(lambda: finetune.train(small_finetune(task, root, tmp_path / "run"), ONE), message, root)
+        refuse(lambda: finetune.train(small_finetuning(task, root, tmp_path / "run"), ONE), message, root)
     else:
-        config = small_pretrain(root, tmp_path / "run", objectives={"itc": 1.0})
+        config = small_pretraining(root, tmp_path / "run", objectives={"itc": 1.0})
         refuse(lambda: pretrain.train(config, ONE), message, root)
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
@@ -196,10 +193,10 @@ IMAGES = [  # stage, the content of all images of a product (None: no file), the
 def test_images(stage, content, message, root, tmp_path):
     source = "Fashion200k" if stage == "pretrain" else "FashionGen"
     if stage == "finetune":
-        config = small_finetune(CATEGORY, root, tmp_path / "run")
+        config = small_finetuning(CATEGORY, root, tmp_path / "run")
     else:
         changes = dict(objectives={"itc": 1.0}, max_steps=1, batch_size=4, sets=(source,))
-        config = small_pretrain(root, tmp_path / "run", **changes)
+        config = small_pretraining(root, tmp_path / "run", **changes)
     products = annotations.load_products(root, source, "val" if stage == "validate" else "train")
     first = 5 if stage == "validate" else data.BatchSampler(len(products), config, ONE).update_at(0)[1][2]
     product = products[first]
@@ -224,7 +221,7 @@ def test_a_data_set_without_any_image_that_can_be_read(root, tmp_path):
     for path in (root / "Fashion200k" / "images").iterdir():
         path.unlink()
     changes = dict(objectives={"itc": 1.0}, sets=("Fashion200k",), batch_size=4, missing="skip")
-    config = small_pretrain(root, tmp_path / "run", **changes)
+    config = small_pretraining(root, tmp_path / "run", **changes)
     refuse(lambda: pretrain.train(config, ONE), "no image of the data set can be read", root)
 
 
@@ -243,7 +240,7 @@ def test_odd_images_and_texts_train(root, tmp_path):
         row |= {"images": [name], "title": text, "description": ""}
     put(TRAIN, rows)(root)
     settings = dict(objectives={"itc": 0.5, "mlm": 0.25, "mvc": 0.25}, sets=("FashionGen",), batch_size=8, max_steps=6)
-    pretrain.train(small_pretrain(root, tmp_path / "run", **settings), ONE)
+    pretrain.train(small_pretraining(root, tmp_path / "run", **settings), ONE)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     losses = [value for row in log for key, value in row.items() if key.endswith("_loss")]
     assert losses and all(value is not None for value in losses)
@@ -349,7 +346,7 @@ def test_a_broken_photo_of_the_validation_is_left_out_and_counted(root, tmp_path
     path.unlink()  # it is a link to a file of other tests
     path.touch()
     changes = dict(objectives={"itc": 1.0}, max_steps=2, missing="skip", eval_interval=1)
-    metrics = pretrain.train(small_pretrain(root, tmp_path / "run", **changes), ONE)
+    metrics = pretrain.train(small_pretraining(root, tmp_path / "run", **changes), ONE)
     assert 0 <= metrics["mean_recall"] <= 1
     assert "FashionGen val: 1 of 15 images cannot be read and are left out" in capsys.readouterr().out
 
@@ -434,7 +431,7 @@ MEANINGS = [  # task ("": pre-training), what changes after training, what a res
 def test_numbers_that_mean_something_else_are_refused(task, change, message, root, tmp_path, monkeypatch):
     monkeypatch.setattr(vqvae, "prepare_image_tokenizer", vqvae.prepare_image_tokenizer)  # put back after the test
     stage, changes = (finetune if task else pretrain), dict(max_steps=1, eval_interval=1 if task else -1)
-    small = functools.partial(small_finetune, task) if task else small_pretrain
+    small = functools.partial(small_finetuning, task) if task else small_pretraining
     config = small(root, tmp_path / "run", **changes)
     stage.train(config, ONE)
     change(root)

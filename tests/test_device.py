@@ -3,10 +3,10 @@
 It computes as the CPU does, in float32, so every run must also end where the same run on the CPU ends."""
 
 import pytest
-import test_finetune
-import test_pretrain
 import test_vqvae
 import torch
+from helpers import ONE as CPU
+from helpers import small_finetuning, small_pretraining
 from torch.utils._pytree import tree_map
 
 import evaluate
@@ -19,7 +19,7 @@ from plumbing import checkpoint
 from plumbing.processes import Processes
 
 pretend_gpu = pytest.importorskip("pretend_gpu", reason="older torch cannot pretend", exc_type=ImportError)
-CPU, GPU = (Processes(0, 1, device) for device in (torch.device("cpu"), pretend_gpu.DEVICE))
+GPU = Processes(0, 1, pretend_gpu.DEVICE)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_pretraining_waits_for_the_gpu_at_most_once_an_update(
     def train(steps):
         run = {"objectives": {objective: 1.0}, "image_tokenizer": str(image_tokenizer_file)}
         run |= {"max_steps": steps, "eval_interval": -1, "log_interval": 100}
-        pretrain.train(test_pretrain.small(catalogue, tmp_path / f"{steps}", **run), GPU)
+        pretrain.train(small_pretraining(catalogue, tmp_path / f"{steps}", **run), GPU)
 
     waits = waits_of_an_update(train)
     assert sum(waits.values()) == most, waits
@@ -75,7 +75,7 @@ def test_pretraining_waits_for_the_gpu_at_most_once_an_update(
 def test_fine_tuning_waits_for_the_gpu_at_most_once_an_update(task, gpu, catalogue, tmp_path):
     def train(steps):
         run = {"max_steps": steps, "eval_interval": -1, "log_interval": 100}
-        finetune.train(test_finetune.small(task, catalogue, tmp_path / f"{steps}", **run), GPU)
+        finetune.train(small_finetuning(task, catalogue, tmp_path / f"{steps}", **run), GPU)
 
     waits = waits_of_an_update(train)
     assert sum(waits.values()) <= 1, waits
@@ -83,20 +83,20 @@ def test_fine_tuning_waits_for_the_gpu_at_most_once_an_update(task, gpu, catalog
 
 def test_pretraining_trains_validates_and_saves_as_on_the_cpu(request, catalogue, image_tokenizer_file, tmp_path):
     run = {"image_tokenizer": str(image_tokenizer_file), "max_steps": 8, "eval_interval": 4}
-    ours = pretrain.train(test_pretrain.small(catalogue, tmp_path / "cpu", **run), CPU)
+    ours = pretrain.train(small_pretraining(catalogue, tmp_path / "cpu", **run), CPU)
     request.getfixturevalue("gpu")
-    theirs = pretrain.train(test_pretrain.small(catalogue, tmp_path / "gpu", **run), GPU)
+    theirs = pretrain.train(small_pretraining(catalogue, tmp_path / "gpu", **run), GPU)
     assert ours == pytest.approx(theirs, abs=0.01)
     same_weights(tmp_path / "cpu", tmp_path / "gpu")
 
 
 @pytest.mark.parametrize("task", evaluate.TASKS)
 def test_fine_tuning_and_evaluation_are_as_on_the_cpu(task, request, catalogue, tmp_path):
-    ours = finetune.train(test_finetune.small(task, catalogue, tmp_path / "cpu"), CPU)
+    ours = finetune.train(small_finetuning(task, catalogue, tmp_path / "cpu"), CPU)
     path = str(tmp_path / "cpu" / "best.pt")
     config = evaluate.EvalConfig(task, path, data_root=str(catalogue), workers=0)
     request.getfixturevalue("gpu")
-    finetune.train(test_finetune.small(task, catalogue, tmp_path / "gpu"), GPU)
+    finetune.train(small_finetuning(task, catalogue, tmp_path / "gpu"), GPU)
     same_weights(tmp_path / "cpu", tmp_path / "gpu")
     for protocol, result in evaluate.evaluate_checkpoint(path, config, GPU).items():
         assert result.metrics == pytest.approx(ours[protocol].metrics, abs=1e-6)
@@ -113,7 +113,7 @@ def test_the_image_tokenizer_trains_as_on_the_cpu(request, catalogue, tmp_path):
 
 
 def test_search_finds_the_same_on_the_gpu(request, catalogue, tmp_path, capsys):
-    finetune.train(test_finetune.small("fashiongen_retrieval", catalogue, tmp_path, max_steps=1), CPU)
+    finetune.train(small_finetuning("fashiongen_retrieval", catalogue, tmp_path, max_steps=1), CPU)
     words = [f"--checkpoint={tmp_path}/best.pt", f"--gallery={catalogue}/FashionGen/val", "--text=red dress", "--top=5"]
 
     def found(index):

@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 import tokenizers
-from test_finetune import ONE, small
+from helpers import ONE
+from helpers import small_finetuning as small
 
 import evaluate
 import finetune
