@@ -212,7 +212,7 @@ def read_config(argv=None):
     parser.add_argument("--outfit", nargs="*", default=())  # the only setting of several words
     given, others = parser.parse_known_args(argv)
     config = settings.load_config(SearchConfig, others, description=__doc__)
-    for word in given.outfit:  # FILE or FILE=CATEGORY; the name of a file may hold a "=", too
+    for word in map(os.path.expanduser, given.outfit):  # FILE or FILE=CATEGORY; the name of a file may hold a "=", too
         path, _, category = word.rpartition("=")
         config.outfit |= {word: ""} if Path(word).exists() or not path else {path: category}
     return config

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import os
 import typing
 from pathlib import Path
 
@@ -79,6 +80,8 @@ def _parse(text, kind, where):
 
 
 def _unknown(name, names):
+    if name in ("--local-rank", "--local_rank"):  # the launchers before torchrun give it
+        return f"{name}: comes from an older launcher; start by torchrun"
     nearest = "".join(f"; the nearest is {near!r}" for near in difflib.get_close_matches(name, names, 1))
     return f"unknown setting {name!r}{nearest} (--help lists all)"
 
@@ -153,7 +156,9 @@ def load_config(cls, argv=None, description="", files=None):
         path = files(given)
     from_file = read_config_file(path, kinds) if path else {}
     from_file = {name: _typed(value, kinds[name], f"{path}: {name}") for name, value in from_file.items()}
-    config = cls(**{**from_file, **given})
+    values = {**from_file, **given}
+    # "~" is the home folder. The shell leaves it as it is after "=".
+    config = cls(**{name: os.path.expanduser(value) if kinds[name] is str else value for name, value in values.items()})
     if "out_dir" in kinds and not config.out_dir:
         stage = cls.__name__.removesuffix("Config").lower()
         config.out_dir = f"runs/{Path(path).stem if path else stage}"

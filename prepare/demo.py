@@ -800,7 +800,7 @@ def make_catalogue(out, seed=0, products=2000, size=128):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", help="folder to make")
+    parser.add_argument("out", type=os.path.expanduser, help="folder to make")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another catalogue")
     parser.add_argument("--products", type=int, default=2000, help="about how many; scales all folders")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")

@@ -47,6 +47,8 @@ def test_the_papers_config_is_the_recipe():
     [
         ("", ["--bach_size=4"], "unknown setting '--bach_size'; the nearest is '--batch_size' (--help lists all)"),
         ("", ["-batch_size=4"], "unknown setting '-batch_size'; the nearest is '--batch_size' (--help lists all)"),
+        ("", ["--local-rank=1"], "--local-rank: comes from an older launcher; start by torchrun"),
+        ("", ["--local_rank", "1"], "--local_rank: comes from an older launcher; start by torchrun"),
         ("", ["--qqq=4"], "unknown setting '--qqq' (--help lists all)"),
         ("", ["--batch_size=many"], "--batch_size: found 'many', expected int"),
         ("", ["--compile=maybe"], "--compile: found 'maybe', expected bool"),

@@ -91,6 +91,13 @@ def test_scores_are_the_cosines_of_the_model(kind, files, gallery):
     assert len(rows(files["C"], gallery, *line, "--top=3")) == 3
 
 
+def test_a_tilde_is_the_home_folder(gallery, monkeypatch):
+    monkeypatch.setenv("HOME", str(gallery))
+    config = search.read_config(["--gallery=~/below", "--text=~5 cm", "--outfit", "~/a.jpg", "~/b.jpg=hats"])
+    assert config.outfit == {f"{gallery}/a.jpg": "", f"{gallery}/b.jpg": "hats"} and config.text == "~5 cm"
+    assert config.gallery == f"{gallery}/below"
+
+
 def test_outfit_ranks_the_wanted_category(files, catalogue, tmp_path):
     folder, model = catalogue / "PolyvoreOutfits", checkpoint.load_model(files["O"])[0]
     metadata, number = annotations.load_polyvore_items(folder)

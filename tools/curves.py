@@ -58,7 +58,7 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, as runs/demo")
     parser.add_argument("--out", default="curves.png", help="PNG to write [curves.png]")
     given = parser.parse_args(argv)
-    draw({run: read_curves(run) for run in given.runs}, given.out)
+    draw({run: read_curves(run) for run in given.runs}, Path(given.out).expanduser())
     print(f"written: {given.out}")
 
 

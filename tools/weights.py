@@ -93,7 +93,7 @@ def main():
     action.add_argument("--convert", nargs=2, metavar=("IN", "OUT"), help="write the tensors of IN alone to OUT")
     parser.add_argument("--part", metavar="PREFIX", help="of --convert: what stands before the names of one model")
     given = parser.parse_args()
-    describe(given.info) if given.info else print(*convert(*given.convert, given.part), sep="\n")
+    describe(Path(given.info).expanduser()) if given.info else print(*convert(*given.convert, given.part), sep="\n")
 
 
 if __name__ == "__main__":
