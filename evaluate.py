@@ -9,6 +9,7 @@ sub-category recognition (CR, SCR). polyvore: outfit complementary item retrieva
 An item is a dict. A model reads its "image" (a path), its "text", or both. Its "name" is for messages. Its "id" is a
 number: the right items of a query have its id. This file makes vectors of items, and metrics.py makes the numbers."""
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -81,7 +82,7 @@ class Embedder:
         options = {"num_workers": workers, "worker_init_fn": loading.init_worker, "pin_memory": on_gpu}
         if workers and (on_gpu or self.processes.world_size > 1):
             # The main process has threads (gloo, NCCL, pinned memory). A fork beside them can hang (pytorch#130610).
-            options["multiprocessing_context"] = "forkserver"
+            options["multiprocessing_context"] = "spawn" if sys.platform == "win32" else "forkserver"
         return DataLoader(dataset, config.eval_batch_size, collate_fn=data.collate, **options)
 
     def encode(self, batch):

@@ -47,7 +47,8 @@ def run(main):
             raise
     finally:
         # Loader workers ignore the first SIGTERM, and Python waits for them when it ends. torch's handler would raise.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if hasattr(signal, "SIGCHLD"):  # Windows has none
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()
     if line:

@@ -13,6 +13,8 @@ def init_worker(worker=0):
     Ctrl-C and torchrun send their signals to the whole process group, so the worker leaves it. SLURM and systemd send
     SIGTERM to every process, so the first one does nothing. The second one ends the worker, as it ends any program.
     SLURM may send SIGUSR1 before the end of its time, which the main process alone answers."""
+    if not hasattr(signal, "SIGUSR1"):  # Windows has neither these signals nor groups
+        return
     os.setpgrp()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from plumbing.settings import COUNT, DEVICES, DTYPES, FROM_0, InputError, settin
 
 VALIDATION = {"data_root", "missing", "image_size", "max_tokens", "split", "gallery"}  # settings that change its values
 # SIGHUP is a closed terminal. SLURM sends SIGTERM, or before the end of the time what its --signal says, often SIGUSR1.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+STOP_SIGNALS = tuple(getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"))
 
 
 @dataclass
@@ -62,9 +63,29 @@ def main(config_class, train, description, files=None):
 
     def start():
         config = settings.load_config(config_class, description=description, files=files)
-        train(config, start_processes(config.device, config.deterministic, config.tf32))
+        processes = start_processes(config.device, config.deterministic, config.tf32)
+        check_machine(config, processes.device)
+        train(config, processes)
 
     ending.run(start)
+
+
+def check_machine(config, device):
+    """Raise InputError, before any work, where the machine lacks what training or a setting needs."""
+    if None in STOP_SIGNALS:
+        raise InputError("training needs Linux or macOS; on Windows start it in WSL")
+    if config.wandb:
+        try:
+            from wandb import init  # noqa: F401 - a folder wandb/ can be imported, too, but has no init
+        except ImportError as error:
+            raise InputError(f"wandb: {error}; `pip install wandb`, or leave --wandb out") from None
+    # torch.compile calls a C++ compiler for the CPU; Triton calls a C compiler for a GPU.
+    cxx = "clang++" if sys.platform == "darwin" else "g++"
+    name, default = ("CC", "gcc clang") if device.type == "cuda" else ("CXX", cxx)
+    compilers = os.environ.get(name, default).split()
+    if config.compile and not any(map(shutil.which, compilers)):
+        found = f"found no compiler {' or '.join(compilers)}, which torch.compile needs"
+        raise InputError(f"compile: {found}; install one, name yours in {name}, or leave --compile out")
 
 
 class Run:
@@ -86,7 +107,7 @@ class Run:
         self.folder = Path(config.out_dir)
         self.start, self.best, self.metrics, self.validation_due = 0, -1.0, {}, False
         self.goes_on, self.n_items, self.report = False, None, []
-        self.skipped_images, self.stop_asked = 0, False
+        self.skipped_images, self.stop_asked, self.wandb_id = 0, False, None
         self.sums = {}  # {objective: {name: sum since the last log line}}, on the device
         self.update_loss = 0.0  # of the current update, over its micro-batches
         state = find_resume(config.resume, self.folder, model)
@@ -125,6 +146,7 @@ class Run:
         self.start, self.best, self.n_items = state["step"], state["best"], state["n_items"]
         self.validation_due = state["validation_due"]  # the run ended while it validated
         self.goes_on = path.resolve() == (self.folder / "last.pt").resolve()
+        self.wandb_id = state.get("wandb_id") if self.goes_on else None
         # The best model of another folder, or by other data, is no measure for this run, so it is sought anew.
         is_lost = not self.goes_on or not (self.folder / "best.pt").exists() or VALIDATION & changed
         if self.best > -1 and is_lost:
@@ -146,7 +168,9 @@ class Run:
                 import wandb
 
                 config = dataclasses.asdict(self.config)
-                self.wandb = wandb.init(project=self.config.wandb, config=config, dir=self.folder)
+                self.wandb_id = self.wandb_id or os.urandom(4).hex()  # a resumed run goes on in its own W&B run
+                where = {"project": self.config.wandb, "id": self.wandb_id, "resume": "allow"}
+                self.wandb = wandb.init(**where, config=config, dir=str(self.folder))
             print(*lines, *self.report, sep="\n")
         steps = range(self.start, self.config.max_steps)
         self.bar = tqdm(steps, disable=not self.processes.is_main, initial=self.start)
@@ -302,7 +326,7 @@ class Run:
     def _write_checkpoint(self, name, **more):
         if self.processes.is_main:
             state = {**self.contents, "model": self.model.state_dict(), "config": dataclasses.asdict(self.config)}
-            state |= {"step": self.done, "best": self.best, "n_items": self.sampler.n}
+            state |= {"step": self.done, "best": self.best, "n_items": self.sampler.n, "wandb_id": self.wandb_id}
             checkpoint.save(self.folder / name, {**state, **more})
 
 

@@ -333,6 +333,18 @@ def test_names_of_labels_are_a_list_of_texts(names, tmp_path):
         annotations.label_names(tmp_path, "fashiongen_category")
 
 
+@pytest.mark.parametrize("name, code", [("prepare.check_data", 0), ("search", 2), ("evaluate", 2), ("pretrain", 2)])
+def test_a_system_without_unix_signals(name, code, root):
+    """Windows, pretended: every program ends in its own line, also after its work."""
+    lines = ["import runpy, signal, sys", "del signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD"]
+    lines += ["sys.modules['fcntl'] = sys.modules['resource'] = None"]
+    lines += ["from plumbing import loading", "loading.init_worker()", f"runpy.run_module({name!r}, None, '__main__')"]
+    command = [sys.executable, "-c", "\n".join(lines), f"--data_root={root}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = done.returncode, "Traceback" in done.stderr, "start it in WSL" in done.stderr
+    assert found == (code, False, name == "pretrain"), done.stderr
+
+
 def test_names_that_the_terminal_cannot_show():
     code = r"from plumbing import ending; ending.run(lambda: print('caf\udce9'))"
     done = subprocess.run(

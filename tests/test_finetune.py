@@ -246,6 +246,11 @@ def test_wandb_gets_the_settings_the_training_lines_and_the_validations(catalogu
     assert [(given["project"], given["config"]["task"]) for given in opened] == [("fashion", "fashioniq")]
     assert sorted(rows) == [1, 2, 3] and all(row["loss"] > 0 and row["tgir_acc"] >= 0 for row in rows.values())
     assert 0 < rows[3]["val_mean_recall"] <= 1 and "val_mean_recall" not in rows[1]
+    finetune.train(dataclasses.replace(config, max_steps=4, resume="auto", wandb=""), ONE)
+    finetune.train(dataclasses.replace(config, max_steps=5, resume="auto"), ONE)  # goes on in its own W&B run
+    finetune.train(config, ONE)  # a new run
+    first, same, other = [given["id"] for given in opened]
+    assert first == same != other and all(given["resume"] == "allow" for given in opened)
 
 
 def test_compile_compiles_the_transformer_too(catalogue, tmp_path, monkeypatch):

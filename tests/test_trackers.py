@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -328,6 +329,27 @@ def test_variables_of_another_launcher(monkeypatch):
     line = "WORLD_SIZE=2, but RANK is not set; start by torchrun, or unset WORLD_SIZE"
     with pytest.raises(InputError, match=f"^{line}$"):
         start_processes("cpu")
+
+
+@pytest.mark.parametrize(
+    "there, changes, says",
+    [
+        ({}, dict(wandb="shop"), "^wandb: No module named 'wandb'; `pip install wandb`, or leave"),
+        ({"folder": "wandb"}, dict(wandb="shop"), "^wandb: cannot import name 'init' from 'wandb' "),
+        ({"CXX": "icpx"}, dict(compile=True), "^compile: found no compiler icpx, .*, name yours in CXX, or"),
+        ({"CXX": f"ccache {sys.executable}"}, dict(compile=True), None),
+        ({"device": "cuda"}, dict(compile=True), "^compile: found no compiler gcc or clang, .* in CC, "),
+    ],
+)
+def test_a_machine_that_lacks_something(there, changes, says, tmp_path, monkeypatch):
+    """Slim images have no compiler and no package; a folder wandb/ can be imported, too."""
+    for name, value in {"PATH": "", "CC": "gcc clang", "CXX": "g++", **there}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / there.get("folder", "other")).mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(InputError, match=says) if says else contextlib.nullcontext():
+        runs.check_machine(pretrain.PretrainConfig(**changes), torch.device(there.get("device", "cpu")))
 
 
 def test_a_photo_that_stands_twice_is_one():
