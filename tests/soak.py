@@ -1,19 +1,11 @@
-"""Kill training runs at random moments, resume them, and compare their ends bit for bit with undisturbed runs.
+"""Kills training runs at random moments, resumes them, and compares their ends bit for bit with undisturbed runs."""
 
-    python tests/soak.py --minutes=20 --seed=1            # prints a line per run, and figures at the end
-
-`tests/test_resume.py` does a few of the same with the functions below."""
-
-import argparse
 import contextlib
 import json
 import os
-import random
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -45,7 +37,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def make_data(folder):
     """A small catalogue and an image tokenizer in `folder`."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "prepare")]
     import vqvae
     from plumbing import checkpoint
     from prepare.demo import make_catalogue
@@ -176,35 +167,3 @@ def same_runs(a, b):
         assert results[0] == results[1]
     left = [path.name for path in b.iterdir() if path.name.endswith(".tmp")]
     assert left in ([], ["last.pt.tmp"], ["log.jsonl.tmp"]), left  # what a kill in a write leaves, never under the name
-
-
-def soak(folder, seconds, rng):
-    """Runs with kills until the time is over; returns figures."""
-    whole, runs, kills, end = {}, 0, 0, time.monotonic() + seconds
-    while time.monotonic() < end:
-        task, processes = rng.choice(list(SCRIPT)), rng.choice((1, 1, 2))
-        if (task, processes) not in whole:
-            out = whole[task, processes] = folder / f"whole_{task}_{processes}"
-            finish(start(task, processes, folder, out), out)
-        out = folder / "killed"
-        done = run_with_kills(task, processes, folder, out, rng.randint(1, 6), rng)
-        same_runs(whole[task, processes], out)
-        shutil.rmtree(out)
-        runs, kills = runs + 1, kills + done
-        print(f"{task}, {processes} processes, {done} kills: bit-identical", flush=True)
-    return f"{runs} runs, {kills} kills, all ends bit-identical"
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="soak_"))
-    make_data(folder)
-    print(f"seed {given.seed}, {folder}: {soak(folder, 60 * given.minutes, random.Random(given.seed))}")
-    shutil.rmtree(folder)  # kept where something failed
-
-
-if __name__ == "__main__":
-    main()

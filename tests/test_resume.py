@@ -1,6 +1,6 @@
 """kill -9 at random moments and the same command again: the end is that of the undisturbed run, to the bit.
 
-All with a loader worker, dropout, augmentation, gradient accumulation and bfloat16. `tests/soak.py` goes on and on."""
+All with a loader worker, dropout, augmentation, gradient accumulation and bfloat16."""
 
 import os
 import random
