@@ -170,8 +170,8 @@ def test_one_of_several_models_and_a_whole_one(tmp_path):
     problem = r"found models under 'student.module.backbone.' and 'teacher.backbone.'; .*--convert .* --part=PREFIX"
     with pytest.raises(InputError, match=problem):
         checkpoint.read_weights(tmp_path / "both.pth")
-    torch.save(torch.nn.DataParallel(student), tmp_path / "whole.pth")
-    with pytest.raises(InputError, match="a pickled torch.nn.parallel.data_parallel.DataParallel, .*--convert"):
+    torch.save(torch.nn.ModuleDict({"module": student}), tmp_path / "whole.pth")  # named as in DataParallel
+    with pytest.raises(InputError, match="a pickled torch.nn.modules.container.ModuleDict, .*--convert"):
         checkpoint.read_weights(tmp_path / "whole.pth")
     for name, part, model in (
         ("both", "teacher.backbone", teacher),
