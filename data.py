@@ -1,7 +1,10 @@
 """What a training step eats: texts as ids, images as pixels, masks, samples, and batches in their order.
 
 Images leave the loader as uint8, and `to_device` normalises them. Every random choice of a sample follows from (seed,
-epoch, index), and every batch from (seed, step). So neither the number of processes nor a restart changes them."""
+epoch, index), and every batch from (seed, step). So neither the number of processes nor a restart changes them.
+
+The batch of an update has batch_size rows, of all processes together. --grad_accum cuts it into micro-batches, which go
+through the model one after another. A process has its share of the rows of each micro-batch."""
 
 import functools
 import math
@@ -242,8 +245,8 @@ class Key(NamedTuple):  # of one training sample
 class Samples(Dataset):
     """The samples of `items` by index, as an evaluation reads them.
 
-    An item is a dict of "image", "image2" (paths), "text", "name" (for messages) and numbers, as far as it has them;
-    all have a text or none has. A broken image raises InputError."""
+    An item is a dict of "image", "image2" (a path each), "text", "name" (for messages) and numbers, as far as it has
+    them; all have a text or none has. A broken image raises InputError."""
 
     def __init__(self, items, tokenizer, fit, config, max_tokens):
         self.items, self.fit, self.config = items, fit, config
@@ -276,8 +279,9 @@ class Samples(Dataset):
 class TrainingSamples(Samples):
     """The samples of `items` by `Key`, as training reads them.
 
-    `pick(item, rng)` gives what one visit takes of an item; None takes all of it. With config.missing "skip" the next
-    item takes the place of one with a broken image, and "skipped" says how many were passed over."""
+    `pick(item, rng)` makes what `Samples` calls an item of one with several "images" or "items"; None: it is one.
+    With config.missing "skip" the next item takes the place of one with a broken image, and "skipped" says how many
+    were passed over."""
 
     def __init__(self, items, tokenizer, fit, config, max_tokens, pick=None):
         super().__init__(items, tokenizer, fit, config, max_tokens)
@@ -305,14 +309,14 @@ class Pretraining(TrainingSamples):
     """Samples of products for pre-training; each holds only what its objective needs."""
 
     def __init__(self, products, tokenizer, n_attributes, config):
-        items = [{"image": p.images, "text": p.text, "name": p.name, "labels": p.attributes} for p in products]
+        items = [{"images": p.images, "text": p.text, "name": p.name, "attributes": p.attributes} for p in products]
         super().__init__(items, tokenizer, resize_then_crop, config, config.max_tokens or MAX_TOKENS)
         self.tokenizer, self.n_attributes, self.side = tokenizer, n_attributes, config.image_size // STRIDE
 
     def sample(self, index, rng, objective):
         ids, word_numbers = self.texts[index]
         # the first and the last of the shuffled images are two different ones wherever the product has two
-        paths = rng.permutation(self.items[index]["image"]).tolist()
+        paths = rng.permutation(self.items[index]["images"]).tolist()
         sample = {"input_ids": ids, "image": self.read_image(index, paths[0], rng)}
         if objective == "itm":
             sample["itm_draws"] = np.float32(rng.random())
@@ -327,7 +331,7 @@ class Pretraining(TrainingSamples):
             sample["patch_keep"] = keep_most(self.side**2, 0.25, rng)
         elif objective == "pac":
             weights = np.zeros(self.n_attributes, np.float32)
-            weights[self.items[index]["labels"]] = 1
+            weights[self.items[index]["attributes"]] = 1
             sample["attributes"] = weights / max(weights.sum(), 1)  # they share weight 1; a product may have none
         return sample
 
@@ -375,8 +379,8 @@ def to_device(batch, device):
 def check_candidates(config, parts=1):
     """Raise InputError where a contrastive loss has one candidate: it is 0, its accuracy 100 %, and nothing is learnt.
 
-    parts: 1 for a loss that compares all products of a micro-batch, whichever process has them (ITC, MVC, tasks); the
-    number of processes for one that compares the products of one process alone (ITM)."""
+    parts: of a micro-batch that are compared each for itself. ITM compares the rows of one process: as many parts as
+    processes. ITC, MVC and the tasks compare the rows of all processes: 1."""
     least = 2 * config.grad_accum * parts
     if config.batch_size < least:
         found = f"found {config.batch_size} with grad_accum={config.grad_accum}"
@@ -466,7 +470,7 @@ def fashiongen_items(config):
         val = annotations.with_label(val, key, "FashionGen val")
         counts = {"n_classes": annotations.count_labels([*train, *val], key)}
     train = leave_out_of_products(train, config, "FashionGen train")
-    items = [{"image": p.images, "text": p.text, "name": p.name} for p in train]
+    items = [{"images": p.images, "text": p.text, "name": p.name} for p in train]
     if key:
         items = [{**item, "label": getattr(product, key)} for item, product in zip(items, train, strict=True)]
     return items, counts, annotations.label_names(config.data_root, config.task)
@@ -476,7 +480,7 @@ def fashioniq_items(config):
     """One item per training triplet of the three classes: reference, target, both captions."""
     items = []
     for garment in annotations.FASHIONIQ_CLASSES:
-        annotations.load_fashioniq(config.data_root, garment, "val", config.gallery)
+        annotations.load_fashioniq(config.data_root, garment, "val", config.gallery)  # only to find its faults
         # Training needs no gallery. With gallery="val" no split file is read, which the training part may lack.
         queries, _ = annotations.load_fashioniq(config.data_root, garment, "train", gallery="val")
         items += [{key: query[key] for key in ("image", "image2", "text", "name")} for query in queries]
@@ -485,19 +489,22 @@ def fashioniq_items(config):
 
 
 def polyvore_items(config):
-    """One item per outfit, with all its pieces. Several rows of the file may stand for one outfit."""
-    outfits, n_categories = annotations.load_polyvore(config.data_root, config.split, "train")
+    """One item per outfit, with all its pieces."""
+    rows, n_categories = annotations.load_polyvore(config.data_root, config.split, "train")
     annotations.load_polyvore(config.data_root, config.split, "test")
-    whole = {frozenset([*o["items"], o["blank_item"]]): o["name"] for o in outfits}
-    broken = leave_out([path for items in whole for path, _ in items], config, f"Polyvore {config.split} train")
-    whole = {items: name for items, name in whole.items() if not {path for path, _ in items} & broken}
-    items = [{"items": sorted(items), "name": name} for items, name in whole.items()]
+    # A row takes one item out of its outfit, the blank. Several rows may give the same outfit.
+    names = {frozenset([*row["items"], row["blank_item"]]): row["name"] for row in rows}
+    broken = leave_out([path for outfit in names for path, _ in outfit], config, f"Polyvore {config.split} train")
+    complete = [outfit for outfit in names if not {path for path, _ in outfit} & broken]
+    items = [{"items": sorted(outfit), "name": names[outfit]} for outfit in complete]
     return items, {"n_categories": n_categories}, annotations.label_names(config.data_root, "polyvore")
 
 
-def pick_image(item, rng):
-    """The product with one of its images, picked at random."""
-    return {**item, "image": item["image"][rng.integers(len(item["image"]))]}
+def pick_image(product, rng):
+    """The product with one of its images, picked at random, in place of all."""
+    item = {**product}
+    images = item.pop("images")
+    return {**item, "image": images[rng.integers(len(images))]}
 
 
 def pick_pair(outfit, rng):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import data
 import losses
 from metrics import composed_retrieval, full_gallery, outfit_retrieval, recognition, sample_100
-from model import CSANet
+from model import CSANet, FashionViL
 from plumbing import annotations, checkpoint, ending, loading, photos, pictures, settings, tables
 from plumbing.files import check_place
 from plumbing.other_models import OtherModel, write_list
@@ -233,23 +233,23 @@ def evaluate_recognition(embedder, config):
 def embed_outfits(embedder, outfits):
     """Each outfit as `outfit_retrieval` takes it: (len(outfits), D) float32 on the CPU.
 
-    An outfit is a dict with "image", the paths of its photos; "categories", a list of numbers for each photo;
-    "category", the number of what is wanted with it; and "name". A photo has several categories only in search.py,
+    An outfit is a dict with "images", the paths of its photos; "categories", a list of numbers for each photo;
+    "wanted", the category number of what goes with it; and "name". A photo has several categories only in search.py,
     where a coarse name such as "shoes" stands for several. It then counts as the mean of its vectors for all of them.
     """
     model, device = embedder.model, embedder.processes.device
     # The categories count only after the image encoder, so each photo is encoded once for all outfits.
-    paths = list(dict.fromkeys(path for outfit in outfits for path in outfit["image"]))
+    paths = list(dict.fromkeys(path for outfit in outfits for path in outfit["images"]))
     photo_items = [{"image": path, "name": path} for path in paths]
     encoded = embedder.embed(photo_items, encode=lambda batch: model.encode_item(batch["image"])).to(device)
     place, vectors = {path: i for i, path in enumerate(paths)}, []
     for outfit in outfits:
         # A row for each category of each photo, whose vector has a share in the photo's.
-        pairs = zip(outfit["image"], outfit["categories"], strict=True)
+        pairs = zip(outfit["images"], outfit["categories"], strict=True)
         rows = [(place[path], number, 1 / len(numbers)) for path, numbers in pairs for number in numbers]
         row, category, share = (torch.tensor(values, device=device) for values in zip(*rows, strict=True))
-        fused = model.fuse(encoded[row], category, torch.full_like(category, outfit["category"]))  # (len(rows), D)
-        vectors.append((share[:, None] * fused).sum(0).cpu() / len(outfit["image"]))
+        fused = model.fuse(encoded[row], category, torch.full_like(category, outfit["wanted"]))  # (len(rows), D)
+        vectors.append((share[:, None] * fused).sum(0).cpu() / len(outfit["images"]))
     vectors = torch.stack(vectors)
     check_finite(vectors, outfits)
     return vectors
@@ -274,24 +274,24 @@ def evaluate_polyvore(embedder, config):
     place = {item["name"]: item["id"] for item in gallery}
 
     # A row is a query where all its photos are there and it is not marked as fake.
-    whole = [row for row, paths in zip(rows, photos_of, strict=True) if broken.isdisjoint(paths)]
+    complete = [row for row, paths in zip(rows, photos_of, strict=True) if broken.isdisjoint(paths)]
     outfits = [
         {
-            "image": [path for path, _ in row["items"]],
+            "images": [path for path, _ in row["items"]],
             "categories": [[category] for _, category in row["items"]],
-            "category": row["blank_item"][1],
+            "wanted": row["blank_item"][1],
             "id": place[row["blank"]],
             "name": row["name"],
             "text": "what goes with these?",
         }
-        for row in whole
+        for row in complete
         if not row["fake"]
     ]
 
     queries, items = embed_outfits(embedder, outfits), embedder.embed(gallery)
     gallery_id, category = column(gallery, "id"), column(gallery, "category")
     result = outfit_retrieval(queries, column(outfits, "id"), items, gallery_id, category)
-    result.counts["outfits_left_out"] = len(rows) - len(whole)  # rows marked as fake included
+    result.counts["outfits_left_out"] = len(rows) - len(complete)  # rows marked as fake included
     result.counts["gallery_left_out"] = len(blanks) - len(gallery)
     result.rankings.append(Ranking(outfits, gallery, dot_products(queries, items)))
     yield f"{config.split}, same category", result
@@ -305,24 +305,33 @@ class Task:
     objective: Callable  # the loss, one of losses.py
     load_items: Callable  # (config) -> (training items, sizes, labels), one of data.py
     pick: Callable | None = None  # what a visit in training takes of an item; None: all of it
-    heads: tuple = ("contrastive",)  # of the FashionViL; none: the model is a CSANet
+    model: type = FashionViL  # or CSANet, which reads no text
+    needs: tuple = ("contrastive",)  # of that model, as `checkpoint.load_model` takes it
     criterion: str = "mean_recall"  # the metric that selects the best checkpoint
-    fit: Callable = data.resize_then_crop  # how an image gets the size of the model
+    fit: Callable = data.resize_then_crop  # how an image gets the size of the model; in training at random
     max_tokens: int = data.MAX_TOKENS  # the longest text, where the settings have 0
 
 
+FIT_WHOLE = data.crop_then_resize  # an evaluation crops nothing
 RECOGNITION = Task(
-    evaluate_recognition, losses.recognition, data.fashiongen_items, data.pick_image, ("recognition",), "accuracy"
+    evaluate_recognition,
+    losses.recognition,
+    data.fashiongen_items,
+    data.pick_image,
+    FashionViL,
+    ("recognition",),
+    criterion="accuracy",
 )
-WHOLE = data.crop_then_resize  # it crops in training alone; an evaluation sees the whole image
 TASKS = {
     "fashiongen_retrieval": Task(evaluate_retrieval, losses.itc, data.fashiongen_items, data.pick_image),
     "fashioniq": Task(
-        evaluate_fashioniq, losses.tgir, data.fashioniq_items, fit=WHOLE, max_tokens=data.FASHIONIQ_MAX_TOKENS
+        evaluate_fashioniq, losses.tgir, data.fashioniq_items, fit=FIT_WHOLE, max_tokens=data.FASHIONIQ_MAX_TOKENS
     ),
     "fashiongen_category": RECOGNITION,
     "fashiongen_subcategory": RECOGNITION,
-    "polyvore": Task(evaluate_polyvore, losses.ocir, data.polyvore_items, data.pick_pair, heads=(), fit=WHOLE),
+    "polyvore": Task(
+        evaluate_polyvore, losses.ocir, data.polyvore_items, data.pick_pair, CSANet, ("csa_net",), fit=FIT_WHOLE
+    ),
 }
 
 
@@ -357,7 +366,7 @@ class EvalConfig:
     list: str = setting("", "file to write, a JSON line for each item that a model must embed; needs no checkpoint")
     embeddings: str = setting("", "an .npz with the vectors of that list by any model, in place of --checkpoint")
     split: str = setting("disjoint", "polyvore: disjoint or nondisjoint", choices=SPLITS)
-    gallery: str = setting("original", "fashioniq: original (split file) or val (references, targets)", None, GALLERIES)
+    gallery: str = setting("original", "fashioniq: original (split file), val (references, targets)", choices=GALLERIES)
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, FashionIQ/, ...", group="data")
     missing: str = setting("stop", MISSING, choices=("stop", "skip"))
     vocab: str = setting("", "vocab.txt or tokenizer.json; empty: the checkpoint's own, else as in training")
@@ -387,12 +396,12 @@ def evaluate_checkpoint(path, config, processes):
     task = TASKS[config.task]
     if str(path).endswith(".npz"):
         return dict(task.evaluate(OtherModel(path, list_items(config)), config))
-    model, info = checkpoint.load_model(path, processes.device, task.heads or ("csa_net",))
+    model, info = checkpoint.load_model(path, processes.device, task.needs)
     if task is RECOGNITION and info["task"] not in (None, config.task):
         raise InputError(f"{path}: was trained for {info['task']}; set --task={info['task']}, not {config.task}")
     checkpoint.check_labels(path, info["labels"], annotations.label_names(config.data_root, config.task))
     config, tokenizer = as_trained(config, info["config"]), None
-    if task.heads:  # a CSANet reads no text
+    if task.model is FashionViL:
         tokenizer = checkpoint.find_tokenizer(config, info["tokenizer"], model.config.vocab_size)
         data.check_lengths(config, model.config.max_position_embeddings, task.max_tokens)
     return dict(run_task(model, tokenizer, config, processes))

@@ -31,7 +31,7 @@ class FinetuneConfig(runs.RunConfig):
     task: str = setting("", ", ".join(evaluate.TASKS), choices=tuple(evaluate.TASKS), group="task")
     split: str = setting("disjoint", "polyvore: disjoint or nondisjoint", choices=evaluate.SPLITS)
     gallery: str = setting(
-        "original", "fashioniq: original (split file) or val (references, targets)", None, evaluate.GALLERIES
+        "original", "fashioniq: original (split file), val (references, targets)", choices=evaluate.GALLERIES
     )
 
     data_root: str = setting("data/datasets", "folder that holds FashionGen/, FashionIQ/, ...", group="data")
@@ -50,7 +50,7 @@ class FinetuneConfig(runs.RunConfig):
     bert: str = setting("", "BERT folder or hub name, also sets the Transformer's size; empty: bert-base-uncased")
     resnet_file: str = setting("", "torchvision's ResNet weights for --init=pretrained; empty: fetched, random: none")
 
-    batch_size: int = setting(256, "products per update, all processes together", COUNT, group="optimization")
+    batch_size: int = setting(256, "items per update, all processes together", COUNT, group="optimization")
     grad_accum: int = setting(1, "micro-batches per update; contrastive candidates are one micro-batch", COUNT)
     max_steps: int = setting(120_000, "updates", COUNT)
     lr: float = setting(1e-5, "base learning rate", FROM_0)
@@ -60,13 +60,14 @@ class FinetuneConfig(runs.RunConfig):
     milestones: tuple = setting((45_000, 90_000), "updates at which the learning rate falls to a tenth")
 
 
-def build_model(config, sizes, heads, n_classes=0, n_categories=0):
-    """The model of a task. sizes: {field of ModelConfig: value} of what it starts from. No heads: a CSA-Net, for OCIR.
+def build_model(config, sizes, task, n_classes=0, n_categories=0):
+    """The model of an `evaluate.Task`. sizes: {field of ModelConfig: value} of what it starts from.
 
     n_classes, n_categories: of the data, for recognition and for OCIR."""
-    own = {"heads": heads, "n_classes": n_classes, "dropout": config.dropout}
-    model_config = ModelConfig(**{**sizes, **own})
-    return FashionViL(model_config) if heads else CSANet(model_config, n_categories)
+    if task.model is CSANet:
+        return CSANet(ModelConfig(**{**sizes, "heads": (), "dropout": config.dropout}), n_categories)
+    own = {"heads": task.needs, "n_classes": n_classes, "dropout": config.dropout}
+    return FashionViL(ModelConfig(**{**sizes, **own}))
 
 
 def train(config, processes):
@@ -74,7 +75,7 @@ def train(config, processes):
     started = time.perf_counter()
     settings.check_limits(config)
     task, device = evaluate.TASKS[config.task], processes.device
-    if task.heads != ("recognition",):  # the other tasks compare the items of a batch
+    if task is not evaluate.RECOGNITION:  # the other tasks compare the items of a batch
         data.check_candidates(config)
     torch.manual_seed(config.seed)  # every process starts from the same weights
 
@@ -82,12 +83,12 @@ def train(config, processes):
     items, data_sizes, labels = task.load_items(config)
 
     # What the model starts from. A checkpoint brings its image size and text length where the settings have 0.
-    start = checkpoint.read_start(config, reads_text=bool(task.heads))  # a CSA-Net reads none
+    start = checkpoint.read_start(config, reads_text=task.model is FashionViL)
     config = evaluate.as_trained(config, start.trained)
 
     # The model and its first weights.
-    model, tokenizer = build_model(config, start.sizes, task.heads, **data_sizes), start.tokenizer
-    if task.heads:
+    model, tokenizer = build_model(config, start.sizes, task, **data_sizes), start.tokenizer
+    if task.model is FashionViL:
         data.check_lengths(config, model.config.max_position_embeddings, task.max_tokens)
     report = checkpoint.initialise(model, start)
     model.to(device)
@@ -147,8 +148,8 @@ def train(config, processes):
         if run.validation_due:
             validate()
 
-    # The best checkpoint is evaluated as evaluate.py does it, in exact float32. The main process surely has its file.
-    # The others take the weights from that process.
+    # The best checkpoint is evaluated as evaluate.py does it, in exact float32. Machines may not share a disk, so the
+    # main process alone reads the file. The others get its weights.
     if config.eval_interval < 0:  # without validations there is no best checkpoint
         return {}
     allow_tf32(False)

@@ -48,7 +48,7 @@ class ModelConfig:
     n_attributes: int = 2232  # A, size of the pseudo-attribute vocabulary
     n_classes: int = 0  # of the recognition head
     pac_scale: float = 1.0  # multiplies the cosines of the PAC head; 1 as in the paper
-    itm_candidates: int = 0  # texts among which ITM looks for its hardest negative; 0: this process's whole micro-batch
+    itm_candidates: int = 0  # texts among which ITM looks for its hardest negative; 0: all that this process has
 
     def __post_init__(self):
         self.heads = tuple(self.heads)

@@ -117,8 +117,8 @@ def embed_outfit(config, embedder, categories, wanted):
             found = f"not in {categories.folder}/images, so say what it is: {path}=CATEGORY"
             raise InputError(f"outfit: {path}: {found}")
         numbers_of.append(numbers)
-    outfit = {"image": [*config.outfit], "categories": numbers_of, "name": "outfit"}
-    scaled = evaluate.embed_outfits(embedder, [{**outfit, "category": number} for number in wanted])
+    outfit = {"images": [*config.outfit], "categories": numbers_of, "name": "outfit"}
+    scaled = evaluate.embed_outfits(embedder, [{**outfit, "wanted": number} for number in wanted])
     return scaled / embedder.model.logit_scale.cpu()
 
 

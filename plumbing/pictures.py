@@ -35,8 +35,8 @@ class Row(NamedTuple):  # of a page
 class Ranking(NamedTuple):
     """Queries that rank the items of a gallery.
 
-    An item is a dict with "image" (a path, or a list of them) and "text" or "name", as far as it has them, and "id":
-    the items of a query's id are right. Where items have a "category", a query ranks only those of its own."""
+    An item is a dict with "image" (a path) or "images" and "text" or "name", as far as it has them, and "id": the items
+    of a query's id are right. A query with "wanted", a number, ranks only the items of that "category"."""
 
     queries: list  # items
     gallery: list  # G items
@@ -51,16 +51,16 @@ def dot_products(queries, gallery):
 
 def cell_of(item, label, right=False):
     """The Cell of an item of a `Ranking`."""
-    images, text = item.get("image", []), item.get("text", item.get("name", ""))
-    return Cell(images if isinstance(images, list) else [images], text, label, right)
+    images = [item["image"]] if "image" in item else item.get("images", [])
+    return Cell(images, item.get("text", item.get("name", "")), label, right)
 
 
 def ranked_row(ranking, i):
     """The Row of query i of a `Ranking`: its best gallery items, of equal ones the first."""
     query, gallery, scores = ranking.queries[i], ranking.gallery, ranking.scores(i)
     order = scores.sort(descending=True, stable=True).indices.tolist()
-    if "category" in query:
-        order = [item for item in order if gallery[item]["category"] == query["category"]]
+    if "wanted" in query:
+        order = [item for item in order if gallery[item]["category"] == query["wanted"]]
     right = [gallery[item]["id"] == query["id"] for item in order]
     rank, results = 1 + right.index(True), []
     for place, item in enumerate(order[: ranking.n_shown]):

@@ -233,12 +233,12 @@ def test_sampling_leaves_the_callers_generator_alone(catalogue):
 def test_views_of_mvc_differ_where_there_are_two_images(catalogue):
     dataset = samples(catalogue)
     dataset.read_image = lambda index, path, rng: path
-    assert {len(item["image"]) for item in dataset.items} >= {1, 2, 3}
+    assert {len(item["images"]) for item in dataset.items} >= {1, 2, 3}
     for index, item in enumerate(dataset.items):
         for epoch in range(5):
             sample = dataset[epoch, index, "mvc"]
-            assert {sample["image"], sample["image2"]} <= set(item["image"])
-            assert (sample["image"] != sample["image2"]) == (len(item["image"]) > 1)
+            assert {sample["image"], sample["image2"]} <= set(item["images"])
+            assert (sample["image"] != sample["image2"]) == (len(item["images"]) > 1)
 
 
 def test_collate_pads_to_the_longest_text_only(catalogue):
@@ -258,7 +258,7 @@ def test_collate_pads_to_the_longest_text_only(catalogue):
 
 def test_attributes_of_a_product_share_weight_1(catalogue):
     dataset = samples(catalogue)
-    dataset.items[0]["labels"], dataset.items[1]["labels"] = [0, 2], []
+    dataset.items[0]["attributes"], dataset.items[1]["attributes"] = [0, 2], []
     first, second = (dataset[0, i, "pac"]["attributes"] for i in (0, 1))
     assert first[:3].tolist() == [0.5, 0, 0.5] and first.sum() == 1 and not second.any()
     products = [annotations.Product("a", [], "", [0, 2], 1), annotations.Product("b", [], "", [], 0)]
@@ -267,7 +267,7 @@ def test_attributes_of_a_product_share_weight_1(catalogue):
 
 def test_a_broken_image_names_file_and_product_or_is_counted(catalogue, tmp_path, monkeypatch):
     dataset, path = samples(catalogue), tmp_path / "a.jpg"
-    dataset.items[0] |= {"image": [str(path)], "name": "a product"}
+    dataset.items[0] |= {"images": [str(path)], "name": "a product"}
     Image.effect_noise((40, 40), 50).save(path)
     whole = path.read_bytes()
     for content, limit, cause in (

@@ -113,7 +113,7 @@ def test_init_takes_the_body_of_another_checkpoint(catalogue, tmp_path):
     finetune.train(small("fashiongen_retrieval", catalogue, tmp_path / "a", max_steps=1), ONE)
     config = small("fashiongen_category", catalogue, tmp_path / "b", init=str(tmp_path / "a" / "best.pt"), size="base")
     start = checkpoint.read_start(config)
-    model = finetune.build_model(config, start.sizes, ("recognition",), n_classes=10)
+    model = finetune.build_model(config, start.sizes, evaluate.RECOGNITION, n_classes=10)
     report = checkpoint.initialise(model, start)
     source = torch.load(tmp_path / "a" / "best.pt", weights_only=True)["model"]
     assert torch.equal(model.bert.pooler["dense"].weight, source["bert.pooler.dense.weight"])  # and of its size

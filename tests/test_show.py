@@ -72,7 +72,7 @@ def test_recognition_shows_both_labels(catalogue):
 
 
 def test_a_query_shows_only_items_of_its_category():
-    queries = [{**item, "category": c} for item, c in zip(numbered(4, "query"), (0, 0, 0, 1), strict=True)]
+    queries = [{**item, "wanted": c} for item, c in zip(numbered(4, "query"), (0, 0, 0, 1), strict=True)]
     items = [{**item, "category": c} for item, c in zip(numbered(4, "item"), (0, 1, 0, 1), strict=True)]
     ranking = Ranking(queries, items, dot_products(torch.eye(4), torch.eye(4)))
     query, cells, _ = pictures.ranked_row(ranking, 2)
