@@ -279,7 +279,7 @@ class Samples(Dataset):
 class TrainingSamples(Samples):
     """The samples of `items` by `Key`, as training reads them.
 
-    `pick(item, rng)` makes what `Samples` calls an item of one with several "images" or "items"; None: it is one.
+    `pick(item, rng)` takes one image of an item's "images", or two of its "items"; None: there is nothing to pick.
     With config.missing "skip" the next item takes the place of one with a broken image, and "skipped" says how many
     were passed over."""
 
@@ -379,8 +379,8 @@ def to_device(batch, device):
 def check_candidates(config, parts=1):
     """Raise InputError where a contrastive loss has one candidate: it is 0, its accuracy 100 %, and nothing is learnt.
 
-    parts: of a micro-batch that are compared each for itself. ITM compares the rows of one process: as many parts as
-    processes. ITC, MVC and the tasks compare the rows of all processes: 1."""
+    parts: how many groups of rows of a micro-batch are compared apart. ITC, MVC and the tasks compare all rows: 1.
+    ITM compares the rows of one process, so it has as many groups as there are processes."""
     least = 2 * config.grad_accum * parts
     if config.batch_size < least:
         found = f"found {config.batch_size} with grad_accum={config.grad_accum}"
@@ -481,7 +481,7 @@ def fashioniq_items(config):
     items = []
     for garment in annotations.FASHIONIQ_CLASSES:
         annotations.load_fashioniq(config.data_root, garment, "val", config.gallery)  # only to find its faults
-        # Training needs no gallery. With gallery="val" no split file is read, which the training part may lack.
+        # Training needs no gallery. "val" takes it from the captions, for the training part may lack a split file.
         queries, _ = annotations.load_fashioniq(config.data_root, garment, "train", gallery="val")
         items += [{key: query[key] for key in ("image", "image2", "text", "name")} for query in queries]
     broken = leave_out([item[key] for item in items for key in ("image", "image2")], config, "FashionIQ train")

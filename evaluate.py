@@ -138,13 +138,14 @@ def embed_retrieval(embedder, products):
 
 
 def count_equal_texts(result, texts, image_id, text_id):
-    """{"i2t_equal_texts", "t2i_equal_texts"}: how many queries no model can rank; a direction without any has no key.
+    """{"i2t_equal_texts", "t2i_equal_texts"}: the number of queries with a wrong item of the very same text.
 
-    Such a query has another product with the very same text in its gallery. texts: a key of each product; equal keys
-    cannot be told apart. image_id, text_id: the queries' products, as in `full_gallery`."""
+    No model can tell such an item from the right one. A direction without such queries has no key. texts: a key of each
+    product; equal keys cannot be told apart. image_id, text_id: the queries' products, as in `full_gallery`."""
     times, draws = Counter(texts), result.counts.get("draws", 1)
     equal = torch.tensor([times[text] > 1 for text in texts])
     rows = {"i2t": equal[image_id], "t2i": equal[text_id]}
+    # sample-100 has a column for each draw, with 0 where the draw left the query out. So this is a mean over draws.
     counts = {f"{way}_equal_texts": (result.outcomes[way][rows[way]] > 0).sum().item() / draws for way in rows}
     return {key: n for key, n in counts.items() if n}
 
@@ -244,7 +245,7 @@ def embed_outfits(embedder, outfits):
     encoded = embedder.embed(photo_items, encode=lambda batch: model.encode_item(batch["image"])).to(device)
     place, vectors = {path: i for i, path in enumerate(paths)}, []
     for outfit in outfits:
-        # A row for each category of each photo, whose vector has a share in the photo's.
+        # A row for each category of each photo. The rows of a photo have equal shares in its vector.
         pairs = zip(outfit["images"], outfit["categories"], strict=True)
         rows = [(place[path], number, 1 / len(numbers)) for path, numbers in pairs for number in numbers]
         row, category, share = (torch.tensor(values, device=device) for values in zip(*rows, strict=True))
@@ -306,13 +307,13 @@ class Task:
     load_items: Callable  # (config) -> (training items, sizes, labels), one of data.py
     pick: Callable | None = None  # what a visit in training takes of an item; None: all of it
     model: type = FashionViL  # or CSANet, which reads no text
-    needs: tuple = ("contrastive",)  # of that model, as `checkpoint.load_model` takes it
+    needs: tuple = ("contrastive",)  # its heads; ("csa_net",) for a CSANet
     criterion: str = "mean_recall"  # the metric that selects the best checkpoint
-    fit: Callable = data.resize_then_crop  # how an image gets the size of the model; in training at random
+    fit: Callable = data.resize_then_crop  # how an image gets the size of the model
     max_tokens: int = data.MAX_TOKENS  # the longest text, where the settings have 0
 
 
-FIT_WHOLE = data.crop_then_resize  # an evaluation crops nothing
+FIT_WHOLE = data.crop_then_resize  # training takes a random part of the image, evaluation all of it
 RECOGNITION = Task(
     evaluate_recognition,
     losses.recognition,

@@ -5,7 +5,8 @@
     four GPUs:      torchrun --nproc_per_node=4 finetune.py --task fashiongen_retrieval --init=CHECKPOINT
 
 --init takes a pre-trained checkpoint (ours or a released one), "pretrained" (plain ResNet + BERT) or "random".
-Writes run.json, log.jsonl, last.pt, best.pt and results.json (the best checkpoint's full evaluation)."""
+Writes run.json, log.jsonl, last.pt, best.pt and results.json (the full evaluation of the best checkpoint, on the same
+part of the data that selected it)."""
 
 import dataclasses
 import time
@@ -50,6 +51,7 @@ class FinetuneConfig(runs.RunConfig):
     bert: str = setting("", "BERT folder or hub name, also sets the Transformer's size; empty: bert-base-uncased")
     resnet_file: str = setting("", "torchvision's ResNet weights for --init=pretrained; empty: fetched, random: none")
 
+    # configs/TASK.py, which is read where the command line names no file, has the paper's values of a task.
     batch_size: int = setting(256, "items per update, all processes together", COUNT, group="optimization")
     grad_accum: int = setting(1, "micro-batches per update; contrastive candidates are one micro-batch", COUNT)
     max_steps: int = setting(120_000, "updates", COUNT)
@@ -86,7 +88,7 @@ def train(config, processes):
     start = checkpoint.read_start(config, reads_text=task.model is FashionViL)
     config = evaluate.as_trained(config, start.trained)
 
-    # The model and its first weights.
+    # The model and its first weights. From a checkpoint it takes all but the learned scale and heads of other tasks.
     model, tokenizer = build_model(config, start.sizes, task, **data_sizes), start.tokenizer
     if task.model is FashionViL:
         data.check_lengths(config, model.config.max_position_embeddings, task.max_tokens)

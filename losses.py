@@ -35,7 +35,7 @@ def hardest_negatives(image, text, input_ids, n_candidates=0):
     """For each image (B, D) the row (B,) of the most similar text (B, D) of *other* words, and whether one exists.
 
     Both sides scaled; input_ids (B, T) int64 of the texts. n_candidates: only texts of the same block of that many rows
-    count, which makes the negatives easier; 0: all rows. Source: docs/recipe.md "ITM"."""
+    count. A short run needs such easier negatives; 0: all rows. Source: docs/recipe.md "ITM"."""
     similarity = image @ text.t()
     excluded = (input_ids[:, None] == input_ids[None, :]).all(2)  # (B, B): the own text, and other products' like it
     if n_candidates:
@@ -90,7 +90,7 @@ def mine_negatives(model, features, batch):
     image = model.scaled(model.encode_image(features))
     text = model.scaled(model.encode_text(batch["input_ids"], batch["attention_mask"]))
     model.bert.train(was_training)
-    torch.clear_autocast_cache()  # its copies of weights carry no gradient, so `match_pairs` must make new ones
+    torch.clear_autocast_cache()  # copies of weights without gradient, which `match_pairs` must not take
     hardest, exists = hardest_negatives(image, text, batch["input_ids"], model.config.itm_candidates)
     replaced = (batch["itm_draws"] > 0.5) & exists
     own = torch.arange(len(hardest), device=hardest.device)

@@ -146,7 +146,8 @@ def bootstrap(metrics_of, outcomes, baseline=None, draws=1000, seed=0):
     """95 % percentile interval of every metric over resampled queries: {name: (low, high)}.
 
     metrics_of(outcomes) -> {name: value}. With `baseline`, another model's outcomes for the same queries, the interval
-    is that of the difference to it. Source: docs/recipe.md "Chance and intervals"."""
+    is that of the difference to it. Queries count as independent, which photos of one product are not, and the seeds of
+    training do not count: a true interval is wider. Source: docs/recipe.md "Chance and intervals"."""
     if baseline and any(table.shape != baseline[name].shape for name, table in outcomes.items()):
         raise ValueError("baseline: its outcomes are not of the same queries")
     generator = torch.Generator().manual_seed(seed)

@@ -196,7 +196,8 @@ class Layer(nn.Module):
     def forward(self, x, x_places, context, context_places):
         """The outputs (M, D) of the tokens x (M, D). Each attends to those tokens of `context` (N, D) in its own row.
 
-        In all layers but the last, x and context are the same tokens. In the last layer x may be some of them.
+        So x makes the queries, and context, which is all tokens, makes keys and values. They are the same tokens but in
+        the last layer, where x has only those that `Bert.forward` was asked for.
         Attention runs on the whole grid, with a zero at every other place. `pick` drops what comes out there."""
         q = self._project("query", x, x_places)
         k, v = self._project("key", context, context_places), self._project("value", context, context_places)
@@ -371,8 +372,8 @@ class FashionViL(ContrastiveModel):
 class CSANet(ContrastiveModel):
     """Category-based subspace attention network (Lin et al. 2020) on the image encoder alone, for outfits (OCIR).
 
-    All BatchNorms, statistics and weights, and the last stage of the image encoder (not the first) are frozen, as in
-    the original."""
+    As in the original, every BatchNorm (statistics and weights) and the last stage of the image encoder are frozen. Its
+    first stages learn."""
 
     def __init__(self, config, n_categories, dim=256, n_masks=5, hidden=64):
         super().__init__()
@@ -400,11 +401,11 @@ class CSANet(ContrastiveModel):
     def fuse(self, item, category, wanted):
         """Outfit items (B, 256) of `encode_item`, their category and the wanted one (B,) int64 -> (B, 256), scaled.
 
-        It is the weighted mean over copies that are multiplied by the learned masks."""
+        It is the weighted sum of copies of the item, each multiplied by a learned mask, over the number of masks."""
         one_hot = torch.cat([F.one_hot(category, self.n_categories), F.one_hot(wanted, self.n_categories)], 1)
         weights = self.fusion_module["weight_classifier"](one_hot.to(item.dtype)).softmax(-1)  # (B, 5)
         masks = self.fusion_module["masks"].weight  # (5, 256)
-        return self.scaled((item * (weights @ masks)) / len(masks))  # the mean, as in the original; `scaled` undoes it
+        return self.scaled((item * (weights @ masks)) / len(masks))  # divided as in the original; `scaled` undoes it
 
 
 def compile_parts(model):

@@ -62,7 +62,7 @@ def check_query(config):
     if not config.checkpoint or not config.gallery:
         raise InputError("search: expected --checkpoint=FILE and --gallery=FOLDER")
     outfit = bool(config.outfit)
-    if outfit == bool(config.text or config.image) or outfit != bool(config.category):
+    if bool(config.text or config.image) == outfit or bool(config.category) != outfit:
         raise InputError("query: expected --text, --image, both of them, or --outfit FILES --category NAME")
     if config.rerank and (config.image or outfit):
         raise InputError("rerank: the ITM head compares a text with an image, expected --text alone")

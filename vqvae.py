@@ -179,7 +179,7 @@ class Decoder(nn.Module):
 class Codebook(nn.Module):
     """K codes of width D, (K, D), without gradient. `VQVAE.update_codebook` makes them anew at every update.
 
-    `cluster_size` (K,) is the moving average of how many latents an update has that are nearest to a code. `embed_avg`
+    `cluster_size` (K,) is the moving average of the number of latents in an update that choose each code. `embed_avg`
     (K, D) is that of their sum. So their quotient, `weight`, is the mean of these latents."""
 
     def __init__(self, n_codes, dim):
@@ -276,7 +276,9 @@ class VQVAE(ImageTokenizer):
         book.embed_avg.lerp_(sums[:, :D], 1 - self.DECAY)
         book.cluster_size.lerp_(counts, 1 - self.DECAY)
         total = book.cluster_size.sum()
-        smooth = (book.cluster_size + self.EPS) / (total + K * self.EPS) * total  # never 0, same total
+        smooth = (
+            (book.cluster_size + self.EPS) / (total + K * self.EPS) * total
+        )  # Laplace smoothing: never 0, same total
         book.weight.copy_(book.embed_avg / smooth.unsqueeze(1))
 
         # Idle codes start anew. A latent far from all codes is likelier to be picked, as in k-means++. With equal
@@ -401,7 +403,7 @@ def train(config, processes):
 
     # The order of the samples, and their batches for the updates that are left.
     sampler = data.BatchSampler(len(products), config, processes, run.start, lambda step: "reconstruction")
-    items = [{"image": product.images, "name": product.name} for product in products]
+    items = [{"images": product.images, "name": product.name} for product in products]
     dataset = data.TrainingSamples(items, None, data.resize_then_crop, config, 0, data.pick_image)
     loader = iter(data.train_loader(dataset, sampler, config, device))
 

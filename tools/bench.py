@@ -130,7 +130,7 @@ def measure_input(config, name, n_images=64):
     _, settings_class, argv = stage_of(config, "itc")
     own = settings.load_config(settings_class, argv)
     paths = [product.images[0] for product in data.pretraining_products(own)[0][:n_images]]
-    items = [{"image": (path,)} for path in paths]
+    items = [{"images": (path,)} for path in paths]
     dataset = data.TrainingSamples(items, None, data.resize_then_crop, own, 0, data.pick_image)
     side = round(own.image_size * photos.RESIZED / photos.CROPPED)  # pixels before the crop
 
