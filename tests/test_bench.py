@@ -32,14 +32,14 @@ def test_flop_of_plain_operations():
 
 
 def test_flop_of_itc():
-    """Padding is not computed by linear layers, and attention is computed over the padded texts."""
+    """Linear layers compute the 13 tokens, filled up to 64, and attention is computed over the padded texts."""
     sizes = dict(hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=30)
     c = ModelConfig("resnet18", 16, **sizes, heads=("contrastive",))  # 3 images of width 8 crash torch 2.14
     model = FashionViL(c)
     ids, mask = torch.ones(3, 6, dtype=torch.int64), torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 3 + [0] * 3])
     batch = {"input_ids": ids, "attention_mask": mask, "image": torch.randn(3, 3, 64, 64)}
     found = bench.count_flop(lambda: losses.itc(model, batch)[0].backward())
-    d, wide, tokens = c.hidden_size, c.intermediate_size, int(mask.sum())
+    d, wide, tokens = c.hidden_size, c.intermediate_size, 64
     layer = 2 * tokens * (4 * d * d + 2 * d * wide) + 3 * 4 * 6 * 6 * d
     expected = resnet18(16, 3) + 3 * (2 * layer + 2 * 3 * 16 * 8 * d + 2 * 2 * 3 * 3 * d)  # two ways of scores
     assert found == expected
